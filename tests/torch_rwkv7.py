@@ -41,8 +41,9 @@ def wkv(
     All of [B, T, H, N] but the state s [B, H, N, N]; returns y [B, T, H, N] and the last state.
     """
     ys = []
-    # unbind, not indexing by t: indexing's backward fills a [B, T, H, N] with zeros at every token
-    for r_t, decay_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, decay, k, v, a, b))):
+    # unbind, not indexing by t: the backward of x[:, t] fills a [B, T, H, N] with zeros
+    inputs = (x.unbind(1) for x in (r, decay, k, v, a, b))
+    for r_t, decay_t, k_t, v_t, a_t, b_t in zip(*inputs, strict=True):
         sa = s @ a_t[..., None]  # [B, H, N, 1]
         s = s * decay_t[..., None, :] + sa @ b_t[..., None, :] + v_t[..., None] @ k_t[..., None, :]
         ys.append((s @ r_t[..., None])[..., 0])
@@ -127,7 +128,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def l2wrap(logits: Tensor) -> Tensor:
-    """The function whose gradient is L2Wrap: maxlogit · 1e-4/(B·T) at each token's largest logit."""
+    """Its gradient is L2Wrap: maxlogit · 1e-4/(B·T) at each token's largest logit, 0 elsewhere."""
     largest = logits.max(-1).values  # [B, T]
     return largest.square().sum() * (0.5e-4 / largest.numel())
 
