@@ -1,0 +1,234 @@
+"""Which tokens are trained on at which step: the cubic-hash sampler over a token file.
+
+The file is cut into slots of `ctx_len` tokens. Sample number n = 1, 2, … of a run lies in slot
+
+    (factor · n³) mod p,        factor = ⌊p·(√5 − 1)/2⌋,
+
+with p, the "magic prime", the largest prime ≡ 2 (mod 3) below the number of slots. For such p the
+map n ↦ n³ is a bijection mod p, so p consecutive samples visit every slot < p once: a shuffle
+without a buffer, in which the step number is all that a resumed run needs to know.
+Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from rwkv_jax import tokenizer
+from rwkv_jax.binidx import BinIdx, beside, open_binidx, reporting_os_errors
+from rwkv_jax.errors import UserError
+from rwkv_jax.jsonl import tokenize_jsonl
+
+MINIEPOCH = 40320  # samples; 8!, so that most batch sizes divide it
+_CACHE_FORMAT = 1  # part of a cached file's name: raise it when tokenize_jsonl's output changes
+_SCAN_TOKENS = 1 << 32  # a file up to this long is checked for stray ids before training
+
+
+def sample_numbers(step: int, world_size: int, micro_bsz: int) -> np.ndarray:
+    """The sample numbers n of one step: [W, micro_bsz] int64, row q those of rank q.
+
+    The official trainer takes, with e the miniepoch and j the rank's own sample counter within it,
+    n = 1 + e·40320 + j·W + q. Where W·micro_bsz divides 40320 (it requires so), that is
+
+        n = 1 + step·W·micro_bsz + i·W + q        for the rank's i-th sample of the step,
+
+    which needs no miniepoch, and so is the order for any batch size: consecutive steps take
+    consecutive ranges of n, and none is left out.
+    """
+    batch = world_size * micro_bsz
+    first = 1 + step * batch
+    return np.arange(first, first + batch).reshape(micro_bsz, world_size).T
+
+
+def largest_magic_prime(tokens: int, ctx_len: int) -> int | None:
+    """The largest prime p ≡ 2 (mod 3) with p ≤ ⌊tokens/ctx_len⌋ − 1; None below 3 slots."""
+    bound = tokens // ctx_len - 1
+    for candidate in range(bound - (bound - 2) % 3, 1, -3):
+        if _is_prime(candidate):
+            return candidate
+    return None
+
+
+def _is_prime(number: int) -> bool:
+    """By trial division: at most √number/2 steps, 16 thousand for 10⁹ slots."""
+    if number < 4 or number % 2 == 0:
+        return number in (2, 3)
+    return all(number % divisor for divisor in range(3, math.isqrt(number) + 1, 2))
+
+
+def choose_magic_prime(name: str, tokens: int, ctx_len: int, given: int | None = None) -> int:
+    """The magic prime of a file of `tokens` tokens: the largest, or `given` after checking it.
+
+    Fewer than 3 slots have no magic prime and are refused: there is nothing to shuffle, and a
+    shorter `ctx_len` makes use of the text. A given prime needs p·ctx_len + 1 tokens, so that the
+    last slot has its target.
+
+    Args:
+        name: of the data, for the error.
+
+    Raises:
+        UserError: too few tokens for `ctx_len`, or `given` is no magic prime of this file.
+    """
+    if ctx_len < 1:
+        raise UserError(f"ctx_len {ctx_len}: must be at least 1")
+    largest = largest_magic_prime(tokens, ctx_len)
+    if largest is None:
+        way_out = f"ctx_len {tokens // 3} or less works" if tokens >= 3 else "give more text"
+        raise UserError(
+            f"{name}: {tokens} tokens are too few for ctx_len {ctx_len}, which needs at least "
+            f"{3 * ctx_len} (3 samples): {way_out}"
+        )
+    if given is None:
+        return largest
+    if given * ctx_len + 1 > tokens:
+        reason = (
+            f"needs {given * ctx_len + 1} tokens at ctx_len {ctx_len}, of which it has {tokens}"
+        )
+    elif not _is_prime(given):
+        reason = "is not a prime"
+    elif given % 3 != 2:
+        reason = f"leaves {given % 3}, not 2, when divided by 3"
+    else:
+        return given
+    raise UserError(f"{name}: magic_prime {given} {reason}; use {largest}, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A token file with its order of samples; `open_dataset` makes one.
+
+    Attributes:
+        name: path of the data, for messages.
+        tokens: [tokens], memory-mapped, any integer or float dtype.
+        ctx_len: T, tokens of a sample.
+        magic_prime: slots that are visited.
+        vocab_size: V; an id outside [0, V) is an error.
+    """
+
+    name: str
+    tokens: np.ndarray
+    ctx_len: int
+    magic_prime: int
+    vocab_size: int
+
+    def offsets(self, numbers: np.ndarray) -> np.ndarray:
+        """Token offsets of sample numbers, the same shape, int64. Exact for any size of file."""
+        p = self.magic_prime
+        factor = int(p * ((math.sqrt(5) - 1) / 2))
+        # Python's integers: n³ alone passes 2⁶³ after two million samples.
+        slots = [factor * pow(n, 3, p) % p for n in numbers.ravel().tolist()]
+        return np.array(slots, np.int64).reshape(numbers.shape) * self.ctx_len
+
+    def batch(self, step: int, world_size: int, micro_bsz: int) -> np.ndarray:
+        """The samples of one step, [B, T + 1] int32 with B = W·micro_bsz: inputs and targets.
+
+        Row q·micro_bsz + i is the i-th sample of rank q, so a batch that is split over W devices
+        along its first axis gives device q what the official trainer gives rank q.
+
+        Raises:
+            UserError: an id is outside the vocabulary (of a file too long to check at the start).
+        """
+        starts = self.offsets(sample_numbers(step, world_size, micro_bsz)).ravel().tolist()
+        rows = np.stack([self.tokens[start : start + self.ctx_len + 1] for start in starts])
+        for start, row in zip(starts, rows, strict=True):
+            self._check_ids(row, start)
+        return rows.astype(np.int32)
+
+    def check_all_ids(self) -> None:
+        """Reads the whole file in search of an id outside the vocabulary.
+
+        Raises:
+            UserError: names the id and its position.
+        """
+        chunk = 1 << 24
+        for start in range(0, len(self.tokens), chunk):
+            self._check_ids(self.tokens[start : start + chunk], start)
+
+    def _check_ids(self, ids: np.ndarray, start: int) -> None:
+        if ids.min() >= 0 and ids.max() < self.vocab_size:
+            return
+        at = int((~((ids >= 0) & (ids < self.vocab_size))).argmax())
+        raise UserError(
+            f"{self.name}: token {start + at} has id {ids[at]}, outside the vocabulary of "
+            f"{self.vocab_size}: the text was tokenized for another model, or vocab_size is wrong"
+        )
+
+
+def open_dataset(
+    data_file: str | Path,
+    ctx_len: int,
+    magic_prime: int | None = None,
+    vocab_size: int = tokenizer.VOCAB_SIZE,
+) -> Dataset:
+    """Opens training data, checked as far as that can be done before training.
+
+    Args:
+        data_file: a binidx prefix (with or without `.bin` or `.idx`), or an `X.jsonl`. A jsonl is
+            tokenized once, in file order (the sampler shuffles), and kept under
+            `$XDG_CACHE_HOME/rwkv_jax` (`~/.cache/rwkv_jax`) by a hash of its content.
+        magic_prime: computed when None, checked when given.
+
+    Raises:
+        UserError: no such data, damaged, too short for `ctx_len`, a wrong `magic_prime`, or (in a
+            file of up to 2³² tokens; a longer one is checked batch by batch) an id outside the
+            vocabulary.
+    """
+    path = Path(data_file)
+    tokens = (_cached(path) if path.suffix == ".jsonl" else open_binidx(path)).tokens
+    prime = choose_magic_prime(str(path), len(tokens), ctx_len, magic_prime)
+    dataset = Dataset(str(path), tokens, ctx_len, prime, vocab_size)
+    every_id_fits = tokens.dtype.kind == "u" and np.iinfo(tokens.dtype).max < vocab_size
+    if not every_id_fits and len(tokens) <= _SCAN_TOKENS:
+        dataset.check_all_ids()
+    return dataset
+
+
+def _cached(path: Path) -> BinIdx:
+    """The token file of a jsonl, written when it is not there or damaged.
+
+    The name holds a hash of everything that its bytes depend on, and a writer renames complete
+    files into place: two processes at once both write the same bytes, and neither sees a half.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with reporting_os_errors(path, "read"), path.open("rb") as file:
+        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    prefix = home / "rwkv_jax" / f"{path.stem}-{content.hexdigest()}"
+    if beside(prefix, ".idx").exists():
+        try:
+            return open_binidx(prefix)
+        except UserError:
+            pass  # damaged: write it anew
+    tokenize_jsonl(path, prefix)
+    return open_binidx(prefix)
+
+
+Batch = TypeVar("Batch")
+
+
+def prefetch(make: Callable[[int], Batch], start: int, depth: int = 2) -> Iterator[Batch]:
+    """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
+
+    An exception of `make` is raised by the `next` that would have returned its batch. Closing the
+    iterator (`contextlib.closing`) cancels what is pending and waits for the thread.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+    try:
+        pending = deque(pool.submit(make, start + ahead) for ahead in range(depth))
+        while True:
+            batch = pending.popleft().result()
+            start += 1
+            pending.append(pool.submit(make, start + depth - 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,78 @@
+"""The World tokenizer (`rwkv_vocab_v20230424`): bytes, greedy longest match.
+
+pyrwkv-tokenizer encodes. It does not decode here: it has no call that returns bytes, and panics on
+ids that are not text. A token may end in the middle of a character, so only bytes can be joined; to
+stream, feed `decode_bytes` to a `codecs.getincrementaldecoder("utf-8")(errors="replace")`.
+"""
+
+import ast
+import functools
+import importlib.resources
+from collections.abc import Iterable
+
+from pyrwkv_tokenizer import RWKVTokenizer
+
+from rwkv_jax.errors import UserError
+
+VOCAB_NAME = "rwkv_vocab_v20230424"
+VOCAB_SIZE = 65536
+END_OF_DOCUMENT = 0
+
+
+@functools.cache
+def _encoder() -> RWKVTokenizer:
+    return RWKVTokenizer()
+
+
+@functools.cache
+def _vocabulary() -> list[bytes]:
+    """The bytes of each id, `[VOCAB_SIZE]`; ids that stand for no text have none.
+
+    A line of the file is `ID LITERAL LENGTH`, the literal a Python str (as UTF-8) or bytes.
+    """
+    path = importlib.resources.files("pyrwkv_tokenizer") / f"{VOCAB_NAME}.txt"
+    table = [b""] * VOCAB_SIZE
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line:
+            index, rest = line.split(" ", 1)
+            literal = ast.literal_eval(rest.rpartition(" ")[0])
+            table[int(index)] = literal if isinstance(literal, bytes) else literal.encode()
+    return table
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of `text`, without an end-of-document mark. Any text is encodable.
+
+    Raises:
+        UserError: `text` holds half of a surrogate pair, which no bytes stand for.
+    """
+    try:
+        return _encoder().encode(text)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start} of the text, {text[error.start]!a}, is half of a surrogate "
+            "pair, not a character"
+        ) from None
+
+
+def decode_bytes(ids: Iterable[int]) -> bytes:
+    """The bytes that `ids` stand for; joins over any split of `ids`.
+
+    Id 0 (end of document) and the unused 65530 … 65535, which an untrained model may emit, stand
+    for no bytes.
+
+    Raises:
+        ValueError: an id outside [0, 65536).
+    """
+    table = _vocabulary()
+    pieces = []
+    for index in ids:
+        if not 0 <= index < VOCAB_SIZE:
+            raise ValueError(f"token id {index} is outside the vocabulary of {VOCAB_SIZE}")
+        pieces.append(table[index])
+    return b"".join(pieces)
+
+
+def decode(ids: Iterable[int]) -> str:
+    """`decode_bytes` as text; bytes that are not UTF-8 become U+FFFD."""
+    return decode_bytes(ids).decode("utf-8", errors="replace")
