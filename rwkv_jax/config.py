@@ -1,7 +1,14 @@
-"""What a model and a run are made of: `ModelConfig`, `SIZES`."""
+"""What a model and a run are made of, and the command line that is generated from it.
 
+`TrainConfig`'s fields are the options of `python -m rwkv_jax.train`: name, type, default and help
+stand together, once. The names are the official trainer's.
+"""
+
+import argparse
 import dataclasses
+import difflib
 import math
+from typing import Any, NoReturn
 
 from rwkv_jax.errors import UserError
 
@@ -25,12 +32,13 @@ class ModelConfig:
     dim_g: int = 0  # … of the output gate
 
     def __post_init__(self) -> None:
-        if self.n_layer < 1 or self.n_embd < 1 or self.vocab_size < 1 or self.head_size < 1:
-            raise UserError(f"n_layer, n_embd, vocab_size and head_size must be positive: {self}")
+        for name in ("n_layer", "n_embd", "vocab_size", "head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give 1 or more")
         if self.n_embd % self.head_size:
             raise UserError(
-                f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}: "
-                "choose an n_embd that is"
+                f"--n_embd {self.n_embd} is not a multiple of --head_size {self.head_size}: "
+                f"try {max(1, round(self.n_embd / self.head_size)) * self.head_size}"
             )
         defaults = {"dim_ffn": 4 * self.n_embd, **default_low_rank(self.n_embd)}
         for name, value in defaults.items():
@@ -49,3 +57,215 @@ def default_low_rank(n_embd: int) -> dict[str, int]:
         return max(32, round(factor * math.sqrt(n_embd) / 32) * 32)
 
     return {"dim_w": width(2.5), "dim_a": width(2.5), "dim_v": width(1.7), "dim_g": width(5.0)}
+
+
+# name: (n_layer, n_embd). `tiny` is for smoke runs: it trains in minutes on a CPU.
+SIZES = {
+    "tiny": (6, 128),
+    "0.1b": (12, 768),
+    "0.4b": (24, 1024),
+    "1.5b": (24, 2048),
+    "2.9b": (32, 2560),
+    "7.2b": (32, 4096),
+    "13.3b": (61, 4096),
+}
+SIZE_ALIASES = {"3b": "2.9b"}
+
+# The low-rank widths (dim_w, dim_a, dim_v, dim_g) of the released G1 models.
+G1_LOW_RANK = {
+    "0.1b": (64, 64, 32, 128),
+    "0.4b": (64, 64, 32, 128),
+    "1.5b": (96, 96, 64, 256),
+    "2.9b": (96, 96, 64, 320),
+    "7.2b": (128, 128, 96, 480),
+    "13.3b": (192, 192, 128, 384),
+}
+
+
+def _option(default: Any, group: str, text: str, *choices: Any, least: float | None = None) -> Any:
+    """A field of `TrainConfig` that becomes `--name`; `least` is the smallest value allowed."""
+    return dataclasses.field(
+        default=default,
+        metadata={"group": group, "help": text, "choices": choices or None, "least": least},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The options of `python -m rwkv_jax.train`, in the groups and words of its `--help`."""
+
+    # fmt: off
+    size: str = _option(
+        "", "model", "sets n_layer and n_embd (default 0.1b)", "", *SIZES, *SIZE_ALIASES)
+    n_layer: int = _option(0, "model", "layers L; overrides --size", least=0)
+    n_embd: int = _option(0, "model", "width C; overrides --size", least=0)
+    vocab_size: int = _option(65536, "model", "rows of embedding and head, V", least=2)
+    head_size: int = _option(64, "model", "width of a head, N", 16, 32, 64, 128)
+    dim_ffn: int = _option(0, "model", "inner width of the channel mix; 0: 4·n_embd", least=0)
+    lora_dims: str = _option(
+        "formula", "model", "low-rank widths of a fresh model: those of the official formula "
+        "(formula), of the released G1 model of this --size (g1), or four numbers w,a,v,g")
+    load_model: str = _option(
+        "", "model", "start from these weights: a .pth (whose shape decides the model's) or the "
+        "output folder of a run")
+    load_partial: int = _option(
+        0, "model", "1: tensors that the file lacks get their fresh initial value", 0, 1)
+    random_seed: int = _option(0, "model", "seed of fresh initial weights", least=0)
+
+    data_file: str = _option(
+        "", "data", 'X.jsonl with a "text" in each line, or X for the token files X.bin and '
+        "X.idx (default: the checkout's data/demo.jsonl)")
+    ctx_len: int = _option(512, "data", "tokens in a sample, T", least=1)
+    my_exit_tokens: int = _option(
+        0, "data", "train on this many tokens, then write rwkv-final.pth; 0: as many as the data "
+        "holds", least=0)
+    magic_prime: int = _option(
+        0, "data", "the sampler's prime for this data and ctx_len; 0: computed; a given one is "
+        "checked", least=0)
+
+    micro_bsz: int = _option(
+        0, "training", "samples a device holds at once; 0: 1 on a CPU, 8 on a GPU", least=0)
+    accumulate_grad_batches: int = _option(
+        1, "training", "micro batches whose gradients are averaged into one step", least=1)
+    lr_init: float = _option(0.0, "training", "peak learning rate; 0: 0.45/n_embd", least=0)
+    lr_final: float = _option(0.0, "training", "final learning rate; 0: 0.04/n_embd", least=0)
+    warmup_steps: int = _option(10, "training", "steps of linear warm-up from 1%", least=0)
+    beta1: float = _option(0.9, "training", "Adam's β₁", least=0)
+    beta2: float = _option(0.99, "training", "Adam's β₂", least=0)
+    adam_eps: float = _option(1e-18, "training", "Adam's ε, outside the root", least=0)
+    weight_decay: float = _option(
+        0.001, "training", "decoupled weight decay of the matrices", least=0)
+    grad_clip: float = _option(
+        1.0, "training", "largest global norm of the gradient; 0: any", least=0)
+    grad_cp: int = _option(
+        -1, "training", "1: recompute each block in the backward pass, to save memory; 0: do not; "
+        "-1: 0 on a CPU, 1 on a GPU", -1, 0, 1)
+    head_chunk: int = _option(
+        0, "training", "tokens of a sequence whose logits exist at once; 0: automatic", least=0)
+    precision: str = _option(
+        "auto", "training", "of the forward and backward pass (weights and Adam are float32); "
+        "auto: fp32 on a CPU, bf16 on a GPU", "auto", "bf16", "fp32", "tf32")
+    epoch_count: int = _option(
+        0, "training", "stop after so many miniepochs of 40320 samples, even before "
+        "my_exit_tokens; 0: do not", least=0)
+    epoch_begin: int = _option(
+        0, "training", "miniepoch to begin with, when weights alone are loaded", least=0)
+    train_stage: int = _option(
+        3, "training", "1: write rwkv-init.pth and stop; 2, 3: train", 1, 2, 3)
+
+    proj_dir: str = _option("out", "output", "folder of the .pth files, checkpoints and logs")
+    epoch_save: int = _option(
+        1, "output", "write rwkv-{n}.pth and a checkpoint every so many miniepochs; 0: never",
+        least=0)
+    save_every_steps: int = _option(
+        0, "output", "write a checkpoint every so many steps as well; 0: never", least=0)
+    wandb: str = _option("", "output", "Weights & Biases project to log to; empty: none")
+    enable_progress_bar: str = _option(
+        "auto", "output", "auto: a bar on a terminal, lines in a file", "auto", "True", "False")
+
+    accelerator: str = _option("auto", "machine", "what to run on", "auto", "gpu", "cpu")
+    devices: int = _option(0, "machine", "how many of them; 0: all", least=0)
+    strategy: str = _option(
+        "auto", "machine", "sharded over the devices: Adam's moments and the master weights "
+        "(stage_1), the gradients too (stage_2), the parameters too (stage_3); auto: stage_2",
+        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            least = field.metadata["least"]
+            if choices and value not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice != "")
+                raise UserError(f"--{field.name} {value}: choose one of {known}")
+            if least is not None and not value >= least:
+                raise UserError(f"--{field.name} {value}: give {least} or more")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give less than 1")
+
+    def model_config(self) -> ModelConfig:
+        """The architecture of a fresh model."""
+        size = SIZE_ALIASES.get(self.size, self.size)
+        n_layer, n_embd = SIZES[size or "0.1b"]
+        return ModelConfig(
+            n_layer=self.n_layer or n_layer,
+            n_embd=self.n_embd or n_embd,
+            vocab_size=self.vocab_size,
+            head_size=self.head_size,
+            dim_ffn=self.dim_ffn,
+            **self._low_rank(size),
+        )
+
+    def _low_rank(self, size: str) -> dict[str, int]:
+        names = ("dim_w", "dim_a", "dim_v", "dim_g")
+        if self.lora_dims == "formula":
+            return {}
+        if self.lora_dims == "g1":
+            if size not in G1_LOW_RANK:
+                raise UserError(f"--lora_dims g1 needs --size, one of {', '.join(G1_LOW_RANK)}")
+            return dict(zip(names, G1_LOW_RANK[size], strict=True))
+        widths = self.lora_dims.split(",")
+        if len(widths) != 4 or not all(width.strip().isdigit() and int(width) for width in widths):
+            raise UserError(
+                f"--lora_dims {self.lora_dims}: give formula, g1, or four widths as in 64,64,32,128"
+            )
+        return dict(zip(names, map(int, widths), strict=True))
+
+
+# Options of the official trainer that have no meaning here: accepted, and said to be so.
+WITHOUT_MEANING = {
+    "my_testing": "every model here is x070",
+    "MODEL_TYPE": "every model here is x070",
+    "dim_att": "in x070 it equals n_embd",
+    "data_type": "a .jsonl is known by its name, anything else is binidx",
+    "ds_bucket_mb": "XLA sizes and schedules the communication itself",
+    "num_nodes": "this version uses the devices of one machine",
+}
+
+
+def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
+    """The command line as a `TrainConfig`, and one line for each option that means nothing here."""
+    parser = _Parser(
+        prog="python -m rwkv_jax.train",
+        usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
+        description="Pretrain an RWKV-7 model, or go on with one. Without options: the 0.1b model "
+        "on the demo text. A run that was stopped goes on by the same command.",
+        epilog="Also accepted, without effect: "
+        + ", ".join(f"--{name} ({reason})" for name, reason in WITHOUT_MEANING.items()),
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = "" if field.default in ("", -1, 0, 0.0) else f" (default {field.default})"
+        choices = [str(choice) for choice in field.metadata["choices"] or () if choice != ""]
+        groups[group].add_argument(
+            f"--{field.name}",
+            type=type(field.default),
+            default=field.default,
+            metavar="|".join(choices) or type(field.default).__name__.upper(),
+            help=(field.metadata["help"] + default).replace("%", "%%"),
+        )
+    for name in WITHOUT_MEANING:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    options = vars(parser.parse_args(arguments))
+    ignored = [
+        f"--{name} has no effect: {reason}"
+        for name, reason in WITHOUT_MEANING.items()
+        if options.pop(name) is not None
+    ]
+    return TrainConfig(**options), ignored
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as the one line of a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        near = difflib.get_close_matches(unknown[0], known, 1) if unknown != message.split() else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{hint} (--help lists the options)")

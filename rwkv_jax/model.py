@@ -1,0 +1,306 @@
+"""RWKV-7 ("Goose", x070) as Flax NNX modules, with its initialisation beside it.
+
+Names, orientation and equations are the official ones: a parameter's path is its name in an
+official `.pth` (`blocks.att.x_r`, `blocks.ffn.key.weight`, …), linear weights are `[out, in]`: so
+a checkpoint converts by renaming and stacking alone.
+
+All blocks live in one `Block` whose tensors carry a leading layer axis. `lax.scan` slices that
+axis, and inside the scan the same module *is* one layer: compile time does not grow with depth, and
+a layer's weights can be gathered or recomputed one layer at a time.
+
+Shapes: L layers, B sequences, T tokens, C width, H heads of size N (C = H·N), V vocabulary, F the
+channel mix's inner width.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.wkv7 import wkv7
+from rwkv_jax.config import ModelConfig
+
+Array = jax.Array
+Params = dict[str, Any]  # nested: official names → arrays, the per-block ones stacked on axis 0
+
+LN_EPS = 1e-5
+LN_X_EPS = 64e-5  # the same at every head size
+
+
+class State(NamedTuple):
+    """All that a model carries from one token to the next; its size does not depend on T."""
+
+    shift_att: Array  # [L, B, C] the last token's input of each time mix
+    shift_ffn: Array  # [L, B, C] the last token's input of each channel mix
+    wkv: Array  # [L, B, H, N, N] float32, (value row, key column)
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ without bias; weight `[L, out, in]`."""
+
+    def __init__(self, weight: Array):
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.einsum("...i,oi->...o", x, self.weight[...])
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis; statistics in float32, result in x's dtype."""
+
+    def __init__(self, shape: tuple[int, ...], weight: Array | None = None):
+        self.weight = nnx.Param(jnp.ones(shape) if weight is None else weight)
+        self.bias = nnx.Param(jnp.zeros(shape))
+
+    def __call__(self, x: Array) -> Array:
+        y = _normalize(x.astype(jnp.float32), LN_EPS)
+        y = y * _row(self.weight).astype(jnp.float32) + _row(self.bias).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class TimeMix(nnx.Module):
+    """The attention-like half of a block: token shift, projections, WKV, gate."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        L, C, H, N = config.n_layer, config.n_embd, config.n_head, config.head_size
+        for name, value in _time_mix_vectors(config).items():
+            setattr(self, name, nnx.Param(jnp.asarray(value)))
+        widths = {"w": config.dim_w, "a": config.dim_a, "v": config.dim_v, "g": config.dim_g}
+        for name, D in widths.items():
+            setattr(self, f"{name}1", nnx.Param(jnp.zeros((L, C, D))))
+            gain = 0.1 * max(1.0, math.sqrt(D / C))
+            setattr(self, f"{name}2", nnx.Param(_orthogonal(rngs, L, (D, C), gain)))
+        self.r_k = nnx.Param(jnp.full((L, H, N), -0.04))
+        self.receptance = Linear(_orthogonal(rngs, L, (C, C), 1.0))
+        self.key = Linear(_orthogonal(rngs, L, (C, C), 0.1))
+        self.value = Linear(_orthogonal(rngs, L, (C, C), 1.0))
+        self.output = Linear(jnp.zeros((L, C, C)))
+        depth = (1 + np.arange(L)) / L
+        scale = np.repeat(depth[:, None] ** 0.7, C, axis=1)
+        self.ln_x = LayerNorm((L, C), jnp.asarray(scale, jnp.float32))
+
+    def project_value(self, x: Array, shift: Array) -> Array:
+        """v before the value residual; in layer 0 this is the v_first of all later layers."""
+        return self.value(x + (_shift(x, shift) - x) * _row(self.x_v))
+
+    def __call__(
+        self, x: Array, shift: Array, wkv: Array | None, v_first: Array, is_first: Array
+    ) -> tuple[Array, Array]:
+        """x [B,T,C] (after ln1), shift [B,C], wkv [B,H,N,N] → (out [B,T,C], wkv [B,H,N,N])."""
+        B, T, C = x.shape
+        H, N = self.r_k[...].shape
+        f32 = jnp.float32
+        xx = _shift(x, shift) - x
+
+        r = self.receptance(x + xx * _row(self.x_r))
+        w = _row(self.w0) + _low_rank(x + xx * _row(self.x_w), self.w1, self.w2, jnp.tanh)
+        k = self.key(x + xx * _row(self.x_k))
+        v = self.project_value(x, shift)
+        a = jax.nn.sigmoid(_row(self.a0) + _low_rank(x + xx * _row(self.x_a), self.a1, self.a2))
+        g = _low_rank(x + xx * _row(self.x_g), self.g1, self.g2, jax.nn.sigmoid)
+
+        mix = jax.nn.sigmoid(_row(self.v0) + _low_rank(x + xx * _row(self.x_v), self.v1, self.v2))
+        v = jnp.where(is_first, v, v + (v_first - v) * mix)
+
+        def heads(z: Array) -> Array:
+            return z.reshape(B, T, H, N)
+
+        kk = heads((k * _row(self.k_k)).astype(f32))
+        kk = kk / jnp.maximum(jnp.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
+        k = k * (1 + (a - 1) * _row(self.k_a))
+        r, w, k, v, a = heads(r), heads(w), heads(k), heads(v), heads(a)
+        y, wkv = wkv7(
+            r, w, k, v, (-kk).astype(x.dtype), (kk * a.astype(f32)).astype(x.dtype), wkv,
+            return_state=True,
+        )  # fmt: skip
+
+        # GroupNorm with one group a head, then the current token's own contribution.
+        y = _normalize(y.astype(f32), LN_X_EPS).reshape(B, T, C)
+        y = y * _row(self.ln_x.weight).astype(f32) + _row(self.ln_x.bias).astype(f32)
+        bonus = jnp.sum((r * k * _row(self.r_k)).astype(f32), axis=-1, keepdims=True)
+        y = y + (bonus * v.astype(f32)).reshape(B, T, C)
+        return self.output(y.astype(x.dtype) * g), wkv
+
+
+class ChannelMix(nnx.Module):
+    """The MLP half of a block: relu(·)² with a token shift."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        L, C, F = config.n_layer, config.n_embd, config.dim_ffn
+        c = np.arange(C) / C
+        falling = 1 - np.arange(L)[:, None] / L
+        self.x_k = nnx.Param(jnp.asarray(1 - c ** (falling**4), jnp.float32))
+        self.key = Linear(_orthogonal(rngs, L, (F, C), 1.0))
+        self.value = Linear(jnp.zeros((L, C, F)))
+
+    def __call__(self, x: Array, shift: Array) -> Array:
+        k = self.key(x + (_shift(x, shift) - x) * _row(self.x_k))
+        return self.value(jnp.square(jax.nn.relu(k)))
+
+
+class Block(nnx.Module):
+    """All layers stacked, as stored; one layer, once `lax.scan` has sliced it."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.n_layer, config.n_embd)
+        self.ln1 = LayerNorm(shape)
+        self.ln2 = LayerNorm(shape)
+        self.att = TimeMix(config, rngs)
+        self.ffn = ChannelMix(config, rngs)
+
+
+class RWKV7(nnx.Module):
+    """The language model. `forward` is the public call, `hidden` what the loss builds on."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        V, C = config.vocab_size, config.n_embd
+        self.config = config
+        self.emb = Linear(jax.random.uniform(rngs.params(), (V, C), minval=-1e-4, maxval=1e-4))
+        self.ln0 = LayerNorm((C,))
+        self.blocks = Block(config, rngs)
+        self.ln_out = LayerNorm((C,))
+        gain = 0.5 * math.sqrt(V / C) if V > C else 0.5
+        self.head = Linear(nnx.initializers.orthogonal(gain)(rngs.params(), (V, C)))
+
+    def forward(self, tokens: Array, state: State | None = None) -> tuple[Array, State]:
+        """Next-token logits, compiled once for each shape.
+
+        Args:
+            tokens: [B, T] integers in [0, V).
+            state: what an earlier call returned, to go on from its last token; None to start.
+        Returns:
+            logits [B, T, V] float32 and the state after the last token.
+        """
+        graphdef, params = nnx.split(self)
+        return _forward(graphdef, params, jnp.asarray(tokens), state)
+
+    def hidden(
+        self, tokens: Array, state: State | None = None, *, remat: bool = False
+    ) -> tuple[Array, State]:
+        """The input of the head: tokens [B,T] → ([B,T,C] in the parameters' dtype, state).
+
+        With `remat`, the backward pass recomputes each block from its input (`--grad_cp 1`).
+        """
+        x = self.ln0(jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip"))
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        graphdef, blocks = nnx.split(self.blocks)
+
+        # v_first, which every later layer reads, is computed ahead of the scan. As a constant of
+        # the scan it is saved once; in the carry it would be saved again for each layer.
+        first: Block = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], blocks))
+        v_first = first.att.project_value(first.ln1(x), state.shift_att[0])
+
+        def body(x: Array, layer: tuple) -> tuple[Array, State]:
+            params, is_first, old = layer
+            block: Block = nnx.merge(graphdef, params)
+            x_att = block.ln1(x)
+            y, wkv = block.att(x_att, old.shift_att, old.wkv, v_first, is_first)
+            x = x + y
+            x_ffn = block.ln2(x)
+            x = x + block.ffn(x_ffn, old.shift_ffn)
+            return x, State(x_att[:, -1], x_ffn[:, -1], wkv)
+
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        is_first = jnp.arange(self.config.n_layer) == 0
+        x, state = jax.lax.scan(body, x, (blocks, is_first, state))
+        return self.ln_out(x), state
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token: zeros."""
+        c, dtype = self.config, self.emb.weight.dtype
+        shift = jnp.zeros((c.n_layer, batch, c.n_embd), dtype)
+        wkv = jnp.zeros((c.n_layer, batch, c.n_head, c.head_size, c.head_size), jnp.float32)
+        return State(shift, shift, wkv)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, params, tokens: Array, state: State | None) -> tuple[Array, State]:
+    model: RWKV7 = nnx.merge(graphdef, params)
+    x, state = model.hidden(tokens, state)
+    logits = jnp.einsum(
+        "btc,vc->btv", x, model.head.weight[...], preferred_element_type=jnp.float32
+    )
+    return logits, state
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters: every tensor as the official trainer initialises it."""
+    return nnx.to_pure_dict(nnx.state(RWKV7(config, nnx.Rngs(key))))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The tree of `init_params` as shapes and dtypes, without computing anything."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def bind(config: ModelConfig, params: Params) -> RWKV7:
+    """The module over a tree of parameters (of any float dtype), also inside `jit`."""
+    return nnx.merge(_graphdef(config), params)
+
+
+@functools.lru_cache
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: RWKV7(config, nnx.Rngs(0))))[0]
+
+
+def _normalize(x: Array, eps: float) -> Array:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+
+def _row(param: nnx.Param) -> Array:
+    """[C] as [1, 1, C] (and [H, N] as [1, 1, H, N]), to broadcast over B and T."""
+    return param[...][None, None]
+
+
+def _shift(x: Array, before: Array) -> Array:
+    """x [B,T,C] delayed by one token; `before` [B,C] is the token ahead of the first."""
+    return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+
+
+def _low_rank(x: Array, down: nnx.Param, up: nnx.Param, activation=lambda z: z) -> Array:
+    """activation(x D) U with D [C, d], U [d, C]."""
+    return activation(x @ down[...]) @ up[...]
+
+
+def _orthogonal(rngs: nnx.Rngs, layers: int, shape: tuple[int, int], gain: float) -> Array:
+    """[L, rows, cols], each an orthogonal matrix as PyTorch draws it (QR of a Gaussian)."""
+    draw = nnx.initializers.orthogonal(gain)
+    return jax.vmap(lambda key: draw(key, shape))(jax.random.split(rngs.params(), layers))
+
+
+def _time_mix_vectors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The vectors of TimeMix that are not drawn at random: name → [L, C] float32.
+
+    Computed in float64 as functions of depth l and channel c, and rounded once.
+    """
+    L, C, N = config.n_layer, config.n_embd, config.head_size
+    layer, channel = np.arange(L)[:, None], np.arange(C)[None, :]
+    rising = layer / max(L - 1, 1)  # 0 → 1
+    falling = 1 - layer / L  # 1 → 1/L
+    d = channel / C
+    linear = channel / (C - 1) - 0.5
+    z = (channel % N - (N - 1) / 2) / ((N - 1) / 2)
+    zigzag = z * np.abs(z)
+    vectors = {
+        "x_r": 1 - d ** (0.2 * falling),
+        "x_w": 1 - d ** (0.9 * falling),
+        "x_k": 1 - d ** (0.7 * falling),
+        "x_v": 1 - d ** (0.7 * falling),
+        "x_a": 1 - d ** (0.9 * falling),
+        "x_g": 1 - d ** (0.2 * falling),
+        "w0": -6 + 6 * (channel / (C - 1)) ** (1 + rising**0.3) + 0.5 + 2.5 * zigzag,
+        "a0": -0.19 + 0.3 * zigzag + 0.4 * linear,
+        "v0": 0.73 - 0.4 * linear,
+        "k_k": 0.71 - 0.1 * linear,
+        "k_a": np.full((1, C), 1.02),
+    }
+    return {
+        name: np.broadcast_to(value, (L, C)).astype(np.float32) for name, value in vectors.items()
+    }

@@ -1,0 +1,17 @@
+"""What every test runs under: strict types, and four devices to shard over."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+# Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Official-format checkpoints of a tiny model, with float64 logits and final states (.npz)."""
+    return Path(__file__).parent / "data" / "oracles"
