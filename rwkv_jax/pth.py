@@ -273,8 +273,8 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
             elif op == _STOP:
                 return stack.pop(), pos
             else:
-                known_op = pickletools.code2op.get(chr(op))
-                name = known_op.name if known_op else f"{op:#04x}"
+                names = {ord(known.code): known.name for known in pickletools.opcodes}
+                name = names.get(op, f"{op:#04x}")
                 raise _Refused(
                     f"its pickle uses opcode {name}, which a dict of tensors does not need: "
                     "not loaded, as such an opcode can run code"

@@ -1,0 +1,365 @@
+"""Official tensor names ↔ our parameter tree: `load_pth`, `save_pth` and what they are made of.
+
+A tree is a nested dict whose paths are the official names, `[out, in]` orientation kept, with the
+blocks' tensors stacked on a leading layer axis and vectors flat: `blocks.3.att.x_r` of shape
+[1, 1, C] is row 3 of `tree["blocks"]["att"]["x_r"]` of shape [L, C]. Conversion is therefore
+renaming and stacking, and exact. `blocks.0.ln0`, which only the first block has, is `tree["ln0"]`.
+
+Importing is liberal (a `_forward_module.` prefix, flat vectors, any key order, extra tensors with
+a warning); exporting writes exactly what the official trainer would.
+"""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from rwkv_jax import pth
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import UserError
+
+Params = dict[str, Any]  # nested; leaves are arrays
+
+# Name → dimensions, in the order in which the official modules register them; readers depend on
+# it (rwkv.cpp takes att.x_* in file order). w, a, v, g are the low-rank widths, F the inner width.
+_BEFORE = {"emb.weight": "VC"}
+_BLOCK = {
+    "ln1.weight": "C",
+    "ln1.bias": "C",
+    "ln2.weight": "C",
+    "ln2.bias": "C",
+    "ln0.weight": "C",  # in block 0 only
+    "ln0.bias": "C",
+    "att.x_r": "11C",
+    "att.x_w": "11C",
+    "att.x_k": "11C",
+    "att.x_v": "11C",
+    "att.x_a": "11C",
+    "att.x_g": "11C",
+    "att.w1": "Cw",
+    "att.w2": "wC",
+    "att.w0": "11C",
+    "att.a1": "Ca",
+    "att.a2": "aC",
+    "att.a0": "11C",
+    "att.v1": "Cv",
+    "att.v2": "vC",
+    "att.v0": "11C",
+    "att.g1": "Cg",
+    "att.g2": "gC",
+    "att.k_k": "11C",
+    "att.k_a": "11C",
+    "att.r_k": "HN",
+    "att.receptance.weight": "CC",
+    "att.key.weight": "CC",
+    "att.value.weight": "CC",
+    "att.output.weight": "CC",
+    "att.ln_x.weight": "C",
+    "att.ln_x.bias": "C",
+    "ffn.x_k": "11C",
+    "ffn.key.weight": "FC",
+    "ffn.value.weight": "CF",
+}
+_AFTER = {"ln_out.weight": "C", "ln_out.bias": "C", "head.weight": "VC"}
+
+# Unused in the first block, whose value is v_first itself; many files leave them out.
+_OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
+
+_PREFIX = "_forward_module."  # DeepSpeed's wrapper
+_LISTED = 6  # names in one message
+
+
+def load_pth(
+    path: str | os.PathLike[str], expect: ModelConfig | None = None, dtype: Any = np.float32
+) -> tuple[ModelConfig, Params]:
+    """The model in an official `.pth`: its configuration, read off the shapes, and its tree.
+
+    Args:
+      path: as for `pth.read`.
+      expect: refuse a model of any other shape, with the differences.
+      dtype: of the returned arrays.
+
+    Returns:
+      The configuration and the tree of NumPy arrays (see `from_official`).
+
+    Raises:
+      UserError: the file cannot be used (see `pth.read`) or is not such a model.
+    """
+    tensors = pth.read(path)
+    try:
+        return from_official(tensors, expect, dtype)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def save_pth(path: str | os.PathLike[str], params: Params, dtype: Any = ml_dtypes.bfloat16) -> None:
+    """Writes the tree as an official `.pth` (bf16 like theirs), atomically, one tensor at a time.
+
+    fp32 is rounded to nearest even. The same tree gives the same bytes.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    pth.write(path, to_official(params), dtype)
+
+
+def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of an official file, in the official order."""
+    sizes = {
+        "1": 1,
+        "C": config.n_embd,
+        "V": config.vocab_size,
+        "H": config.n_head,
+        "N": config.head_size,
+        "F": config.dim_ffn,
+        "w": config.dim_w,
+        "a": config.dim_a,
+        "v": config.dim_v,
+        "g": config.dim_g,
+    }
+    return {
+        name: tuple(sizes[letter] for letter in dims)
+        for name, dims in _official_dims(config.n_layer).items()
+    }
+
+
+def _official_dims(n_layer: int) -> dict[str, str]:
+    blocks = {
+        f"blocks.{layer}.{name}": dims
+        for layer in range(n_layer)
+        for name, dims in _BLOCK.items()
+        if layer == 0 or not name.startswith("ln0.")
+    }
+    return {**_BEFORE, **blocks, **_AFTER}
+
+
+def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
+    """The configuration of a model with these official names and shapes.
+
+    Layers are counted; width and vocabulary come from `emb.weight`, head size from `att.r_k`
+    [H, N], and the low-rank widths and the channel mix's from the first tensor that has them.
+
+    Raises:
+      UserError: not an RWKV-7 model (saying which kind it looks like), or tensors are missing or
+        of the wrong shape.
+    """
+    tensors = _without_prefix(tensors)
+    _check_architecture(tensors)
+    layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
+    n_layer = max(layers) + 1
+    if len(layers) != n_layer:
+        raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
+    sizes: dict[str, int] = {}
+    for name, dims in _official_dims(n_layer).items():
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) == len(dims):
+            for letter, size in zip(dims, shape, strict=True):
+                sizes.setdefault(letter, size)
+    config = ModelConfig(
+        n_layer=n_layer,
+        n_embd=sizes.get("C", 0),
+        vocab_size=sizes.get("V", 0),
+        head_size=sizes.get("N", 0),
+        dim_ffn=sizes.get("F", 0),
+        dim_w=sizes.get("w", 0),
+        dim_a=sizes.get("a", 0),
+        dim_v=sizes.get("v", 0),
+        dim_g=sizes.get("g", 0),
+    )
+    differences = _differences(tensors, config)
+    if differences:
+        raise UserError(f"is not a whole RWKV-7 model of {_brief(config)}: {differences}")
+    return config
+
+
+def from_official(
+    tensors: Mapping[str, np.ndarray], expect: ModelConfig | None = None, dtype: Any = np.float32
+) -> tuple[ModelConfig, Params]:
+    """The configuration and the tree of official tensors.
+
+    Each leaf is allocated once and filled, so memory is the tree's own. `v0`, `v1`, `v2` of block
+    0, when absent, become zeros: nothing reads them there, no gradient reaches them and no decay
+    applies, so they stay as they are, and an export (where the official trainer demands them) is
+    the same each time, in every dtype.
+
+    Args:
+      tensors: by official name, as `pth.read` gives them.
+      expect: refuse any other configuration, with the differences.
+      dtype: of the tree.
+
+    Raises:
+      UserError: see `infer_config`; or a tensor is not floating point.
+
+    Warns:
+      UserWarning: names tensors that RWKV-7 does not have, which are left out.
+    """
+    tensors = _without_prefix(tensors)
+    if expect is not None:
+        _check_architecture(tensors)
+        differences = _differences(tensors, expect)
+        if differences:
+            raise UserError(f"does not fit the model asked for, {_brief(expect)}: {differences}")
+    config = infer_config(tensors)
+    shapes = official_shapes(config)
+    extra = [name for name in tensors if name not in shapes]
+    if extra:
+        warnings.warn(f"tensors that RWKV-7 does not have: {_list(extra)}", stacklevel=2)
+    params: Params = {}
+    for name, shape in shapes.items():
+        place = _place(name)
+        *parents, last = place.path
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        flat = _flat(shape)
+        if last not in node:
+            node[last] = np.empty(flat if place.layer is None else (config.n_layer, *flat), dtype)
+        target = node[last] if place.layer is None else node[last][place.layer]
+        tensor = tensors.get(name)
+        if tensor is None:
+            target[...] = 0
+        elif tensor.dtype in _FLOATS:
+            target[...] = tensor.reshape(flat)
+        else:
+            raise UserError(f"{name} is {tensor.dtype}, not floating point: is it quantised?")
+    return config, params
+
+
+def to_official(params: Params) -> dict[str, pth.Array]:
+    """Official names, order and shapes of a tree (NumPy or JAX arrays), values taken when used.
+
+    Raises:
+      UserError: the tree is not that of an RWKV-7 model.
+    """
+    n_layer = params["blocks"]["ln1"]["weight"].shape[0]
+    tensors: dict[str, pth.Array] = {}
+    for name, dims in _official_dims(n_layer).items():
+        place = _place(name)
+        leaf: Any = params
+        for key in place.path:
+            leaf = leaf[key]
+        tensors[name] = _Official(leaf, place.layer, (1, 1) if dims.startswith("11") else ())
+    infer_config(tensors)
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Official:
+    """A leaf, or one layer of it, in its official shape; copied only by `np.asarray`."""
+
+    leaf: Any
+    layer: int | None
+    front: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.front + tuple(self.leaf.shape[0 if self.layer is None else 1 :])
+
+    @property
+    def dtype(self) -> Any:
+        return self.leaf.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        row = self.leaf if self.layer is None else self.leaf[self.layer]
+        return np.asarray(row, dtype).reshape(self.shape)
+
+
+class _Place(NamedTuple):
+    path: tuple[str, ...]
+    layer: int | None
+
+
+_LAYER = re.compile(r"blocks\.(\d{1,4})\.")
+_FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)
+
+
+def _place(name: str) -> _Place:
+    """Where in the tree an official tensor lies."""
+    match = _LAYER.match(name)
+    rest = name[match.end() :] if match else name
+    if match is None or rest.startswith("ln0."):
+        return _Place(tuple(rest.split(".")), None)
+    return _Place(("blocks", *rest.split(".")), int(match[1]))
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the two leading ones that the official vectors have."""
+    return shape[2:] if len(shape) == 3 and shape[:2] == (1, 1) else shape
+
+
+def _without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        raise UserError(f"has the same tensors with and without the prefix {_PREFIX}")
+    return plain
+
+
+def _differences(tensors: Mapping[str, pth.Array], config: ModelConfig) -> str:
+    """What keeps `tensors` from being such a model, as part of one line; empty if nothing does."""
+    shapes = official_shapes(config)
+    missing = [name for name in shapes if name not in tensors and name not in _OPTIONAL]
+    beyond = [
+        name
+        for name in tensors
+        if (match := _LAYER.match(name)) and int(match[1]) >= config.n_layer
+    ]
+    other = [
+        f"{name} is {list(tensors[name].shape)} and should be {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and _flat(tuple(tensors[name].shape)) != _flat(shape)
+    ]
+    parts = [
+        f"missing {_list(missing)}" if missing else "",
+        f"layers too many {_list(beyond)}" if beyond else "",
+        _list(other),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _list(items: list[str]) -> str:
+    """The first few, printable and short whatever a file's names hold, and how many more."""
+    shown = [ascii(item)[1:-1] for item in items[:_LISTED]]
+    shown = [item if len(item) <= 120 else item[:117] + "..." for item in shown]
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(shown) + more
+
+
+def _brief(config: ModelConfig) -> str:
+    return (
+        f"{config.n_layer} layers, width {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"head size {config.head_size}"
+    )
+
+
+# A part of some tensor's name → what such a file is. The first that matches is reported.
+_KINDS = {
+    ".ffn.s_emb": "an RWKV model with DeepEmbed (7a, 7b or 8)",
+    ".att.r_k": "",  # RWKV-7
+    ".att.time_maa": "RWKV-6",
+    ".att.time_faaaa": "RWKV-5.2",
+    ".att.ln_x.": "RWKV-5",
+    ".att.time_decay": "RWKV-4",
+    "model.layers.0.attn.r_proj": "RWKV-7 with the names of Hugging Face",
+    "model.layers.0.self_attn.": "a transformer with the names of Hugging Face (llama or similar)",
+    "layers.0.attention.wq": "a llama",
+    "transformer.h.0.": "a GPT-2",
+    "lora_A": "a LoRA adapter",
+    ".att.time_state": "a tuned initial state of RWKV, not a model",
+}
+
+
+def _check_architecture(tensors: Mapping[str, Any]) -> None:
+    kind = next(
+        (kind for mark, kind in _KINDS.items() if any(mark in name for name in tensors)),
+        "something else",
+    )
+    if kind or not any(_LAYER.match(name) for name in tensors):
+        raise UserError(
+            f"is {kind or 'something else'}, not RWKV-7: expected emb.weight, blocks.0.att.r_k, "
+            f"…; found {_list(list(tensors))}"
+        )
