@@ -1,0 +1,103 @@
+"""The WKV-7 operation: one signature, several implementations."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+
+# name -> module and function; the module is imported when it is first asked for.
+IMPLEMENTATIONS = {
+    "reference": ("pallas_kernels.wkv7.reference", "wkv7_reference"),
+    "xla": ("pallas_kernels.wkv7.chunked_xla", "wkv7_xla"),
+}
+
+HEAD_SIZES = (16, 32, 64, 128)
+
+
+def wkv7(
+    r: jax.Array,
+    w: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    initial_state: jax.Array | None = None,
+    *,
+    reset: jax.Array | None = None,
+    return_state: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The WKV-7 recurrence over T tokens, for each head of each sequence.
+
+    With a state S of N value rows and N key columns::
+
+        S_t = S_{t−1}·diag(decay_t) + (S_{t−1} a_t) b_tᵀ + v_t k_tᵀ        y_t = S_t r_t
+        decay = exp(−exp(−softplus(−w) − 0.5)) = exp(−e^−0.5·sigmoid(w))  ∈ (0.5452…, 1)
+
+    The map from w to the decay is part of the operation, because the lower bound of the decay is
+    what keeps the chunked forms in range. RWKV-7 calls it with a = −kk and b = kk·(in-context
+    learning rate); nothing here relies on that.
+
+    Args:
+      r, w, k, v, a, b: [B,T,H,N], N one of 16, 32, 64, 128, all of one floating dtype (w, the raw
+        decay logit, may be float32 beside narrower others).
+      initial_state: [B,H,N,N], value row and key column; zero when None.
+      reset: [B,T] bool; where true, the state is set to zero before that token (the first token
+        of a document in a packed row).
+      return_state: also return the state after the last token.
+      implementation: a name in `IMPLEMENTATIONS`; None picks the fastest for the default device.
+
+    Returns:
+      y [B,T,H,N] in v's dtype, or (y, final state [B,H,N,N]) with `return_state`. States are
+      float32 (float64 for float64 inputs). Differentiable in the seven float arrays.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong shape or dtype.
+      NotImplementedError: the named implementation cannot serve this call, and why.
+    """
+    _check_arguments(r, w, k, v, a, b, initial_state, reset)
+    state_dtype = jnp.promote_types(jnp.float32, v.dtype)
+    if initial_state is None:
+        batch, _, head, size = v.shape
+        initial_state = jnp.zeros((batch, head, size, size), state_dtype)
+    run = _load(implementation or _default_implementation())
+    y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
+    return (y, final_state) if return_state else y
+
+
+def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
+    if v.ndim != 4 or v.shape[-1] not in HEAD_SIZES or 0 in v.shape:
+        raise ValueError(f"v must be [B,T,H,N], none empty, N in {HEAD_SIZES}; got {v.shape}")
+    batch, time, head, size = v.shape
+    expected = {name: (v.shape, v.dtype) for name in ("r", "w", "k", "v", "a", "b")}
+    given = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    if w.dtype == jnp.float32:
+        expected["w"] = (v.shape, w.dtype)
+    if initial_state is not None:
+        given["initial_state"] = initial_state
+        expected["initial_state"] = ((batch, head, size, size), initial_state.dtype)
+    if reset is not None:
+        given["reset"] = reset
+        expected["reset"] = ((batch, time), jnp.dtype(bool))
+    for name, array in given.items():
+        shape, dtype = expected[name]
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} beside v {v.shape}; got {array.shape}")
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must have dtype {dtype} beside v {v.dtype}; got {array.dtype}")
+        if name != "reset" and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype; got {array.dtype}")
+
+
+def _default_implementation() -> str:
+    return "xla"
+
+
+def _load(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    if name not in IMPLEMENTATIONS:
+        raise NotImplementedError(
+            f"implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}"
+        )
+    module, function = IMPLEMENTATIONS[name]
+    return getattr(import_module(module), function)
