@@ -1,0 +1,108 @@
+"""The training loss: output head, cross-entropy and L2Wrap as one operation.
+
+Logits are the largest tensor of the model: [B, T, V] in float32 is 8.6 GB at B 8, T 4096, V 65536.
+Here they exist for one chunk of tokens at a time, and the gradients of the hidden vectors and of
+the head are taken in the same sweep, while the chunk's logits are at hand: nothing is recomputed
+and the backward pass only scales what the sweep has left.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+L2WRAP = 1e-4  # pulls each token's largest logit towards zero; enters the gradient alone
+AUTO_CHUNK_BYTES = 256 * 2**20  # float32 logits that exist at once when the chunk is automatic
+
+
+def head_loss(hidden: Array, head: Array, targets: Array, chunk: int = 0) -> Array:
+    """Mean next-token cross-entropy, with the gradient of L2Wrap added to its own.
+
+    loss = mean over (b, t) of logsumexp(z) − z[target], with z = head · hidden. The gradient of
+    each token's largest logit z_max gets z_max · 1e-4/(B·T) on top.
+
+    Args:
+        hidden: [B, T, C], any float dtype; the products accumulate in float32.
+        head: [V, C], same dtype.
+        targets: [B, T] integers in [0, V).
+        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 256 MiB.
+    Returns:
+        A float32 scalar.
+    """
+    B, T, _ = hidden.shape
+    if chunk == 0:
+        chunk = max(1, AUTO_CHUNK_BYTES // (4 * B * head.shape[0]))
+    return _head_loss(hidden, head, targets, min(chunk, T))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _head_loss(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+    def step(total: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
+        x, y = xs
+        return total + jnp.sum(_losses(_logits(x, head), y)), None
+
+    total, _ = jax.lax.scan(step, jnp.zeros(()), _chunks(hidden, targets, chunk))
+    return total / targets.size
+
+
+def _forward(hidden: Array, head: Array, targets: Array, chunk: int):
+    scale = 1.0 / targets.size
+
+    def step(carry: tuple[Array, Array], xs: tuple[Array, Array]):
+        total, d_head = carry
+        x, y = xs
+        z = _logits(x, head)
+        d_z = _logit_gradients(z, y, scale).astype(head.dtype)
+        d_x = jnp.einsum("btv,vc->btc", d_z, head, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("btv,btc->vc", d_z, x, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(_losses(z, y)), d_head), d_x.astype(hidden.dtype)
+
+    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
+    (total, d_head), d_x = jax.lax.scan(step, start, _chunks(hidden, targets, chunk))
+    B, T, C = hidden.shape
+    d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, C)[:, :T]
+    return total * scale, (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward(chunk: int, residuals: tuple[Array, Array], g: Array):
+    d_hidden, d_head = residuals
+    return d_hidden * g.astype(d_hidden.dtype), d_head * g.astype(d_head.dtype), None
+
+
+_head_loss.defvjp(_forward, _backward)
+
+
+def _chunks(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
+    """[n, B, chunk, C] and [n, B, chunk]; the padding at the end has target −1."""
+    B, T, C = hidden.shape
+    pad = -T % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
+    return (
+        jnp.moveaxis(hidden.reshape(B, -1, chunk, C), 1, 0),
+        jnp.moveaxis(targets.reshape(B, -1, chunk), 1, 0),
+    )
+
+
+def _logits(x: Array, head: Array) -> Array:
+    return jnp.einsum("btc,vc->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def _losses(z: Array, targets: Array) -> Array:
+    picked = jnp.take_along_axis(z, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets >= 0, jax.nn.logsumexp(z, axis=-1) - picked, 0.0)
+
+
+def _logit_gradients(z: Array, targets: Array, scale: float) -> Array:
+    """[B, t, V]: (softmax − onehot + L2Wrap)/(B·T), zero where the target is padding."""
+    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
+    largest = jnp.max(z, axis=-1, keepdims=True)
+    # The first of equal maxima, as argmax has it (whose own lowering on a CPU is not vectorised).
+    at = jnp.min(jnp.where(z == largest, index, z.shape[-1]), axis=-1, keepdims=True)
+    p = jnp.exp(z - largest)
+    p = p / jnp.sum(p, axis=-1, keepdims=True)
+    d = p - (index == targets[..., None]).astype(p.dtype)
+    d = d + jnp.where(index == at, largest * L2WRAP, 0.0)
+    return jnp.where(targets[..., None] >= 0, d * scale, 0.0)

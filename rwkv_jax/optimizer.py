@@ -1,0 +1,71 @@
+"""Adam as the official trainer runs it, as an optax chain with groups by parameter path."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.model import Params
+
+
+def is_decayed(path: tuple[str, ...], ndim: int) -> bool:
+    """Whether weight decay applies: the matrices named `weight` (embedding, head, projections).
+
+    `ndim` counts the stacked layer axis: in a block, the norms' weights (vectors) are [L, C].
+    """
+    return path[-1] == "weight" and ndim - (path[0] == "blocks") >= 2
+
+
+def has_double_rate(path: tuple[str, ...]) -> bool:
+    """Whether the learning rate is doubled: the decay bias w0 alone."""
+    return path == ("blocks", "att", "w0")
+
+
+def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: float):
+    """The schedule as a function of the updates that this optimizer has done.
+
+    With s = first_step + updates, w = warmup_steps, by default lr_init 0.45/C and lr_final 0.04/C:
+
+        progress = clip((s − w)/(exit_step − w), 0, 1)
+        lr = lr_init·((½ + f/2) + (½ − f/2)·cos(π·progress)),  f = lr_final/lr_init
+        and in the first w updates  lr ·= 0.01 + 0.99·updates/w
+
+    Args:
+        n_embd: the model's width C.
+        first_step: the step at which the run began (`--epoch_begin`).
+        exit_step: my_exit_tokens in steps, not rounded.
+    """
+    init = config.lr_init or 0.45 / n_embd
+    final = config.lr_final or 0.04 / n_embd
+    warmup = config.warmup_steps
+
+    def schedule(updates: jax.Array) -> jax.Array:
+        done = jnp.asarray(updates, jnp.float32)
+        span = max(exit_step - warmup, 1.0)
+        progress = jnp.clip((first_step + done - warmup) / span, 0.0, 1.0)
+        rate = (init + final) / 2 + (init - final) / 2 * jnp.cos(jnp.pi * progress)
+        return jnp.where(done < warmup, rate * (0.01 + 0.99 * done / max(warmup, 1)), rate)
+
+    return schedule
+
+
+def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay and the rate, over float32 gradients."""
+
+    def decayed(params: Params) -> Params:
+        return jax.tree.map_with_path(lambda path, p: is_decayed(_names(path), p.ndim), params)
+
+    def doubled(params: Params) -> Params:
+        return jax.tree.map_with_path(lambda path, p: has_double_rate(_names(path)), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
+        optax.scale_by_adam(config.beta1, config.beta2, eps=config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.masked(optax.scale(2.0), doubled),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path)
