@@ -165,11 +165,13 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
 
     Values are None, bool, int, float, str, tuple, list, dict and the records above. `storages`
     collects every storage that is referred to. Every opcode takes at least one byte and makes at
-    most one object, so time and memory are linear in the pickle's size.
+    most one object, so time and memory are linear in the pickle's size. An argument that the end
+    cuts short is noticed when the next opcode is not there.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    from_bytes = int.from_bytes
     try:
         while True:
             op = data[pos]
@@ -181,26 +183,26 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
                 stack.append(memo[data[pos]])
                 pos += 1
             elif op == _LONG_BINPUT:
-                index = int.from_bytes(_take(data, pos, 4), "little")
+                index = from_bytes(data[pos : pos + 4], "little")
                 if index > len(memo):  # picklers count up; free choice of keys can slow a dict
                     raise _Refused("its pickle numbers its memo in an unusual way")
                 memo[index] = stack[-1]
                 pos += 4
             elif op == _LONG_BINGET:
-                stack.append(memo[int.from_bytes(_take(data, pos, 4), "little")])
+                stack.append(memo[from_bytes(data[pos : pos + 4], "little")])
                 pos += 4
             elif op == _BININT1:
                 stack.append(data[pos])
                 pos += 1
             elif op == _BININT2:
-                stack.append(int.from_bytes(_take(data, pos, 2), "little"))
+                stack.append(from_bytes(data[pos : pos + 2], "little"))
                 pos += 2
             elif op == _BININT:
-                stack.append(int.from_bytes(_take(data, pos, 4), "little", signed=True))
+                stack.append(from_bytes(data[pos : pos + 4], "little", signed=True))
                 pos += 4
             elif op == _BINUNICODE:
-                size = int.from_bytes(_take(data, pos, 4), "little")
-                stack.append(_take(data, pos + 4, size).decode("utf-8", "surrogatepass"))
+                size = from_bytes(data[pos : pos + 4], "little")
+                stack.append(data[pos + 4 : pos + 4 + size].decode("utf-8", "surrogatepass"))
                 pos += 4 + size
             elif op == _MARK:
                 marks.append(len(stack))
@@ -261,10 +263,10 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
                     raise _Refused("its pickle sets the state of something that is no dict")
             elif op == _LONG1:
                 size = data[pos]
-                stack.append(int.from_bytes(_take(data, pos + 1, size), "little", signed=True))
+                stack.append(from_bytes(data[pos + 1 : pos + 1 + size], "little", signed=True))
                 pos += 1 + size
             elif op == _BINFLOAT:
-                stack.append(struct.unpack(">d", _take(data, pos, 8))[0])
+                stack.append(struct.unpack_from(">d", data, pos)[0])
                 pos += 8
             elif op == _PROTO:
                 if data[pos] != 2:
@@ -279,7 +281,7 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
                     f"its pickle uses opcode {name}, which a dict of tensors does not need: "
                     "not loaded, as such an opcode can run code"
                 )
-    except (IndexError, KeyError, ValueError):
+    except (IndexError, KeyError, ValueError, struct.error):
         raise _Refused("its pickle is cut short or damaged") from None
 
 
@@ -477,7 +479,7 @@ def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
             if name in records:
                 raise _Refused(f"record {_show(name)} occurs twice")
             records[name] = _Record(begin, unpacked)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         raise _Refused("its zip directory is cut short or damaged") from None
     return records
 
