@@ -75,6 +75,11 @@ def beside(prefix: Path, ending: str) -> Path:
     return prefix.with_name(prefix.name + ending)
 
 
+def prefix_of(name: str | Path) -> Path:
+    """The prefix of a token file, given that or the path of either of its files."""
+    return Path(str(name).removesuffix(".bin").removesuffix(".idx"))
+
+
 @contextlib.contextmanager
 def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
     """Turns an OSError into the `UserError` "PATH: cannot ACTION: reason"."""
@@ -93,7 +98,7 @@ def open_binidx(name: str | Path) -> BinIdx:
     Raises:
         UserError: a file is missing, empty, damaged or of another format.
     """
-    prefix = Path(str(name).removesuffix(".bin").removesuffix(".idx"))
+    prefix = prefix_of(name)
     bin_path, idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -258,11 +263,10 @@ class BinIdxWriter:
 
     def _discard(self) -> None:
         """Closes and removes whatever is still under a temporary name."""
-        for file in self._files.values():
+        for ending, file in self._files.items():
             with contextlib.suppress(OSError):  # a full disk fails again on this flush
                 file.close()
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
+            self._temporary[ending].unlink(missing_ok=True)
 
     def _finish(self) -> None:
         index = self._files[".idx"]

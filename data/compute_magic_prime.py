@@ -1,0 +1,45 @@
+"""Prints the training options that belong to a binidx file: tokens, magic prime, context length.
+
+python -m data.compute_magic_prime PREFIX CTX_LEN
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_jax.binidx import BinIdx, open_binidx
+from rwkv_jax.dataset import choose_magic_prime
+from rwkv_jax.errors import run_command
+
+
+def report(name: str, data: BinIdx, ctx_len: int) -> str:
+    """Items and tokens of `data`, and the options to train on it.
+
+    Raises:
+        UserError: `data` is too short for `ctx_len`.
+    """
+    tokens = len(data.tokens)
+    magic_prime = choose_magic_prime(name, tokens, ctx_len)
+    return (
+        f"{name}: {len(data)} items, {tokens} tokens\n"
+        f"--my_exit_tokens {tokens} --magic_prime {magic_prime} --ctx_len {ctx_len}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m data.compute_magic_prime",
+        description="Print the options that train on a binidx file at a context length. The magic "
+        "prime is the largest prime that leaves 2 when divided by 3 and is smaller than the number "
+        "of samples (tokens / CTX_LEN); training visits the samples in an order made from it. It "
+        "changes with CTX_LEN; the trainer computes it by itself when --magic_prime is not given.",
+        epilog="example: python -m data.compute_magic_prime demo 4096",
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="tokens of a sample")
+    args = parser.parse_args(argv)
+    print(report(args.prefix, open_binidx(Path(args.prefix)), args.ctx_len))
+
+
+if __name__ == "__main__":
+    run_command(main)

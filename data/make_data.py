@@ -1,0 +1,126 @@
+"""Turns a jsonl into a binidx file for training: N passes over its lines, each shuffled anew.
+
+python -m data.make_data IN.jsonl N CTX_LEN
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.compute_magic_prime import report
+from rwkv_jax import tokenizer
+from rwkv_jax.binidx import (
+    BinIdx,
+    BinIdxWriter,
+    beside,
+    open_binidx,
+    prefix_of,
+    reporting_os_errors,
+)
+from rwkv_jax.dataset import choose_magic_prime
+from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.jsonl import progress_bar, read_text, tokenize_jsonl
+
+_COPIED_ITEMS = 256  # at once
+_VERIFIED_ITEMS = 100  # documents whose text is compared in every pass
+
+
+def make_data(source: Path, passes: int, ctx_len: int, prefix: Path, seed: int) -> str:
+    """Writes `prefix.bin` and `prefix.idx`; returns what to tell the user.
+
+    The text is tokenized once, into a folder beside `prefix` that is removed at the end; each pass
+    copies from there. Memory grows by 32 bytes a line.
+
+    Raises:
+        UserError: unusable arguments or text, too short for `ctx_len`, or not writable.
+    """
+    if passes < 1:
+        raise UserError(f"N {passes}: the number of passes over the lines must be at least 1")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must not be negative")
+    with reporting_os_errors(prefix, "write"):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent)
+    with folder:
+        tokenize_jsonl(source, Path(folder.name, "tokenized"))
+        documents = open_binidx(Path(folder.name, "tokenized"))
+        choose_magic_prime(str(source), passes * len(documents.tokens), ctx_len)
+        shuffled = Path(folder.name, "shuffled")
+        with BinIdxWriter(shuffled) as writer, progress_bar() as bar:
+            task = bar.add_task("shuffling", total=passes * len(documents))
+            for number in range(passes):
+                order = shuffled_order(len(documents), seed, number)
+                for start in range(0, len(order), _COPIED_ITEMS):
+                    items = order[start : start + _COPIED_ITEMS]
+                    writer.append(
+                        np.concatenate([documents[i] for i in items]), documents.sizes[items]
+                    )
+                    bar.advance(task, len(items))
+        verify(source, documents, open_binidx(shuffled), passes, seed)
+        with reporting_os_errors(prefix, "write"):
+            for ending in (".bin", ".idx"):
+                os.replace(beside(shuffled, ending), beside(prefix, ending))
+    return report(str(prefix), open_binidx(prefix), ctx_len)
+
+
+def shuffled_order(items: int, seed: int, number: int) -> np.ndarray:
+    """The order of pass `number`, [items]: by random 64-bit keys, which are NumPy's stable promise
+    (`Generator.permutation` may change between releases).
+    """
+    keys = np.random.PCG64([seed, number]).random_raw(items)
+    return np.argsort(keys, kind="stable")
+
+
+def verify(source: Path, documents: BinIdx, written: BinIdx, passes: int, seed: int) -> None:
+    """Reads back what was written: the lengths and closing tokens of all items, and in every pass
+    the text of the first documents of `source`.
+
+    Raises:
+        UserError: something differs.
+    """
+    with source.open("rb") as file:
+        lines = itertools.islice(filter(bytes.strip, file), _VERIFIED_ITEMS)
+        texts = [read_text(line, str(source)).encode() for line in lines]
+    ends = np.cumsum(written.sizes, dtype=np.int64)
+    intact = bool((written.tokens[ends - 1] == tokenizer.END_OF_DOCUMENT).all())
+    for number in range(passes):
+        first = number * len(documents)
+        order = shuffled_order(len(documents), seed, number)
+        sizes = written.sizes[first : first + len(documents)]
+        intact &= np.array_equal(sizes, documents.sizes[order])
+        for position in np.flatnonzero(order < len(texts)).tolist():
+            tokens = written[first + position][:-1].tolist()
+            intact &= tokenizer.decode_bytes(tokens) == texts[order[position]]
+    if not intact or len(written) != passes * len(documents):
+        raise UserError(
+            f"{written.prefix}: reads back otherwise than written; is the disk failing?"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m data.make_data",
+        description='Turn a jsonl, one {"text": "…"} a line, into PREFIX.bin and PREFIX.idx for '
+        "training. Blank lines are skipped; a line that cannot be used is named in an error.",
+        epilog="example: python -m data.make_data demo.jsonl 3 4096 writes demo.bin and demo.idx "
+        "and prints the options to train on them with.",
+    )
+    parser.add_argument("source", metavar="IN.jsonl", type=Path, help="the text")
+    parser.add_argument("passes", metavar="N", type=int, help="passes over the lines, all in a row")
+    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="tokens of a sample")
+    parser.add_argument(
+        "--output", metavar="PREFIX", type=Path, help="IN, in the current folder, when not given"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffling (0)")
+    args = parser.parse_args(argv)
+    prefix = prefix_of(args.output or args.source.stem)
+    print(make_data(args.source, args.passes, args.ctx_len, prefix, args.seed))
+
+
+if __name__ == "__main__":
+    run_command(main)
