@@ -57,7 +57,7 @@ def wkv7(
       NotImplementedError: the named implementation cannot serve this call, and why.
     """
     _check_arguments(r, w, k, v, a, b, initial_state, reset)
-    state_dtype = jnp.promote_types(jnp.float32, v.dtype)
+    state_dtype = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
@@ -83,7 +83,9 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
     for name, array in given.items():
         shape, dtype = expected[name]
         if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} beside v {v.shape}; got {array.shape}")
+            raise ValueError(
+                f"{name} must have shape {shape} beside v {v.shape}; got {array.shape}"
+            )
         if array.dtype != dtype:
             raise TypeError(f"{name} must have dtype {dtype} beside v {v.dtype}; got {array.dtype}")
         if name != "reset" and not jnp.issubdtype(array.dtype, jnp.floating):

@@ -1,14 +1,14 @@
-"""The chunked form of WKV-7 in plain JAX, with its own backward pass: CPUs and older GPUs.
-"""
+"""The chunked form of WKV-7 in plain JAX, with its own backward pass: CPUs and older GPUs."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.wkv7.reference import DECAY_SCALE
 
-CHUNK = 64  # longest chunk; a power of two
+CHUNK = 64
 
 
 def wkv7_xla(
@@ -26,22 +26,54 @@ def wkv7_xla(
     return _wkv7(precision, r, w, k, v, a, b, initial_state, reset)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv7(precision, r, w, k, v, a, b, initial_state, reset):
-    return _forward(precision, r, w, k, v, a, b, initial_state, reset)[0]
+class _Chunks(NamedTuple):
+    """What the two passes need of every chunk and can have without a state."""
+
+    gate: jax.Array  # sigmoid(w), zero at padding               [B,C,L,H,N]
+    r: jax.Array  # r·exp(g_t − m)                            [C,B,H,L,N], as are those below
+    a: jax.Array  # a·exp(g_{t−1} − m)
+    k: jax.Array  # k·exp(m − g_t)
+    b: jax.Array  # b·exp(m − g_t)
+    v: jax.Array
+    u: jax.Array
+    x: jax.Array
+    rx: jax.Array
+    rk: jax.Array  # [C,B,H,L,L], as are those below
+    rb: jax.Array
+    ak: jax.Array
+    inverse: jax.Array
+    transition: jax.Array  # [C,B,H,N,N]
+    half: jax.Array  # exp(m)                                  [C,B,H,1,N]
+    causal: jax.Array
+    strict: jax.Array
+    start: jax.Array | float
+    last: jax.Array | float
+    keep: jax.Array | float
 
 
-def _chunks(x, length):
-    """[B,T,H,N] -> [C,B,H,L,N] for C chunks of L tokens, padded with zeros at the end."""
-    batch, time, head, size = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -time % length), (0, 0), (0, 0)))
-    return x.reshape(batch, -1, length, head, size).transpose(1, 0, 3, 2, 4)
+def _length(time):
+    return min(CHUNK, 1 << (time - 1).bit_length())
 
 
-def _tokens(x, time):
-    """[C,B,H,L,N] -> [B,T,H,N]: undoes `_chunks`."""
-    chunk, batch, head, length, size = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunk * length, head, size)[:, :time]
+def _split(x, length):
+    """[B,T,…] -> [B,C,L,…]: C chunks of L tokens, zeros after the last token."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, length, *x.shape[2:])
+
+
+def _swap(x):
+    """[B,C,L,H,N] -> [C,B,H,L,N]"""
+    return x.transpose(1, 0, 3, 2, 4)
+
+
+def _unswap(x):
+    """[C,B,H,L,N] -> [B,C,L,H,N]"""
+    return x.transpose(1, 0, 3, 2, 4)
+
+
+def _merge(x, time):
+    """[B,C,L,H,N] -> [B,T,H,N]"""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :time]
 
 
 def _unit_lower_inverse(m, dot):
@@ -66,135 +98,172 @@ def _unit_lower_inverse(m, dot):
     return inverse[..., 0, :, :]
 
 
-def _local(precision, r, w, k, v, a, b, reset):
-    """All of a chunk that needs no state."""
-    time = r.shape[1]
-    length = min(CHUNK, 1 << (time - 1).bit_length())
-    dtype = v.dtype
-    full = jnp.promote_types(jnp.float32, dtype)
-    dot = partial(jnp.einsum, precision=precision, preferred_element_type=full)
+def _prepare(dot, r, w, k, v, a, b, reset):
+    time, dtype = r.shape[1], v.dtype
+    length = _length(time)
+    full = jnp.float64 if dtype == jnp.float64 else jnp.float32
     lower = jnp.tril(jnp.ones((length, length), full))
 
-    r, w, k, v, a, b = (_chunks(x, length) for x in (r, w, k, v, a, b))
-    valid = (jnp.arange(r.shape[0] * length) < time).reshape(-1, 1, 1, length, 1)
-    gate = jax.nn.sigmoid(w.astype(full)) * valid
+    gate = jax.nn.sigmoid(w.astype(full))
+    gate = _split(gate, length)
     log = -DECAY_SCALE * gate
-    total = jnp.einsum("ti,...in->...tn", lower, log, precision="highest")
-    end = total[..., -1:, :]
-    middle = end / 2
+    total = jnp.einsum("ti,bcihn->bcthn", lower, log, precision="highest")
+    middle = total[:, :, -1:] / 2
 
-    mask = jnp.concatenate([lower, jnp.tril(lower, -1)])
-    mask = jnp.concatenate([mask, mask], 1)  # [2L, 2L]
+    def scaled(x, exponent):
+        return _swap(_split(x, length).astype(full) * jnp.exp(exponent)).astype(dtype)
+
+    r, a = scaled(r, total - middle), scaled(a, total - log - middle)
+    k, b = scaled(k, middle - total), scaled(b, middle - total)
+    v = _swap(_split(v, length))
+    half = _swap(jnp.exp(middle))
+
+    causal, strict = (jnp.tril(lower, d)[None, None, None] for d in (0, -1))
     if reset is None:
         start = last = keep = 1.0
     else:
-        reset = jnp.pad(reset, ((0, 0), (0, -time % length)))
-        reset = reset.reshape(reset.shape[0], -1, length).swapaxes(0, 1)
-        segment = jnp.cumsum(reset, -1)[:, :, None, :, None]  # [C,B,1,L,1]
-        same = segment == segment.swapaxes(-1, -2)
-        mask = mask * jnp.tile(same, (1, 1, 1, 2, 2))
+        segment = jnp.cumsum(_split(reset, length), -1).swapaxes(0, 1)[:, :, None, :, None]
+        same = (segment == segment.swapaxes(-1, -2)).astype(full)  # [C,B,1,L,L]
+        causal, strict = causal * same, strict * same
         start, last = segment == 0, segment == segment[..., -1:, :]
-        keep = start[..., -1:, :]
-    up = jnp.exp(total - middle)
-    up_before = jnp.exp(total - log - middle)
-    down = jnp.exp(middle - total)
-    half = jnp.exp(middle)
-    return dict(locals())
+        start, last = start.astype(dtype), last.astype(dtype)
+        keep = start[..., -1:, :].astype(full)
+
+    rk = (dot("...tn,...in->...ti", r, k) * causal).astype(dtype)
+    rb = (dot("...tn,...in->...ti", r, b) * causal).astype(dtype)
+    ak = (dot("...tn,...in->...ti", a, k) * strict).astype(dtype)
+    ab = dot("...tn,...in->...ti", a, b) * strict
+    inverse = _unit_lower_inverse(ab, dot).astype(dtype)
+    akv = dot("...ti,...iv->...tv", ak, v).astype(dtype)
+    u = dot("...ti,...iv->...tv", inverse, akv).astype(dtype)
+    x = dot("...ti,...in->...tn", inverse, start * a).astype(dtype)
+    rx = ((start * r).astype(full) + dot("...ti,...in->...tn", rb, x)).astype(dtype)
+    transition = dot("...tn,...tk->...nk", x, last * b).astype(dtype)
+    return _Chunks(
+        gate,
+        r,
+        a,
+        k,
+        b,
+        v,
+        u,
+        x,
+        rx,
+        rk,
+        rb,
+        ak,
+        inverse,
+        transition,
+        half,
+        causal,
+        strict,
+        start,
+        last,
+        keep,
+    )
 
 
 def _forward(precision, r, w, k, v, a, b, initial_state, reset):
-    z = _local(precision, r, w, k, v, a, b, reset)
-    y, states, final = _fw(z, initial_state)
-    return (_tokens(y, r.shape[1]).astype(v.dtype), final), (states, final)
-
-
-def _solve(z):
-    L, dtype, dot = z["length"], z["dtype"], z["dot"]
-    cast = lambda x: x.astype(dtype)
-    row = jnp.concatenate([z["r"] * z["up"], z["a"] * z["up_before"]], -2)
-    col = jnp.concatenate([z["k"] * z["down"], z["b"] * z["down"]], -2)
-    two = (lambda m: m if isinstance(m, float) else jnp.concatenate([m, m], -2))
-    row_in = row * (z["half"] * two(z["start"]))
-    col_out = col * (z["half"] * two(z["last"]))
-    A = dot("...tn,...in->...ti", cast(row), cast(col)) * z["mask"]
-    inv = cast(_unit_lower_inverse(A[..., L:, L:], z["dot"]))
-    A = cast(A)
-    Z = jnp.concatenate([dot("...ti,...iv->...tv", A[..., :L], z["v"]), row_in], -1)
-    UX = dot("...ti,...iv->...tv", inv, cast(Z[..., L:, :]))
-    return row, col, row_in, col_out, A, inv, Z, UX
-
-
-def _fw(z, initial_state):
-    L, dtype, dot, N = z["length"], z["dtype"], z["dot"], z["r"].shape[-1]
-    cast = lambda x: x.astype(dtype)
-    row, col, row_in, col_out, A, inv, Z, UX = _solve(z)
-    YR = Z[..., :L, :] + dot("...ti,...iv->...tv", A[..., :L, L:], cast(UX))
-    PM = dot("...tv,...tk->...vk", cast(UX), cast(col_out[..., L:, :]))
-    P = PM[..., :N, :] + dot("...tv,...tk->...vk", z["v"], cast(col_out[..., :L, :]))
-    M = cast(PM[..., N:, :])
-    through = z["half"] * z["half"] * z["keep"]
+    full = initial_state.dtype
+    dtype = v.dtype
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=full)
+    z = _prepare(dot, r, w, k, v, a, b, reset)
+    added = dot("...tv,...tk->...vk", z.v, z.last * z.k) + dot(
+        "...tv,...tk->...vk", z.u, z.last * z.b
+    )
+    keep = jnp.broadcast_to(jnp.asarray(z.keep, full), (*z.half.shape[:2], 1, 1, 1))
 
     def step(S, x):
-        through, M, P = x
-        return S * through + dot("...vk,...kj->...vj", cast(S), M) + P, cast(S)
+        half, keep, M, P = x
+        mid = S * half
+        return half * (keep * mid + dot("...vk,...kj->...vj", mid.astype(dtype), M) + P), S.astype(
+            dtype
+        )
 
-    final, states = jax.lax.scan(step, initial_state, (through, M, P))
-    y = YR[..., :N] + dot("...tk,...vk->...tv", cast(YR[..., N:]), states)
-    return y, states, final
+    final, states = jax.lax.scan(step, initial_state, (z.half, keep, z.transition, added))
+    mid = (states.astype(full) * z.half).astype(dtype)
+    y = (
+        dot("...tk,...vk->...tv", z.rx, mid)
+        + dot("...ti,...iv->...tv", z.rk, z.v)
+        + dot("...ti,...iv->...tv", z.rb, z.u)
+    )
+    return (_merge(_unswap(y), r.shape[1]).astype(v.dtype), final), states
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wkv7(precision, r, w, k, v, a, b, initial_state, reset):
+    return _forward(precision, r, w, k, v, a, b, initial_state, reset)[0]
 
 
 def _vjp_forward(precision, r, w, k, v, a, b, initial_state, reset):
-    out, saved = _forward(precision, r, w, k, v, a, b, initial_state, reset)
-    return out, (r, w, k, v, a, b, reset, *saved)
+    out, states = _forward(precision, r, w, k, v, a, b, initial_state, reset)
+    return out, (r, w, k, v, a, b, reset, states)
 
 
 def _vjp_backward(precision, saved, cotangents):
-    r0, w0, k0, v0, a0, b0, reset, states, final = saved
+    r0, w0, k0, v0, a0, b0, reset, states = saved
     dy, dfinal = cotangents
-    z = _local(precision, r0, w0, k0, v0, a0, b0, reset)
-    L, dtype, dot, N = z["length"], z["dtype"], z["dot"], r0.shape[-1]
-    cast = lambda x: x.astype(dtype)
-    row, col, row_in, col_out, A, inv, Z, UX = _solve(z)
-    UX = cast(UX)
-    R = row_in[..., :L, :] + dot("...ti,...iv->...tv", A[..., :L, L:], UX[..., N:])
-    M = dot("...tv,...tk->...vk", UX[..., N:], cast(col_out[..., L:, :]))
-    through = z["half"] * z["half"] * z["keep"]
-    dY = cast(_chunks(dy, L))
-    Q = dot("...tv,...tk->...vk", dY, cast(R))
+    time, dtype, full = r0.shape[1], v0.dtype, dfinal.dtype
+    L = _length(time)
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=full)
+    z = _prepare(dot, r0, w0, k0, v0, a0, b0, reset)
+    r, a, k, b, v = z.r, z.a, z.k, z.b, z.v
+    dy = _swap(_split(dy, L))
+    added = dot("...tv,...tk->...vk", dy, z.rx)
+    keep = jnp.broadcast_to(jnp.asarray(z.keep, full), (*z.half.shape[:2], 1, 1, 1))
 
-    def step(D, x):
-        through, M, Q = x
-        return D * through + dot("...vj,...kj->...vk", cast(D), M) + Q, D
+    def step(dS, x):
+        half, keep, M, Q, S = x
+        D = dS * half
+        dS = half * (keep * D + dot("...vj,...kj->...vk", D.astype(dtype), M) + Q)
+        return dS, (D.astype(dtype), jnp.sum(S.astype(full) * dS, -2, keepdims=True))
 
-    dinitial, D = jax.lax.scan(step, dfinal, (through, cast(M), Q), reverse=True)
-    ends = jnp.concatenate([states[1:], cast(final)[None]])
-    at_end = jnp.sum(ends * D, -2, keepdims=True)
-    D = cast(D)
-    U = UX[..., :N] + dot("...tk,...vk->...tv", UX[..., N:], states)
-    dVU = dot("...ti,...tv->...iv", A[..., :L, :], dY) + dot(
-        "...tk,...vk->...tv", cast(col_out), D
+    dinitial, (D, at_start) = jax.lax.scan(
+        step, dfinal, (z.half, keep, z.transition, added, states), reverse=True
     )
-    dX = dot("...ti,...tv->...iv", inv, cast(dVU[..., L:, :]))
-    dv = dVU[..., :L, :] + dot("...ti,...tv->...iv", A[..., L:, :L], cast(dX))
-    dout = jnp.concatenate([dY, cast(dX)], -2)
-    VU = jnp.concatenate([z["v"], cast(U)], -2)
-    dA = cast(dot("...tv,...iv->...ti", dout, VU) * z["mask"])
-    two = (lambda m: m if isinstance(m, float) else jnp.concatenate([m, m], -2))
-    drow = dot("...ti,...in->...tn", dA, cast(col)) + dot("...tv,...vk->...tk", dout, states) * (
-        z["half"] * two(z["start"])
+    S = (states.astype(full) * z.half).astype(dtype)
+    u = (z.u.astype(full) + dot("...tk,...vk->...tv", z.x, S)).astype(dtype)
+    du = dot("...ti,...tv->...iv", z.rb, dy) + dot("...ik,...vk->...iv", z.last * b, D)
+    dx = dot("...ti,...tv->...iv", z.inverse, du.astype(dtype)).astype(dtype)
+    dv = (
+        dot("...ti,...tv->...iv", z.rk, dy)
+        + dot("...ti,...tv->...iv", z.ak, dx)
+        + dot("...ik,...vk->...iv", z.last * k, D)
     )
-    dcol = dot("...ti,...tn->...in", dA, cast(row)) + dot("...tv,...vk->...tk", VU, D) * (
-        z["half"] * two(z["last"])
+    drk = (dot("...tv,...iv->...ti", dy, v) * z.causal).astype(dtype)
+    drb = (dot("...tv,...iv->...ti", dy, u) * z.causal).astype(dtype)
+    dak = (dot("...tv,...iv->...ti", dx, v) * z.strict).astype(dtype)
+    dab = (dot("...tv,...iv->...ti", dx, u) * z.strict).astype(dtype)
+    start, last = (m if isinstance(m, float) else m.astype(full) for m in (z.start, z.last))
+    row, col = partial(dot, "...ti,...in->...tn"), partial(dot, "...ti,...tn->...in")
+    dr = row(drk, k) + row(drb, b) + start * dot("...tv,...vk->...tk", dy, S)
+    da = row(dak, k) + row(dab, b) + start * dot("...tv,...vk->...tk", dx, S)
+    dk = col(drk, r) + col(dak, a) + last * dot("...tv,...vk->...tk", v, D)
+    db = col(drb, r) + col(dab, a) + last * dot("...tv,...vk->...tk", u, D)
+
+    log = -DECAY_SCALE * z.gate
+    lower = jnp.tril(jnp.ones((L, L), full))
+    total = jnp.einsum("ti,bcihn->bcthn", lower, log, precision="highest")
+    middle = total[:, :, -1:] / 2
+    r, a, k, b = (x.astype(full) for x in (r, a, k, b))
+    ada = _unswap(a * da)
+    dc = _unswap(r * dr - k * dk - b * db) + ada
+    dlog = (
+        _unswap(at_start)
+        - jnp.einsum("ti,bcihn->bcthn", jnp.tril(lower, -1), dc, precision="highest")
+        - ada
     )
-    dr, da = drow[..., :L, :] * z["up"], drow[..., L:, :] * z["up_before"]
-    dk, db = dcol[..., :L, :] * z["down"], dcol[..., L:, :] * z["down"]
-    ada = z["a"] * da
-    dc = z["r"] * dr - z["k"] * dk - z["b"] * db + ada
-    dlog = jnp.einsum("ti,...tn->...in", z["lower"], dc, precision="highest") - ada + at_end
-    dw = dlog * z["log"] * (1 - z["gate"])
-    grads = (dr, dw, dk, dv, da, db)
+    grads = (
+        _unswap(dr) * jnp.exp(total - middle),
+        dlog * log * (1 - z.gate),
+        _unswap(dk) * jnp.exp(middle - total),
+        _unswap(dv),
+        _unswap(da) * jnp.exp(total - log - middle),
+        _unswap(db) * jnp.exp(middle - total),
+    )
+    primals = (r0, w0, k0, v0, a0, b0)
     return (
-        *(_tokens(g, r0.shape[1]).astype(x.dtype) for g, x in zip(grads, (r0, w0, k0, v0, a0, b0))),
+        *(_merge(g, time).astype(x.dtype) for g, x in zip(grads, primals, strict=True)),
         dinitial,
         None,
     )
