@@ -29,7 +29,7 @@ import numpy as np
 
 from rwkv_jax.errors import UserError
 
-MAX_PICKLE = 4 << 20  # bytes; the 13.3b model's is 0.3 MB
+MAX_PICKLE = 2 << 20  # bytes; the 13.3b model's is 0.3 MB
 MAX_DIRECTORY = 8 << 20  # bytes; the 13.3b model's is 0.2 MB
 MAX_EXPANSION = 4  # bytes of tensors per byte of file; tied embedding and head take up to 2
 _MAX_COUNT = 1 << 48  # elements, strides and offsets beyond this are nonsense
