@@ -321,8 +321,8 @@ def test_a_view_is_given_exactly_when_its_elements_lie_in_the_storage(tmp_path):
     rng = random.Random(0)
     path = tmp_path / "x.pth"
     read = 0
-    for _ in range(400):
-        shape = [rng.randrange(4) for _ in range(rng.randrange(4))]
+    for _ in range(200):
+        shape = [rng.choice([0, 1, 2, 2, 3, 4]) for _ in range(rng.randrange(4))]
         strides = [rng.choice([0, 1, 1, 2, 3]) for _ in shape]
         offset = rng.randrange(4)
         viewed = malicious.tensor(
@@ -340,7 +340,7 @@ def test_a_view_is_given_exactly_when_its_elements_lie_in_the_storage(tmp_path):
             read += 1
         else:
             assert "beyond its storage" in refusal(path)
-    assert 100 < read < 300
+    assert 50 < read < 170
 
 
 def opcode_spans(description: bytes) -> list[tuple[int, int]]:
