@@ -70,8 +70,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a `.pth`, by name, as read-only views of the mapped file.
 
     Nothing is copied or converted: bfloat16 stays `ml_dtypes.bfloat16`, tied tensors share
-    memory, and bytes are read from the disk when an array is used. The mapping lives as long as
-    an array does; replacing the file is safe meanwhile, truncating it in place is not.
+    memory, and bytes are read from the disk when an array is used (so checksums are not verified).
+    The mapping lives as long as an array does; replacing the file is safe meanwhile, truncating it
+    in place is not.
 
     A state dict nested under `state_dict`, `module` or `model` is found; entries that are no
     tensors are left out.
@@ -588,16 +589,19 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Array], dtype: Any
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes the new name survive a power cut, on systems where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _records(tensors: Mapping[str, Array], dtype: Any) -> Iterator[tuple[str, Any]]:
-    dtypes = {name: np.dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    dtypes = {
+        name: np.dtype(tensor.dtype if dtype is None else dtype) for name, tensor in tensors.items()
+    }
     yield "data.pkl", _describe({n: (dtypes[n], t.shape) for n, t in tensors.items()})
     yield "byteorder", b"little"
     for index, (name, tensor) in enumerate(tensors.items()):
@@ -625,7 +629,7 @@ def _describe(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
         return b"X" + struct.pack("<L", len(raw)) + raw
 
     def number(value: int) -> bytes:
-        return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+        return pickle.dumps(int(value), protocol=2)[2:-1]  # without PROTO and STOP
 
     def numbers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(map(number, values)) + b"t"

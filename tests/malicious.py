@@ -339,6 +339,7 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
         "compressed or encrypted",
     ),
     "an encrypted record": (_patched(archive(), CENTRAL, 8, b"\x01\x00"), "encrypted"),
+    "a compressed record of equal size": (_patched(archive(), CENTRAL, 10, b"\x08"), "compressed"),
     "a record outside the folder": (archive(more=(("other/x", b""),)), "'other/x' lies outside"),
     "an absolute name": (archive(more=(("/etc/passwd", b""),)), "'/etc/passwd' lies outside"),
     "a name that climbs": (archive(more=(("../../x", b""),)), "'../../x' lies outside"),

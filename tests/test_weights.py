@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from rwkv_jax import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
+from rwkv_jax.model import abstract_params
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 CONFIG = ModelConfig(n_layer=3, n_embd=128, vocab_size=512)
@@ -66,8 +69,6 @@ def test_our_file_through_the_tree_is_the_same_file(tmp_path, variant, dtype):
 
 
 def test_jax_arrays_are_written_as_numpy_arrays_are(tmp_path):
-    import jax
-
     _, params = weights.load_pth(ORACLES / "tiny_v512_rand_fp32.pth")
     weights.save_pth(tmp_path / "numpy.pth", params)
     weights.save_pth(tmp_path / "jax.pth", jax.tree.map(jnp.asarray, params))
@@ -121,6 +122,13 @@ def test_leaves_are_where_the_model_expects_them():
         ]:
             expected = tensors[f"blocks.{layer}.{name}"]
             np.testing.assert_array_equal(leaf[layer], expected.reshape(leaf.shape[1:]))
+
+
+def test_the_tree_is_the_models():
+    _, params = weights.from_official(oracle("rand_fp32"))
+    ours = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), params)
+    models = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), abstract_params(CONFIG))
+    assert ours == models
 
 
 def test_every_dtype_is_converted_exactly():
@@ -288,8 +296,6 @@ def named(*names: str) -> dict[str, np.ndarray]:
     ],
 )
 def test_another_architecture_is_named(tensors, kind):
-    import re
-
     message = refusal(tensors)
     assert re.search(kind, message) and "expected emb.weight" in message
     refusal(tensors, expect=CONFIG)
