@@ -140,15 +140,14 @@ class _Tensor(NamedTuple):
 _ORDERED_DICT = _Global("collections", "OrderedDict")
 _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
-_KNOWN_GLOBALS = {
-    g: g
-    for g in [
+_KNOWN_GLOBALS = frozenset(
+    [
         _ORDERED_DICT,
         _REBUILD_TENSOR,
         _REBUILD_PARAMETER,
         *(_Global("torch", name) for name in _STORAGES),
     ]
-}
+)
 
 # Opcodes by their letters in the pickle protocol.
 _BINPUT, _LONG_BINPUT, _BINGET, _LONG_BINGET = b"qrhj"
@@ -229,13 +228,12 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
             elif op == _GLOBAL:
                 end = data.index(b"\n", data.index(b"\n", pos) + 1)
                 module, name = data[pos:end].decode("utf-8", "replace").split("\n")
-                known = _KNOWN_GLOBALS.get(_Global(module, name))
-                if known is None:
+                if _Global(module, name) not in _KNOWN_GLOBALS:
                     raise _Refused(
                         f"its pickle names {_show(module + '.' + name)}, which a dict of tensors "
                         "does not need: not loaded, as such a name can run code"
                     )
-                stack.append(known)
+                stack.append(_Global(module, name))
                 pos = end + 1
             elif op == _EMPTY_DICT:
                 stack.append({})

@@ -28,9 +28,15 @@ def numbers(*values: int) -> bytes:
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
-def storage(key: str = "0", numel: int = 6, kind: str = "Float", location: str = "cpu") -> bytes:
+def storage(
+    key: str = "0",
+    numel: int = 6,
+    kind: str = "Float",
+    location: str = "cpu",
+    more: bytes = b"",
+) -> bytes:
     identity = text("storage") + f"ctorch\n{kind}Storage\n".encode() + text(key) + text(location)
-    return b"(" + identity + number(numel) + b"tQ"
+    return b"(" + identity + number(numel) + more + b"tQ"
 
 
 def tensor(
@@ -49,6 +55,7 @@ def state_dict(**values: bytes) -> bytes:
 
 
 HONEST = state_dict(a=tensor())
+HONEST_OLD = state_dict(a=tensor(stored=storage(more=b"N")))  # of the old container
 SIX_FLOATS = struct.pack("<6f", *range(6))
 
 
@@ -80,7 +87,7 @@ LEGACY_HEAD = (
 
 
 def legacy(
-    description: bytes = HONEST,
+    description: bytes = HONEST_OLD,
     *,
     keys: object = ("0",),
     count: int = 6,
