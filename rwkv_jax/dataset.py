@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
@@ -220,7 +220,9 @@ def _cached(path: Path) -> BinIdx:
 Batch = TypeVar("Batch")
 
 
-def prefetch(make: Callable[[int], Batch], start: int, depth: int = 2) -> Iterator[Batch]:
+def prefetch(
+    make: Callable[[int], Batch], start: int, depth: int = 2
+) -> Generator[Batch, None, None]:
     """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
 
     An exception of `make` is raised by the `next` that would have returned its batch. Closing the

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.model import init_params
+from rwkv_jax.initialisation import init_params
 
 CONFIGS = {
     "usual": ModelConfig(n_layer=3, n_embd=128, vocab_size=512),
@@ -88,7 +88,7 @@ def flatten(params: dict) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
 def fresh(request) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    return request.param, flatten(init_params(request.param, jax.random.key(0)))
+    return request.param, flatten(init_params(request.param, 0))
 
 
 def orthogonal_matrices(config: ModelConfig, tensors: dict[str, np.ndarray]):
@@ -162,7 +162,7 @@ def test_embedding_is_uniform(fresh):
 
 def test_the_key_decides_the_chance_and_nothing_else():
     config = CONFIGS["one layer, V < C"]
-    one, same, other = (flatten(init_params(config, jax.random.key(s))) for s in (1, 1, 2))
+    one, same, other = (flatten(init_params(config, s)) for s in (1, 1, 2))
     differing = {n.removeprefix("blocks.") for n in one if not np.array_equal(one[n], other[n])}
     assert all(np.array_equal(one[n], same[n]) for n in one)
     assert differing == {"emb.weight", "head.weight", *orthogonal_gains(config)}

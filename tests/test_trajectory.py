@@ -19,7 +19,7 @@ import torch_rwkv7
 
 from rwkv_jax import optimizer, sharding, step, weights
 from rwkv_jax.config import ModelConfig, TrainConfig
-from rwkv_jax.model import init_params
+from rwkv_jax.initialisation import init_params
 
 pytestmark = pytest.mark.torch
 
@@ -57,7 +57,7 @@ def batches() -> np.ndarray:
 def init_pth(tmp_path_factory) -> Path:
     """`rwkv-init.pth` as our trainer writes it, bf16."""
     path = tmp_path_factory.mktemp("trajectory") / "rwkv-init.pth"
-    weights.save_pth(path, init_params(MODEL, jax.random.key(0)))
+    weights.save_pth(path, init_params(MODEL, 0))
     return path
 
 
