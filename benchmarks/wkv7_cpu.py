@@ -24,7 +24,7 @@ from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
 
 SPEC = ARG_SPECS["0.1b_short"]
-REPEATS = 15
+REPEATS = 7
 RESULT = Path(__file__).parent / "results" / "wkv7_cpu.json"
 
 

@@ -17,6 +17,14 @@ All but the two products with Ŝ is computed for all chunks at once; a `lax.scan
 Ŝ (xᵀ b̂), one [N,N] product a chunk; y is then again computed for all chunks at once. The backward
 pass has the same three stages, its scan carrying the state's cotangent through (xᵀ b̂)ᵀ.
 
+Why so, by measurement (B1 T512 H12 N64, float32, forward + backward, two x86 cores): chunks of 16
+take about 1.5 times as long as of 64, whose products XLA's CPU runs at full speed; 32 is level with
+64 and stores twice the states. One stacked [r̂; â][k̂; b̂]ᵀ in place of four products takes 1.6
+times as long, for its concatenations. LAPACK's triangular solve takes longer than all the rest.
+Operands are float32 for every input dtype narrower than float64: with bfloat16 ones, aligned keys
+give errors of 2e-2 in da and db (L = 64; 1e-2 at 16), with float32 ones 2e-3, that of rounding
+the result; on CPUs and on GPUs before Ampere bfloat16 products are no faster.
+
 `reset` cuts a chunk into segments: the triangular matrices keep pairs of one segment, only the
 first segment sees the state that enters and only the last reaches the one that leaves.
 """
