@@ -174,15 +174,15 @@ def test_top_p_of_1_keeps_all_and_a_low_temperature_does_not_underflow():
 
 def test_draws_follow_the_distribution_and_the_seed():
     model = rwkv_jax.load(ORACLE)
-    prompt, options = [5, 6, 7], {"temperature": 1.3, "top_p": 0.6}
-    first = [next(generation.generate(model, prompt, 1, seed=s, **options), 0) for s in range(400)]
+    prompt, options = [5, 6, 7], {"temperature": 0.3, "top_p": 0.6}
+    first = [next(generation.generate(model, prompt, 1, seed=s, **options), 0) for s in range(200)]
     logits, _ = model.forward(jnp.asarray([prompt]))
-    p = exact(np.asarray(logits[0, -1]), 1.3, 0.6)
+    p = exact(np.asarray(logits[0, -1]), 0.3, 0.6)
     assert (p[first] > 0).all()
-    likely = np.flatnonzero(p > 0.02)
-    seen = np.bincount(first, minlength=512)[likely] / 400
-    assert len(likely) > 3
-    assert (np.abs(seen - p[likely]) < 5 * np.sqrt(p[likely] * (1 - p[likely]) / 400)).all()
+    likely = np.argsort(p)[-8:]
+    seen = np.bincount(first, minlength=512)[likely] / 200
+    assert 0.2 < p[likely].sum() < 0.99
+    assert (np.abs(seen - p[likely]) < 5 * np.sqrt(p[likely] * (1 - p[likely]) / 200)).all()
     again = [list(generation.generate(model, prompt, 40, seed=s, **options)) for s in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
 
@@ -212,9 +212,9 @@ def test_the_command(world):
 
     drawn = command(*options, stdin=PROMPT.encode() + b"\n")
     assert drawn.returncode == 0 and drawn.stdout != greedy.stdout
-    seed = drawn.stderr.decode().split("--seed ")[1].rstrip("]\n")
-    again = command(*options, "--prompt", PROMPT, "--seed", seed)
-    assert again.stdout == drawn.stdout
+    seed = int(drawn.stderr.decode().split("--seed ")[1].rstrip("]\n"))
+    ids = generation.generate(rwkv_jax.load(world), tokenizer.encode(PROMPT), 20, seed=seed)
+    assert drawn.stdout.decode() == tokenizer.decode(list(ids)) + "\n"
 
 
 @pytest.mark.parametrize(
