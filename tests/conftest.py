@@ -1,9 +1,14 @@
 """What every test runs under: strict types, and four devices to shard over."""
 
+import os
 from pathlib import Path
 
-import jax
-import pytest
+# With fewer threads than a program on several simulated devices has parts that wait for each other,
+# XLA's CPU runtime hangs. Read when jax starts its backend.
+os.environ.setdefault("NPROC", "16")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 # Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
