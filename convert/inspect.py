@@ -1,6 +1,5 @@
 """Shows what is in a model, or how two of them differ: python -m convert.inspect FILE [FILE2]"""
 
-import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 from rwkv_jax import pth
 from rwkv_jax.checkpoint import load_newest
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.weights import infer_config, to_official
 
 
@@ -117,7 +116,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m convert.inspect",
         description="Show what a model is made of; of two, what differs in names, shapes, dtypes "
         "and values.",

@@ -1,16 +1,15 @@
 """Turns a checkpoint into an official .pth: python -m convert.orbax_to_pth RUN_OR_DIR OUT.pth"""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_jax.checkpoint import load_newest
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.weights import save_pth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m convert.orbax_to_pth",
         description="Turn a checkpoint into a .pth in the official format, which the rwkv package "
         "and RWKV Runner load.",

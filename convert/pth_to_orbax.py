@@ -1,16 +1,15 @@
 """Turns an official .pth into an orbax checkpoint: python -m convert.pth_to_orbax IN.pth OUT_DIR"""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_jax.checkpoint import save_model
-from rwkv_jax.errors import run_command
+from rwkv_jax.errors import CommandParser, run_command
 from rwkv_jax.weights import load_pth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m convert.pth_to_orbax",
         description="Turn an RWKV-7 .pth into an orbax checkpoint with float32 weights (exact) "
         "and no optimizer, which rwkv_jax.load, generate and train --load_model take.",

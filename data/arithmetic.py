@@ -8,7 +8,6 @@ determined by what precedes it, so that a model's answers can be scored; a small
 learn. The same count and seed give the same bytes on every Python.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rwkv_jax.binidx import beside, reporting_os_errors
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, run_command
 
 # Numbers as text ----------------------------------------------------------------------------------
 
@@ -397,7 +396,7 @@ def write_corpus(path: Path, count: int, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m data.arithmetic",
         description="Write a corpus of exact arithmetic, as chats in English and Chinese: sums, "
         "differences and equations in one unknown, in digits, words and Chinese numerals.",

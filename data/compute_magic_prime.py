@@ -3,13 +3,12 @@
 python -m data.compute_magic_prime PREFIX CTX_LEN
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_jax.binidx import BinIdx, open_binidx
 from rwkv_jax.dataset import choose_magic_prime
-from rwkv_jax.errors import run_command
+from rwkv_jax.errors import CommandParser, run_command
 
 
 def report(name: str, data: BinIdx, ctx_len: int) -> str:
@@ -27,7 +26,7 @@ def report(name: str, data: BinIdx, ctx_len: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m data.compute_magic_prime",
         description="Print the options that train on a binidx file at a context length. The magic "
         "prime is the largest prime that leaves 2 when divided by 3 and is smaller than the number "

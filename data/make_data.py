@@ -3,7 +3,6 @@
 python -m data.make_data IN.jsonl N CTX_LEN
 """
 
-import argparse
 import itertools
 import os
 import tempfile
@@ -23,7 +22,7 @@ from rwkv_jax.binidx import (
     reporting_os_errors,
 )
 from rwkv_jax.dataset import choose_magic_prime
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.jsonl import progress_bar, read_text, tokenize_jsonl
 
 _COPIED_ITEMS = 256  # at once
@@ -103,7 +102,7 @@ def verify(source: Path, documents: BinIdx, written: BinIdx, passes: int, seed: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m data.make_data",
         description='Turn a jsonl, one {"text": "…"} a line, into PREFIX.bin and PREFIX.idx for '
         "training. Blank lines are skipped; a line that cannot be used is named in an error.",

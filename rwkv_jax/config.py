@@ -6,11 +6,10 @@ stand together, once. The names are the official trainer's.
 
 import argparse
 import dataclasses
-import difflib
 import math
-from typing import Any, NoReturn
+from typing import Any
 
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import CommandParser, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +227,7 @@ WITHOUT_MEANING = {
 
 def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     """The command line as a `TrainConfig`, and one line for each option that means nothing here."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m rwkv_jax.train",
         usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
         description="Pretrain an RWKV-7 model, or go on with one. Without options: the 0.1b model "
@@ -260,14 +259,3 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         if options.pop(name) is not None
     ]
     return TrainConfig(**options), ignored
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as the one line of a `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        known = [name for action in self._actions for name in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        near = difflib.get_close_matches(unknown[0], known, 1) if unknown != message.split() else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{message}{hint} (--help lists the options)")

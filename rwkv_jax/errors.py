@@ -1,5 +1,7 @@
-"""The one error class that a person is meant to read, and how commands print it."""
+"""The one error class that a person is meant to read, and how commands meet it."""
 
+import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -11,6 +13,17 @@ class UserError(ValueError):
     The message is one line that names the file or option, the value, and the way out.
     Commands print it without a traceback; library callers catch it as a `ValueError`.
     """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a wrong command line as the one line of a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        near = difflib.get_close_matches(unknown[0], known, 1) if unknown != message.split() else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message}{hint} (--help lists the options)")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -5,7 +5,6 @@ the state alone, so memory and time a token stay the same however long the text 
 are made a call, sampling included: the host only sees the ids.
 """
 
-import argparse
 import codecs
 import functools
 import math
@@ -21,7 +20,7 @@ from flax import nnx
 
 import rwkv_jax
 from rwkv_jax import tokenizer
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.model import RWKV7, State
 
 Array = jax.Array
@@ -131,7 +130,7 @@ def decode_stream(ids: Iterable[int]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m rwkv_jax.generate",
         description="Continue a text with an RWKV-7 model. The continuation goes to standard "
         "output; it ends after --length tokens or where the model ends the document.",
