@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
-    """A model from an official-format `.pth`, or from the output folder of a training run.
+    """A model from an official-format `.pth`, or from a training run.
 
     Args:
-        path: the file, or a run's `--proj_dir` (its newest checkpoint is taken).
+        path: the file, a run's `--proj_dir` (its newest checkpoint is taken), or one checkpoint.
         dtype: of the weights and of the computation: "float32" or "bfloat16".
     Returns:
         The module; see `RWKV7.forward`. Its shape is read off the file (`model.config`).
