@@ -105,8 +105,8 @@ class TrainConfig:
         "formula", "model", "low-rank widths of a fresh model: those of the official formula "
         "(formula), of the released G1 model of this --size (g1), or four numbers w,a,v,g")
     load_model: str = _option(
-        "", "model", "start from these weights, whose shape decides the model's: a .pth, the output "
-        "folder of a run, or one of its checkpoints")
+        "", "model", "start from these weights, whose shape decides the model's: a .pth, the "
+        "output folder of a run, or one of its checkpoints")
     load_partial: int = _option(
         0, "model", "1: tensors that the file lacks get their fresh initial value", 0, 1)
     random_seed: int = _option(0, "model", "seed of fresh initial weights", least=0)
