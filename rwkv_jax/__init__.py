@@ -1,0 +1,47 @@
+"""RWKV-7 in JAX: train it, go on with it, use it.
+
+    model = rwkv_jax.load("rwkv-final.pth")
+    logits, state = model.forward(tokens)          # tokens [B, T] → [B, T, V] float32
+    logits, state = model.forward(more, state)     # goes on from there
+
+The commands are `python -m rwkv_jax.train` and `python -m rwkv_jax.generate`.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rwkv_jax.config import ModelConfig
+    from rwkv_jax.model import RWKV7
+
+
+def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
+    """A model from an official-format `.pth`, or from the output folder of a training run.
+
+    Args:
+        path: the file, or a run's `--proj_dir` (its newest checkpoint is taken).
+        dtype: of the weights and of the computation: "float32" or "bfloat16".
+    Returns:
+        The module; see `RWKV7.forward`. Its shape is read off the file (`model.config`).
+    Raises:
+        UserError: the file is missing, damaged, or no RWKV-7 model.
+    """
+    import jax
+
+    from rwkv_jax.model import bind
+
+    config, params = load_params(path)
+    return bind(config, jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params))
+
+
+def load_params(path: str | os.PathLike[str]) -> tuple["ModelConfig", dict[str, Any]]:
+    """The configuration and the float32 tree of parameters that `load` builds on."""
+    from pathlib import Path
+
+    if Path(path).is_dir():
+        from rwkv_jax.checkpoint import load_newest
+
+        return load_newest(Path(path))
+    from rwkv_jax.weights import load_pth
+
+    return load_pth(path)

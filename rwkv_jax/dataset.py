@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
@@ -182,6 +182,10 @@ def open_dataset(
             vocabulary.
     """
     path = Path(data_file)
+    if path.is_file() and path.suffix not in (".jsonl", ".bin", ".idx"):
+        raise UserError(
+            f"{path}: is neither an X.jsonl nor the PREFIX of a PREFIX.bin and PREFIX.idx"
+        )
     tokens = (_cached(path) if path.suffix == ".jsonl" else open_binidx(path)).tokens
     prime = choose_magic_prime(str(path), len(tokens), ctx_len, magic_prime)
     dataset = Dataset(str(path), tokens, ctx_len, prime, vocab_size)
@@ -203,7 +207,7 @@ def _cached(path: Path) -> BinIdx:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    prefix = home / "rwkv_jax" / f"{path.stem}-{content.hexdigest()}"
+    prefix = home / "rwkv_jax" / f"{path.stem[:32]}-{content.hexdigest()}"
     if beside(prefix, ".idx").exists():
         try:
             return open_binidx(prefix)
@@ -216,7 +220,9 @@ def _cached(path: Path) -> BinIdx:
 Batch = TypeVar("Batch")
 
 
-def prefetch(make: Callable[[int], Batch], start: int, depth: int = 2) -> Iterator[Batch]:
+def prefetch(
+    make: Callable[[int], Batch], start: int, depth: int = 2
+) -> Generator[Batch, None, None]:
     """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
 
     An exception of `make` is raised by the `next` that would have returned its batch. Closing the

@@ -1,4 +1,4 @@
-"""RWKV-7 ("Goose", x070) as Flax NNX modules, with its initialisation beside it.
+"""RWKV-7 ("Goose", x070) as Flax NNX modules; initialisation.py, beside it, has the first values.
 
 Names, orientation and equations are the official ones: a parameter's path is its name in an
 official `.pth` (`blocks.att.x_r`, `blocks.ffn.key.weight`, …), linear weights are `[out, in]`: so
@@ -13,12 +13,10 @@ channel mix's inner width.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pallas_kernels.wkv7 import wkv7
@@ -40,10 +38,10 @@ class State(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ without bias; weight `[L, out, in]`."""
+    """y = x Wᵀ without bias; weight `[out, in]`, in a block `[L, out, in]`."""
 
-    def __init__(self, weight: Array):
-        self.weight = nnx.Param(weight)
+    def __init__(self, *shape: int):
+        self.weight = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("...i,oi->...o", x, self.weight[...])
@@ -52,8 +50,8 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis; statistics in float32, result in x's dtype."""
 
-    def __init__(self, shape: tuple[int, ...], weight: Array | None = None):
-        self.weight = nnx.Param(jnp.ones(shape) if weight is None else weight)
+    def __init__(self, *shape: int):
+        self.weight = nnx.Param(jnp.zeros(shape))
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
@@ -65,23 +63,42 @@ class LayerNorm(nnx.Module):
 class TimeMix(nnx.Module):
     """The attention-like half of a block: token shift, projections, WKV, gate."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    # [L, C]: how much of the last token each projection sees, the biases, and the key's scales.
+    x_r: nnx.Param
+    x_w: nnx.Param
+    x_k: nnx.Param
+    x_v: nnx.Param
+    x_a: nnx.Param
+    x_g: nnx.Param
+    w0: nnx.Param
+    a0: nnx.Param
+    v0: nnx.Param
+    k_k: nnx.Param
+    k_a: nnx.Param
+    # [L, C, d] down and [L, d, C] up, of decay, in-context learning rate, value mix and gate.
+    w1: nnx.Param
+    w2: nnx.Param
+    a1: nnx.Param
+    a2: nnx.Param
+    v1: nnx.Param
+    v2: nnx.Param
+    g1: nnx.Param
+    g2: nnx.Param
+
+    def __init__(self, config: ModelConfig):
         L, C, H, N = config.n_layer, config.n_embd, config.n_head, config.head_size
-        for name, value in _time_mix_vectors(config).items():
-            setattr(self, name, nnx.Param(jnp.asarray(value)))
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
+            setattr(self, name, nnx.Param(jnp.zeros((L, C))))
         widths = {"w": config.dim_w, "a": config.dim_a, "v": config.dim_v, "g": config.dim_g}
         for name, D in widths.items():
             setattr(self, f"{name}1", nnx.Param(jnp.zeros((L, C, D))))
-            gain = 0.1 * max(1.0, math.sqrt(D / C))
-            setattr(self, f"{name}2", nnx.Param(_orthogonal(rngs, L, (D, C), gain)))
-        self.r_k = nnx.Param(jnp.full((L, H, N), -0.04))
-        self.receptance = Linear(_orthogonal(rngs, L, (C, C), 1.0))
-        self.key = Linear(_orthogonal(rngs, L, (C, C), 0.1))
-        self.value = Linear(_orthogonal(rngs, L, (C, C), 1.0))
-        self.output = Linear(jnp.zeros((L, C, C)))
-        depth = (1 + np.arange(L)) / L
-        scale = np.repeat(depth[:, None] ** 0.7, C, axis=1)
-        self.ln_x = LayerNorm((L, C), jnp.asarray(scale, jnp.float32))
+            setattr(self, f"{name}2", nnx.Param(jnp.zeros((L, D, C))))
+        self.r_k = nnx.Param(jnp.zeros((L, H, N)))
+        self.receptance = Linear(L, C, C)
+        self.key = Linear(L, C, C)
+        self.value = Linear(L, C, C)
+        self.output = Linear(L, C, C)
+        self.ln_x = LayerNorm(L, C)
 
     def project_value(self, x: Array, shift: Array) -> Array:
         """v before the value residual; in layer 0 this is the v_first of all later layers."""
@@ -129,13 +146,11 @@ class TimeMix(nnx.Module):
 class ChannelMix(nnx.Module):
     """The MLP half of a block: relu(·)² with a token shift."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig):
         L, C, F = config.n_layer, config.n_embd, config.dim_ffn
-        c = np.arange(C) / C
-        falling = 1 - np.arange(L)[:, None] / L
-        self.x_k = nnx.Param(jnp.asarray(1 - c ** (falling**4), jnp.float32))
-        self.key = Linear(_orthogonal(rngs, L, (F, C), 1.0))
-        self.value = Linear(jnp.zeros((L, C, F)))
+        self.x_k = nnx.Param(jnp.zeros((L, C)))
+        self.key = Linear(L, F, C)
+        self.value = Linear(L, C, F)
 
     def __call__(self, x: Array, shift: Array) -> Array:
         k = self.key(x + (_shift(x, shift) - x) * _row(self.x_k))
@@ -145,26 +160,28 @@ class ChannelMix(nnx.Module):
 class Block(nnx.Module):
     """All layers stacked, as stored; one layer, once `lax.scan` has sliced it."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        shape = (config.n_layer, config.n_embd)
-        self.ln1 = LayerNorm(shape)
-        self.ln2 = LayerNorm(shape)
-        self.att = TimeMix(config, rngs)
-        self.ffn = ChannelMix(config, rngs)
+    def __init__(self, config: ModelConfig):
+        self.ln1 = LayerNorm(config.n_layer, config.n_embd)
+        self.ln2 = LayerNorm(config.n_layer, config.n_embd)
+        self.att = TimeMix(config)
+        self.ffn = ChannelMix(config)
 
 
 class RWKV7(nnx.Module):
-    """The language model. `forward` is the public call, `hidden` what the loss builds on."""
+    """The language model. `forward` is the public call, `hidden` what the loss builds on.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    The constructor gives every tensor its shape, filled with zeros; values come through `bind`,
+    from `initialisation.init_params` or from a file.
+    """
+
+    def __init__(self, config: ModelConfig):
         V, C = config.vocab_size, config.n_embd
         self.config = config
-        self.emb = Linear(jax.random.uniform(rngs.params(), (V, C), minval=-1e-4, maxval=1e-4))
-        self.ln0 = LayerNorm((C,))
-        self.blocks = Block(config, rngs)
-        self.ln_out = LayerNorm((C,))
-        gain = 0.5 * math.sqrt(V / C) if V > C else 0.5
-        self.head = Linear(nnx.initializers.orthogonal(gain)(rngs.params(), (V, C)))
+        self.emb = Linear(V, C)
+        self.ln0 = LayerNorm(C)
+        self.blocks = Block(config)
+        self.ln_out = LayerNorm(C)
+        self.head = Linear(V, C)
 
     def forward(self, tokens: Array, state: State | None = None) -> tuple[Array, State]:
         """Next-token logits, compiled once for each shape.
@@ -208,8 +225,8 @@ class RWKV7(nnx.Module):
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
         is_first = jnp.arange(self.config.n_layer) == 0
-        x, state = jax.lax.scan(body, x, (blocks, is_first, state))
-        return self.ln_out(x), state
+        x, after = jax.lax.scan(body, x, (blocks, is_first, state))
+        return self.ln_out(x), after
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token: zeros."""
@@ -229,14 +246,9 @@ def _forward(graphdef, params, tokens: Array, state: State | None) -> tuple[Arra
     return logits, state
 
 
-def init_params(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters: every tensor as the official trainer initialises it."""
-    return nnx.to_pure_dict(nnx.state(RWKV7(config, nnx.Rngs(key))))
-
-
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as shapes and dtypes, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    """The tree of parameters as float32 shapes: nothing is computed or allocated."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: RWKV7(config))))
 
 
 def bind(config: ModelConfig, params: Params) -> RWKV7:
@@ -246,7 +258,7 @@ def bind(config: ModelConfig, params: Params) -> RWKV7:
 
 @functools.lru_cache
 def _graphdef(config: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: RWKV7(config, nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: RWKV7(config)))[0]
 
 
 def _normalize(x: Array, eps: float) -> Array:
@@ -267,40 +279,3 @@ def _shift(x: Array, before: Array) -> Array:
 def _low_rank(x: Array, down: nnx.Param, up: nnx.Param, activation=lambda z: z) -> Array:
     """activation(x D) U with D [C, d], U [d, C]."""
     return activation(x @ down[...]) @ up[...]
-
-
-def _orthogonal(rngs: nnx.Rngs, layers: int, shape: tuple[int, int], gain: float) -> Array:
-    """[L, rows, cols], each an orthogonal matrix as PyTorch draws it (QR of a Gaussian)."""
-    draw = nnx.initializers.orthogonal(gain)
-    return jax.vmap(lambda key: draw(key, shape))(jax.random.split(rngs.params(), layers))
-
-
-def _time_mix_vectors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The vectors of TimeMix that are not drawn at random: name → [L, C] float32.
-
-    Computed in float64 as functions of depth l and channel c, and rounded once.
-    """
-    L, C, N = config.n_layer, config.n_embd, config.head_size
-    layer, channel = np.arange(L)[:, None], np.arange(C)[None, :]
-    rising = layer / max(L - 1, 1)  # 0 → 1
-    falling = 1 - layer / L  # 1 → 1/L
-    d = channel / C
-    linear = channel / (C - 1) - 0.5
-    z = (channel % N - (N - 1) / 2) / ((N - 1) / 2)
-    zigzag = z * np.abs(z)
-    vectors = {
-        "x_r": 1 - d ** (0.2 * falling),
-        "x_w": 1 - d ** (0.9 * falling),
-        "x_k": 1 - d ** (0.7 * falling),
-        "x_v": 1 - d ** (0.7 * falling),
-        "x_a": 1 - d ** (0.9 * falling),
-        "x_g": 1 - d ** (0.2 * falling),
-        "w0": -6 + 6 * (channel / (C - 1)) ** (1 + rising**0.3) + 0.5 + 2.5 * zigzag,
-        "a0": -0.19 + 0.3 * zigzag + 0.4 * linear,
-        "v0": 0.73 - 0.4 * linear,
-        "k_k": 0.71 - 0.1 * linear,
-        "k_a": np.full((1, C), 1.02),
-    }
-    return {
-        name: np.broadcast_to(value, (L, C)).astype(np.float32) for name, value in vectors.items()
-    }

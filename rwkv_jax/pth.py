@@ -29,7 +29,7 @@ import numpy as np
 
 from rwkv_jax.errors import UserError
 
-MAX_PICKLE = 4 << 20  # bytes; the 13.3b model's is 0.3 MB
+MAX_PICKLE = 2 << 20  # bytes; the 13.3b model's is 0.3 MB
 MAX_DIRECTORY = 8 << 20  # bytes; the 13.3b model's is 0.2 MB
 MAX_EXPANSION = 4  # bytes of tensors per byte of file; tied embedding and head take up to 2
 _MAX_COUNT = 1 << 48  # elements, strides and offsets beyond this are nonsense
@@ -70,8 +70,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a `.pth`, by name, as read-only views of the mapped file.
 
     Nothing is copied or converted: bfloat16 stays `ml_dtypes.bfloat16`, tied tensors share
-    memory, and bytes are read from the disk when an array is used. The mapping lives as long as
-    an array does; replacing the file is safe meanwhile, truncating it in place is not.
+    memory, and bytes are read from the disk when an array is used (so checksums are not verified).
+    The mapping lives as long as an array does; replacing the file is safe meanwhile, truncating it
+    in place is not.
 
     A state dict nested under `state_dict`, `module` or `model` is found; entries that are no
     tensors are left out.
@@ -139,15 +140,14 @@ class _Tensor(NamedTuple):
 _ORDERED_DICT = _Global("collections", "OrderedDict")
 _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
-_KNOWN_GLOBALS = {
-    g: g
-    for g in [
+_KNOWN_GLOBALS = frozenset(
+    [
         _ORDERED_DICT,
         _REBUILD_TENSOR,
         _REBUILD_PARAMETER,
         *(_Global("torch", name) for name in _STORAGES),
     ]
-}
+)
 
 # Opcodes by their letters in the pickle protocol.
 _BINPUT, _LONG_BINPUT, _BINGET, _LONG_BINGET = b"qrhj"
@@ -228,13 +228,12 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
             elif op == _GLOBAL:
                 end = data.index(b"\n", data.index(b"\n", pos) + 1)
                 module, name = data[pos:end].decode("utf-8", "replace").split("\n")
-                known = _KNOWN_GLOBALS.get(_Global(module, name))
-                if known is None:
+                if _Global(module, name) not in _KNOWN_GLOBALS:
                     raise _Refused(
                         f"its pickle names {_show(module + '.' + name)}, which a dict of tensors "
                         "does not need: not loaded, as such a name can run code"
                     )
-                stack.append(known)
+                stack.append(_Global(module, name))
                 pos = end + 1
             elif op == _EMPTY_DICT:
                 stack.append({})
@@ -588,16 +587,19 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Array], dtype: Any
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes the new name survive a power cut, on systems where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _records(tensors: Mapping[str, Array], dtype: Any) -> Iterator[tuple[str, Any]]:
-    dtypes = {name: np.dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    dtypes = {
+        name: np.dtype(tensor.dtype if dtype is None else dtype) for name, tensor in tensors.items()
+    }
     yield "data.pkl", _describe({n: (dtypes[n], t.shape) for n, t in tensors.items()})
     yield "byteorder", b"little"
     for index, (name, tensor) in enumerate(tensors.items()):
@@ -625,7 +627,7 @@ def _describe(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
         return b"X" + struct.pack("<L", len(raw)) + raw
 
     def number(value: int) -> bytes:
-        return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+        return pickle.dumps(int(value), protocol=2)[2:-1]  # without PROTO and STOP
 
     def numbers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(map(number, values)) + b"t"

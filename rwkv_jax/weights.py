@@ -160,11 +160,17 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
         if len(shape) == len(dims):
             for letter, size in zip(dims, shape, strict=True):
                 sizes.setdefault(letter, size)
+    V, C, H, N = (sizes.get(letter, 0) for letter in "VCHN")
+    if min(V, C, H, N) < 1 or C != H * N:
+        raise UserError(
+            f"is not a whole RWKV-7 model: emb.weight [V, C] and att.r_k [H, N] give {V=}, {C=}, "
+            f"{H=}, {N=}, which have to be 1 or more with C = H·N"
+        )
     config = ModelConfig(
         n_layer=n_layer,
-        n_embd=sizes.get("C", 0),
-        vocab_size=sizes.get("V", 0),
-        head_size=sizes.get("N", 0),
+        n_embd=C,
+        vocab_size=V,
+        head_size=N,
         dim_ffn=sizes.get("F", 0),
         dim_w=sizes.get("w", 0),
         dim_a=sizes.get("a", 0),

@@ -310,6 +310,13 @@ def test_the_seed_decides(tmp_path, capsys):
     assert f"5 chats, {len(a)} bytes" in capsys.readouterr().out
 
 
+def test_no_half_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic.Chat, "draw", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        arithmetic.main([str(tmp_path / "x.jsonl"), "--count", "1"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="--count 0: must be at least 1"):
         arithmetic.main([str(tmp_path / "x.jsonl"), "--count", "0"])

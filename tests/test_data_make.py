@@ -83,7 +83,7 @@ def test_the_seed_decides_the_order():
 
 
 def test_verify_sees_a_difference(monkeypatch):
-    source = write_jsonl(["aa", "b", "c", "d", "e"])
+    source = write_jsonl(["one two three", "b", "c", "d", "e"])
     tokenize_jsonl(source, Path("documents"))
     documents = open_binidx("documents")
     monkeypatch.setattr(make_data, "shuffled_order", lambda items, seed, number: np.arange(items))
@@ -104,6 +104,19 @@ def test_verify_sees_a_difference(monkeypatch):
     refused(dataclasses.replace(written, tokens=end), 2)
     monkeypatch.setattr(make_data, "shuffled_order", lambda items, *_: np.arange(items)[::-1])
     refused(written, 2)
+    monkeypatch.setattr(make_data, "_VERIFIED_ITEMS", 0)
+    refused(written, 2)  # by the lengths of the items
+
+
+def test_what_does_not_verify_is_not_left_behind(monkeypatch):
+    def fail(*_):
+        raise UserError("differs")
+
+    source = write_jsonl(["one two three"])
+    monkeypatch.setattr(make_data, "verify", fail)
+    with pytest.raises(UserError, match="differs"):
+        make_data.main([str(source), "1", "1"])
+    assert list(Path().iterdir()) == [source]
 
 
 def error_of(main, argv, capsys):

@@ -238,6 +238,12 @@ def test_jsonl_directly(tmp_path):
     assert data.tokens.dtype == np.uint16
 
 
+def test_a_long_name(tmp_path):
+    path = tmp_path / ("语" * 80 + ".jsonl")  # 246 bytes; a file's name may have 255
+    path.write_text('{"text": "one two three"}')
+    assert open_dataset(path, 1).magic_prime == 2
+
+
 def test_jsonl_is_tokenized_once(tmp_path, cache, monkeypatch):
     path = write_jsonl(tmp_path, '{"text": "one two three four"}\n')
     first = open_dataset(path, 1).tokens.tolist()
@@ -330,6 +336,9 @@ def test_data_that_is_not_there(tmp_path):
         open_dataset(tmp_path / "none.jsonl", 1)
     with pytest.raises(UserError, match=r"none\.bin: no such file; a binidx PREFIX needs"):
         open_dataset(tmp_path / "none", 1)
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(UserError, match=r"x\.txt: is neither an X\.jsonl nor the PREFIX"):
+        open_dataset(tmp_path / "x.txt", 1)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

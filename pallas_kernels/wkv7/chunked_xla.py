@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.wkv7.reference import DECAY_SCALE
-
+DECAY_SCALE = 0.6065306597126334  # e^−0.5
 CHUNK = 64
 
 
@@ -255,7 +254,7 @@ def _vjp_backward(precision, saved, cotangents):
     )
     grads = (
         _unswap(dr) * jnp.exp(total - middle),
-        dlog * log * (1 - z.gate),
+        dlog * log * _split(jax.nn.sigmoid(-w0.astype(full)), L),
         _unswap(dk) * jnp.exp(middle - total),
         _unswap(dv),
         _unswap(da) * jnp.exp(total - log - middle),

@@ -7,12 +7,10 @@ gradients are JAX's own.
 import jax
 import jax.numpy as jnp
 
-DECAY_SCALE = 0.6065306597126334  # e^-0.5: log decay lies in (-DECAY_SCALE, 0)
-
 
 def log_decay(w: jax.Array) -> jax.Array:
     """log decay = −exp(−softplus(−w) − 0.5) = −e^−0.5·sigmoid(w), for the raw decay logit w."""
-    return -DECAY_SCALE * jax.nn.sigmoid(w)
+    return -jnp.exp(-jax.nn.softplus(-w) - 0.5)
 
 
 def wkv7_reference(

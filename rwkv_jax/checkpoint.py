@@ -1,0 +1,100 @@
+"""Checkpoints of a run: all that is needed to go on as if nothing had happened. Orbax is here.
+
+`FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
+wants the model takes that alone, and the model's configuration as metadata.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import UserError
+from rwkv_jax.metrics import MiniepochLoss
+from rwkv_jax.model import Params, abstract_params
+from rwkv_jax.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints in one folder, the newest `keep` of them; one is written at a time.
+
+    Args:
+        folder: made when the first checkpoint is.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
+        self._pending: Any = None
+
+    def latest(self) -> int | None:
+        """The newest step saved, or None."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(
+        self, step: int, config: ModelConfig, state: TrainState, running: MiniepochLoss
+    ) -> None:
+        """Copies the state off the devices, then writes in the background.
+
+        A checkpoint appears under its name only when it is complete.
+        """
+        self.wait()
+        self._pending = self._orbax.save_checkpointables_async(
+            step,
+            state._asdict(),
+            custom_metadata={
+                "model": dataclasses.asdict(config),
+                "miniepoch_loss": dataclasses.asdict(running),
+            },
+            force=True,
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, MiniepochLoss]:
+        """The state of a step, laid out over the devices as `abstract` (with shardings) says."""
+        items = self._orbax.load_checkpointables(step, abstract._asdict())
+        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+        return TrainState(**items), MiniepochLoss(**metadata["miniepoch_loss"])
+
+    def model_config(self, step: int) -> ModelConfig:
+        """The configuration of the model of a step."""
+        metadata = self._orbax.checkpointables_metadata(step)
+        return ModelConfig(**metadata.custom_metadata["model"])
+
+    def load_params(self, step: int) -> tuple[ModelConfig, Params]:
+        """The model alone, on the default device."""
+        config = self.model_config(step)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device),
+            abstract_params(config),
+        )
+        return config, self._orbax.load_checkpointables(step, {"params": abstract})["params"]
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk; raises what went wrong with it."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self._orbax.close()
+
+
+def load_newest(run: Path) -> tuple[ModelConfig, Params]:
+    """The model of the newest checkpoint in a run's output folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
+        newest = checkpoints.latest()
+        if newest is None:
+            raise UserError(f"{run}: no checkpoints; give a .pth, or the output folder of a run")
+        return checkpoints.load_params(newest)

@@ -1,0 +1,119 @@
+"""What a run tells: the progress bar, train_log.txt and Weights & Biases."""
+
+import dataclasses
+import datetime
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0  # when there is no terminal to draw a bar on
+
+
+@dataclasses.dataclass
+class MiniepochLoss:
+    """The mean loss of the miniepoch so far: the running loss, and what train_log.txt gets."""
+
+    total: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def reset(self) -> None:
+        self.total, self.steps = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.steps, 1)
+
+
+class ProgressLine:
+    """Step, loss, running loss, learning rate, speed and time left.
+
+    On a terminal a bar that is redrawn; elsewhere a line every ten seconds (and the first and last
+    step), so that a log file stays readable. Speed is over the last minute or so.
+
+    Args:
+        first, last: steps of this run, [first, last).
+        tokens: tokens of one step.
+        bar: draw the bar; None: if standard output is a terminal.
+    """
+
+    def __init__(self, first: int, last: int, tokens: int, bar: bool | None = None):
+        self.last, self.tokens = last, tokens
+        self._times: list[tuple[int, float]] = []  # (step, when it was seen done)
+        self._printed = -math.inf
+        console = Console()
+        self._bar: Progress | None = None
+        if console.is_terminal if bar is None else bar:
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("compiling the step …", total=last, completed=first)
+            self._bar.start()
+        else:
+            print("compiling the step …", flush=True)
+
+    def show(self, step: int, loss: float, running: float, rate: float) -> float:
+        """Shows that a step is done; returns the speed in tokens a second (0 for the first)."""
+        now = time.monotonic()
+        self._times = [at for at in self._times if now - at[1] < 60.0 or at is self._times[-1]]
+        self._times.append((step, now))
+        (old_step, old), done = self._times[0], step + 1
+        pace = (step - old_step) / (now - old) if step > old_step else 0.0  # steps a second
+        left = str(datetime.timedelta(seconds=round((self.last - done) / pace))) if pace else "?"
+        text = (
+            f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e} "
+            f"{pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:
+            print(text, flush=True)
+            self._printed = now
+        return pace * self.tokens
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._bar.console.print(text, highlight=False) if self._bar else print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def append_train_log(
+    folder: Path, miniepoch: int, mean_loss: float, rate: float, miniepoch_of_run: int
+) -> None:
+    """Adds a miniepoch's line to train_log.txt, in the official format:
+
+    `{miniepoch} {mean loss:.6f} {exp(loss):.4f} {lr:.8f} {timestamp} {miniepoch of this run}`
+    """
+    line = (
+        f"{miniepoch} {mean_loss:.6f} {math.exp(mean_loss):.4f} {rate:.8f} "
+        f"{datetime.datetime.now()} {miniepoch_of_run}\n"
+    )
+    with (folder / "train_log.txt").open("a", encoding="utf-8") as log:
+        log.write(line)
+
+
+class Wandb:
+    """Weights & Biases under the official keys; imported, and started, only when asked for.
+
+    `WANDB_MODE=offline` needs no account.
+    """
+
+    def __init__(self, project: str, folder: Path, options: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(project=project, dir=folder, config=options)
+
+    def log(self, step: int, **values: float) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
