@@ -86,3 +86,18 @@ GPU_TARGETS = {
         "NVIDIA RTX PRO 6000 Blackwell", (12, 0), 188, 2.60, 94.9, 1792, 128, 100, 1536
     ),
 }
+
+
+def current_compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that a function traced now will run on; None when it is another device.
+
+    That is the device of `jax.sharding.use_abstract_mesh` when it names one, else the default one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kinds = {target.device_kind: target.compute_capability for target in GPU_TARGETS.values()}
+        return kinds.get(device.device_kind)
+    if jax.default_backend() != "gpu" or "rocm" in jax.devices()[0].client.platform_version:
+        return None
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)

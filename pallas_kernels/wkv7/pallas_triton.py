@@ -1,287 +1,517 @@
-"""proto"""
+"""WKV-7 in chunks of 16 tokens on the tensor cores: NVIDIA GPUs of compute capability 8.0 and up.
 
-from functools import partial
+Three kernels, through the Triton route of Pallas (the equations are those of `chunked_xla`):
+
+    forward    one program a head of a sequence; walks over the chunks with the state in registers
+               and leaves, for the backward pass, the state at the start of every chunk
+    backward   1. `D`: one program a head of a sequence; walks backwards with the state's cotangent
+                  in registers and leaves D, the cotangent at every chunk's end times its decay
+               2. gradients: programs over all chunks in parallel; given a chunk's state and D,
+                  everything else is local to the chunk
+
+Only D → dU → dX → D is sequential in a backward pass; what is cut out of that loop is two thirds
+of the work, and there are T/16 times more programs for it.
+
+Cost. A token of one head, N = 64, 16-bit operands (an [N] vector is 128 bytes), nothing padded:
+
+                  bytes read                          written                   matrix FLOPs
+    forward       r w k v a b             768         y 128 + states 512        52 k      1408 B
+    backward 1    r w a b dy              640         D 512                     33 k      1152 B
+    backward 2    r w k v a b dy S D     1920         six gradients 768         92 k      2688 B
+
+Of a forward chunk three products depend on the state before it (S ãᵀ, the solved U, Uᵀ b̃): about
+a tenth of the time of a chunk. The rest needs no state, but a Triton program has one instruction
+stream, so it waits in line; docs/wkv7-kernel.md has the measured streams and the designs weighed.
+
+Layout. Arrays stay [B,T,H,N] in memory. In registers every tile is transposed, channels by tokens
+[N, L]: N/16 warps then own 16 rows each, the state's rows (values) never leave their warp, and an
+accumulator is at once the left operand of the next product, without a trip through shared memory.
+
+Numbers. Operands are the inputs' dtype for float32 and bfloat16, and bfloat16 for float16 (whose
+range holds neither 1/W nor the gradients of a mean over a batch); accumulators, decays and the
+carried state are float32. Over 16 tokens 1/W ≤ 1.63e4. (I − A)⁻¹ comes from block doubling, which
+stays accurate when all keys align. Sums over tokens of the decay logits and their gradients are
+products with a triangle of ones, of both halves of a bfloat16 pair (16 bits).
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-DECAY_SCALE = 0.6065306597126334
+from pallas_kernels.gpu_targets import current_compute_capability
 
+with warnings.catch_warnings():
+    # The route is deprecated in favour of Mosaic GPU, which has no Ampere or consumer GPUs yet.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas import triton as plgpu
 
-class Cfg:
-    M = 8
-    G = 1
-    cum = 'dot'
-    L = 32
-    fw = (4, 1)
-    bs = (4, 1)
-    bp = (4, 1)
-    inv = jnp.bfloat16
-    interpret = False
+DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
+CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
+LOG2_E = math.log2(math.e)
+PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 
 
-def _dot(x, y, tx=False, ty=False):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, y, (((0 if tx else 1,), (1 if ty else 0,)), ((), ())),
-        precision=precision, preferred_element_type=jnp.float32,
-    )
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the gradients' kernel is launched: chunks a program, and stages of its prefetching.
+
+    More stages hide the latency of loads and cost registers and shared memory. What spills more
+    than 32 bytes a thread, or does not fit, runs one chunk a program instead.
+    """
+
+    chunks: int = 8
+    stages: int = 2
 
 
-def _iota(L):
+# (compute capability's major, N); what is not here is `Tuning()`.
+TUNING = {
+    (12, 64): Tuning(1, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is static in a call."""
+
+    tuning: Tuning
+    precision: Any  # of float32 products
+    interpret: bool
+
+
+def wkv7_pallas_triton(
+    r: jax.Array,
+    w: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    initial_state: jax.Array,
+    reset: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """y [B,T,H,N] in v's dtype and the final state [B,H,N,N], as `api.wkv7` defines them.
+
+    `interpret` runs the kernels as plain JAX, on any device: for tests.
+    """
+    if v.dtype == jnp.float64:
+        raise NotImplementedError("pallas_triton has no float64: use implementation='xla'")
+    capability = current_compute_capability()
+    if not interpret and (capability is None or capability < (8, 0)):
+        found = "there is none" if capability is None else f"this one has {capability}"
+        raise NotImplementedError(
+            f"pallas_triton needs an NVIDIA GPU of compute capability 8.0 or more; {found}"
+        )
+    time, size = v.shape[1], v.shape[-1]
+    padding = ((0, 0), (0, -time % CHUNK), (0, 0), (0, 0))
+    if time % CHUNK:
+        r, k, v, a, b = (jnp.pad(x, padding) for x in (r, k, v, a, b))
+        w = jnp.pad(w, padding, constant_values=PADDED_LOGIT)
+    segment = None
+    if reset is not None:
+        # [B,1+T]: documents before each token, after a zero for the initial state.
+        documents = jnp.cumsum(reset.astype(jnp.int32), axis=1)
+        segment = jnp.pad(documents, ((0, 0), (1, 0)))
+        segment = jnp.pad(segment, padding[:2], mode="edge")
+    major = 0 if capability is None else capability[0]
+    tuning = TUNING.get((major, size), Tuning())
+    chunks = math.gcd(tuning.chunks, r.shape[1] // CHUNK)
+    options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
+    y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
+    return y[:, :time], final_state
+
+
+def _precision(interpret: bool):
+    """Of float32 products: exact, unless the caller chose jax_default_matmul_precision (TF32)."""
+    if jax.config.jax_default_matmul_precision:
+        return jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wkv7(options, r, w, k, v, a, b, initial_state, segment):
+    y, final_state = _forward(options, False, r, w, k, v, a, b, initial_state, segment)
+    return y, final_state
+
+
+def _wkv7_fwd(options, r, w, k, v, a, b, initial_state, segment):
+    y, final_state, states = _forward(options, True, r, w, k, v, a, b, initial_state, segment)
+    return (y, final_state), (r, w, k, v, a, b, segment, states)
+
+
+def _wkv7_bwd(options, saved, cotangents):
+    r, w, k, v, a, b, segment, states = saved
+    dy, dfinal_state = cotangents
+    dinitial_state, ends = _backward_ends(options, r, w, a, b, dy, dfinal_state, segment)
+    gradients = _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment)
+    return *gradients, dinitial_state, None
+
+
+_wkv7.defvjp(_wkv7_fwd, _wkv7_bwd)
+
+
+# The kernels. Tiles are [N, L], channels by tokens; matrices between tokens are [from, to].
+
+
+def _tools(options: _Options, dtype) -> tuple[Callable, Callable, Callable]:
+    """(dot, exp2, reciprocal) for operands of this dtype."""
+    precision = options.precision if dtype == jnp.float32 else None
+
+    def dot(x, y, contract: str = "xy"):
+        """x·y; in `contract`, X or Y stands for the transposed matrix."""
+        axes = ((0 if contract[0] == "X" else 1,), (1 if contract[1] == "Y" else 0,))
+        return jax.lax.dot_general(
+            x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    if options.interpret:
+        return dot, jnp.exp2, jnp.reciprocal
+
+    def instruction(name: str, x: jax.Array) -> jax.Array:
+        # One instruction each (relative error 2^-22); jnp.exp and a division are ten.
+        [result] = plgpu.elementwise_inline_asm(
+            f"{name}.approx.ftz.f32 $0, $1;",
+            args=[x],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        )
+        return result
+
+    return dot, functools.partial(instruction, "ex2"), functools.partial(instruction, "rcp")
+
+
+def _operand_dtype(dtype):
+    return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+
+def _positions(rows: int = CHUNK, columns: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    shape = (rows, columns)
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+
+def _only(mask, x: jax.Array) -> jax.Array:
+    """x where the mask holds, else 0; a mask of None holds everywhere."""
+    return x if mask is None else jnp.where(mask, x, 0.0)
+
+
+def _sum_tokens(x: jax.Array, which: jax.Array, dtype, dot) -> jax.Array:
+    """x [N, L] times a 0/1 matrix [L, L]: sums over some tokens, for each token."""
+    if dtype == jnp.float32:
+        return dot(x, jnp.where(which, 1.0, 0.0))
+    ones = jnp.where(which, 1.0, 0.0).astype(dtype)
+    high = x.astype(dtype)
+    return dot(high, ones) + dot((x - high.astype(jnp.float32)).astype(dtype), ones)
+
+
+def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]:
+    """(exp(−w), log2 decay, its sum up to and with each token, its sum over the chunk [N])."""
+    odds = exp2(jnp.minimum(-LOG2_E * w.astype(jnp.float32), 100.0))
+    log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
+    source, token = _positions()
+    total = _sum_tokens(log, source <= token, dtype, dot)
+    last = _positions(*total.shape)[1] == CHUNK - 1
+    return odds, log, total, jnp.sum(jnp.where(last, total, 0.0), axis=1)
+
+
+def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
+    """(I − M)⁻¹ for M [L, L] strictly on one side of the diagonal, by block doubling.
+
+    The highest set bit of i xor j is half the size of the smallest aligned block that holds both.
+    """
+    row, column = _positions()
+    apart = row ^ column
+    inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, m, 0.0))
+    size = 2
+    while size < CHUNK:
+        between = jnp.where((apart >= size) & (apart < 2 * size), m, 0.0).astype(dtype)
+        blocks = inverse.astype(dtype)
+        inverse = inverse + dot(dot(blocks, between).astype(dtype), blocks)
+        size *= 2
+    return inverse.astype(dtype)
+
+
+def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
+    """What may reach what when states are reset; all None without `reset`.
+
+    (token and token [L, L], the state before and token [1, L], token and the state after [1, L],
+    the state before and the state after []).
+    """
+    if segment_ref is None:
+        return None, None, None, None
+    before = segment_ref[chunk * CHUNK]
+    own = segment_ref[pl.ds(chunk * CHUNK + 1, CHUNK)]
+    after = segment_ref[chunk * CHUNK + CHUNK]
+    return own[:, None] == own[None, :], own[None, :] == before, own[None, :] == after, before == after
+
+
+def _causal(same, strictly: bool) -> jax.Array:
+    source, token = _positions()
+    causal = source < token if strictly else source <= token
+    return causal if same is None else causal & same
+
+
+def _split(rest: tuple, documents: bool) -> tuple[Any, tuple]:
+    """The references after the fixed inputs: (segment or None, outputs)."""
+    return (rest[0], rest[1:]) if documents else (None, rest)
+
+
+def _forward_kernel(
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, initial_ref, *rest, options, documents
+):
+    segment_ref, (y_ref, final_ref, *states_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+
+    def body(chunk, state):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, chunk)
+        _, log, total, whole = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = (r_ref[tokens, :].T * exp2(total)).astype(dtype)
+        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
+        k = (k_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        v = v_ref[tokens, :].astype(dtype).T
+        ba = _only(_causal(same, True), dot(b, a, "Xy"))
+        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
+        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        solve = _inverse(ba, dtype, dot)
+        s = state.astype(dtype)
+        for ref in states_ref:
+            ref[chunk] = s
+        x = dot(v, ka) + _only(before, dot(s, a))
+        u = dot(x.astype(dtype), solve).astype(dtype)
+        y = dot(v, kr) + _only(before, dot(s, r)) + dot(u, br)
+        y_ref[tokens, :] = y.astype(y_ref.dtype).T
+        state = _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
+        return state * exp2(whole)[None, :]
+
+    final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // CHUNK, body, initial_ref[...])
+
+
+def _backward_ends_kernel(
+    r_ref, w_ref, a_ref, b_ref, dy_ref, dfinal_ref, *rest, options, documents
+):
+    segment_ref, (ends_ref, dinitial_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+    chunks = r_ref.shape[0] // CHUNK
+
+    def body(step, dstate):
+        chunk = chunks - 1 - step
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, chunk)
+        _, log, total, whole = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = (r_ref[tokens, :].T * exp2(total)).astype(dtype)
+        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
+        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        dy = dy_ref[tokens, :].astype(dtype).T
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
+        end = dstate * exp2(whole)[None, :]
+        d = end.astype(dtype)
+        ends_ref[chunk] = d
+        du = dot(dy, br, "xY") + _only(after, dot(d, b))
+        dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
+        dy, dx = _only(before, dy), _only(before, dx)
+        return _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
+
+    dinitial_ref[...] = jax.lax.fori_loop(0, chunks, body, dfinal_ref[...])
+
+
+def _backward_chunks_kernel(
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, dy_ref, states_ref, ends_ref, *rest, options, documents
+):
+    segment_ref, (dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+    first = pl.program_id(0) * options.tuning.chunks
+
+    def body(chunk, carry):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, first + chunk)
+        odds, log, total, _ = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        up = exp2(total)
+        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
+        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        k = (k_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        r = (r_ref[tokens, :].T * up).astype(dtype)
+        v, dy = v_ref[tokens, :].astype(dtype).T, dy_ref[tokens, :].astype(dtype).T
+        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
+        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
+        s, d = states_ref[chunk], ends_ref[chunk]
+        x = _only(before, dot(s, a)) + dot(v, ka)
+        u = dot(x.astype(dtype), solve).astype(dtype)
+        # Σ_v S·D per channel, as a diagonal: on tensor cores, where elementwise it would spill.
+        row, column = _positions(s.shape[1], s.shape[1])
+        passing = jnp.sum(jnp.where(row == column, dot(s, d, "Xy"), 0.0), axis=1)
+        du = _only(after, dot(d, b)) + dot(dy, br, "xY")
+        dv = _only(after, dot(d, k)) + dot(dy, kr, "xY")
+        dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
+        dv = dv + dot(dx, ka, "xY")
+        dv_ref[tokens, :] = dv.astype(dv_ref.dtype).T
+        dkr = _only(_causal(same, False), dot(v, dy, "Xy")).astype(dtype)
+        dbr = _only(_causal(same, False), dot(u, dy, "Xy")).astype(dtype)
+        dka = _only(_causal(same, True), dot(v, dx, "Xy")).astype(dtype)
+        dba = _only(_causal(same, True), dot(u, dx, "Xy")).astype(dtype)
+        dr, da = _only(before, dot(s, dy, "Xy")), _only(before, dot(s, dx, "Xy"))
+        dr = dr + dot(k, dkr) + dot(b, dbr)
+        da = da + dot(k, dka) + dot(b, dba)
+        dr_ref[tokens, :] = (dr * up).astype(dr_ref.dtype).T
+        # Scales are computed anew from `up` and `odds` rather than kept: registers are short here.
+        gate = reciprocal(1.0 + odds)
+        a_scale = up * exp2(DECAY_SCALE * LOG2_E * gate)
+        da_ref[tokens, :] = (da * a_scale).astype(da_ref.dtype).T
+        # d log decay: the products with the rounded operands, so that what must cancel does.
+        dlog = r.astype(jnp.float32) * dr
+        da = a.astype(jnp.float32) * da
+        dlog = dlog + da
+        kd, bd = _only(after, dot(d, v, "Xy")), _only(after, dot(d, u, "Xy"))
+        kf, bf = k.astype(jnp.float32), b.astype(jnp.float32)
+        passing = _only(through, passing) + jnp.sum(kf * kd + bf * bd, axis=1)
+        dk = kd + dot(r, dkr, "xY") + dot(a, dka, "xY")
+        dk_ref[tokens, :] = (dk * reciprocal(up)).astype(dk_ref.dtype).T
+        dlog = dlog - kf * dk
+        db = bd + dot(r, dbr, "xY") + dot(a, dba, "xY")
+        db_ref[tokens, :] = (db * reciprocal(up)).astype(db_ref.dtype).T
+        dlog = dlog - bf * db
+        source, token = _positions()
+        dlog = _sum_tokens(dlog, source >= token, dtype, dot) - da + passing[:, None]
+        dw = dlog * (-DECAY_SCALE * odds * gate * gate)
+        dw_ref[tokens, :] = dw.astype(dw_ref.dtype).T
+        return carry
+
+    jax.lax.fori_loop(0, options.tuning.chunks, body, 0)
+
+
+# The calls. A program of the first two has a head of a sequence; of the third, some chunks of it.
+
+
+def _like(x: jax.Array, shape: tuple[int, ...] | None = None, dtype=None) -> jax.ShapeDtypeStruct:
+    """An output that varies over the mesh axes x varies over (inside `jax.shard_map`)."""
+    axes = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=axes)
+
+
+def _call(kernel, options, grid, stages, inputs, specs, segment, out_specs, out_shape, name):
+    head = inputs[0].shape[2]
+    if segment is not None:
+        inputs = [*inputs, segment]
+        specs = [*specs, pl.BlockSpec((None, segment.shape[1]), lambda *i: (_divide(i[-1], head), 0))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pl.pallas_call(
+            functools.partial(kernel, options=options, documents=segment is not None),
+            grid=grid,
+            in_specs=specs,
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=plgpu.CompilerParams(
+                num_warps=max(1, inputs[0].shape[3] // 16), num_stages=stages
+            ),
+            interpret=options.interpret,
+            name=name,
+        )(*inputs)
+
+
+def _divide(program, head: int):
+    return jax.lax.div(program, jnp.int32(head))
+
+
+def _remainder(program, head: int):
+    return jax.lax.rem(program, jnp.int32(head))
+
+
+def _head_specs(time: int, head: int, size: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """(tokens [T,N], a state [N,N], states [C,N,N]) of program b·H + h."""
+
+    def index(program):
+        return _divide(program, head), _remainder(program, head)
+
+    def tokens(program):
+        batch, head = index(program)
+        return batch, 0, head, 0
+
     return (
-        jax.lax.broadcasted_iota(jnp.int32, (L, L), 0),
-        jax.lax.broadcasted_iota(jnp.int32, (L, L), 1),
+        pl.BlockSpec((None, time, None, size), tokens),
+        pl.BlockSpec((None, None, size, size), lambda i: (*index(i), 0, 0)),
+        pl.BlockSpec((None, None, time // CHUNK, size, size), lambda i: (*index(i), 0, 0, 0)),
     )
 
 
-def _inverse(m, row, col, dtype):
-    """(I - m)^-1 for strictly triangular m [L, L] by block doubling."""
-    L = m.shape[0]
-    diff = row ^ col  # the highest set bit tells the smallest block that holds both
-    x = jnp.where(diff == 0, 1.0, jnp.where(diff == 1, m, 0.0))
-    size = 2
-    while size < L:
-        off = jnp.where((diff >= size) & (diff < 2 * size), m, 0.0).astype(dtype)
-        xd = x.astype(dtype)
-        x = x + _dot(_dot(xd, off).astype(dtype), xd)
-        size *= 2
-    return x
+def _forward(options, save, r, w, k, v, a, b, initial_state, segment):
+    batch, time, head, size = v.shape
+    tokens, state, states = _head_specs(time, head, size)
+    out_specs, out_shape = [tokens, state], [_like(v), _like(initial_state)]
+    if save:
+        shape = (batch, head, time // CHUNK, size, size)
+        out_specs.append(states)
+        out_shape.append(_like(v, shape, _operand_dtype(v.dtype)))
+    return _call(
+        _forward_kernel,
+        options,
+        (batch * head,),
+        2,
+        [r, w, k, v, a, b, initial_state],
+        [tokens] * 6 + [state],
+        segment,
+        out_specs,
+        out_shape,
+        "wkv7_forward",
+    )
 
 
-LOG2E = 1.4426950408889634
-MODE = "exp2"
-
-def _asm(op, x):
-    return plgpu.elementwise_inline_asm(f"{op} $0, $1;", args=[x], constraints="=f,f", pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)])[0]
-
-def _inverses(ms, row, col, dtype):
-    L = ms[0].shape[0]
-    diff = row ^ col
-    xs = [jnp.where(diff == 0, 1.0, jnp.where(diff == 1, m, 0.0)) for m in ms]
-    size = 2
-    while size < L:
-        off = [jnp.where((diff >= size) & (diff < 2 * size), m, 0.0).astype(dtype) for m in ms]
-        xd = [x.astype(dtype) for x in xs]
-        p = [_dot(x, o).astype(dtype) for x, o in zip(xd, off)]
-        xs = [x + _dot(q, d) for x, q, d in zip(xs, p, xd)]
-        size *= 2
-    return xs
-
-def _exp2(x):
-    return jnp.exp2(x) if MODE == "exp2" or Cfg.interpret else _asm("ex2.approx.ftz.f32", x)
-
-def _rcp(x):
-    return 1.0 / x if MODE == "exp2" or Cfg.interpret else _asm("rcp.approx.ftz.f32", x)
-
-def _decay(w):
-    """gate, log [L,N], cum [L,N], end [N]"""
-    gate = _rcp(1.0 + _exp2(-LOG2E * w.astype(jnp.float32)))
-    log = (-DECAY_SCALE * LOG2E) * gate  # base 2
-    L = log.shape[0]
-    row, col = _iota(L)
-    tri = jnp.where(row <= col, 1.0, 0.0)
-    if w.dtype == jnp.float32:
-        cumT = _dot(log, tri, tx=True)
-    else:
-        hi = log.astype(jnp.bfloat16)
-        lo = (log - hi.astype(jnp.float32)).astype(jnp.bfloat16)
-        tri = tri.astype(jnp.bfloat16)
-        cumT = _dot(hi, tri, tx=True) + _dot(lo, tri, tx=True)
-    last = jax.lax.broadcasted_iota(jnp.int32, cumT.shape, 1) == L - 1
-    end = _exp2(jnp.sum(jnp.where(last, cumT, 0.0), axis=1))
-    return gate, log, cumT.T, end
+def _backward_ends(options, r, w, a, b, dy, dfinal_state, segment):
+    """D [B,H,C,N,N] of every chunk, and the initial state's cotangent [B,H,N,N]."""
+    batch, time, head, size = r.shape
+    tokens, state, states = _head_specs(time, head, size)
+    shape = (batch, head, time // CHUNK, size, size)
+    ends, dinitial_state = _call(
+        _backward_ends_kernel,
+        options,
+        (batch * head,),
+        2,
+        [r, w, a, b, dy, dfinal_state],
+        [tokens] * 5 + [state],
+        segment,
+        [states, state],
+        [_like(r, shape, _operand_dtype(r.dtype)), _like(dfinal_state)],
+        "wkv7_backward_ends",
+    )
+    return dinitial_state, ends
 
 
-def _fw_kernel(r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, s0_ref, y_ref, st_ref, sT_ref, *, L, T, cfg):
-    dt = r_ref.dtype
-    row, col = _iota(L)
-
-    G = cfg.G
-    strict, lower = row < col, row <= col
-    invdt = cfg.inv if dt != jnp.float32 else dt
-
-    def body(c, S):
-        idx = [pl.ds(c * (L * G) + g * L, L) for g in range(G)]
-        dec = [_decay(w_ref[i, :]) for i in idx]
-        rt = [(r_ref[i, :] * _exp2(d[2])).astype(dt) for i, d in zip(idx, dec)]
-        at = [(a_ref[i, :] * _exp2(d[2] - d[1])).astype(dt) for i, d in zip(idx, dec)]
-        down = [_exp2(-d[2]) for d in dec]
-        kt = [(k_ref[i, :] * d).astype(dt) for i, d in zip(idx, down)]
-        bt = [(b_ref[i, :] * d).astype(dt) for i, d in zip(idx, down)]
-        v = [v_ref[i, :] for i in idx]
-        ab = [jnp.where(strict, _dot(y, x, ty=True), 0.0) for x, y in zip(at, bt)]
-        ak = [jnp.where(strict, _dot(y, x, ty=True), 0.0).astype(dt) for x, y in zip(at, kt)]
-        rk = [jnp.where(lower, _dot(y, x, ty=True), 0.0).astype(dt) for x, y in zip(rt, kt)]
-        rb = [jnp.where(lower, _dot(y, x, ty=True), 0.0).astype(dt) for x, y in zip(rt, bt)]
-        inv = _inverses(ab, row, col, invdt)
-        inv = [x.astype(dt) for x in inv]
-        for g in range(G):
-            Sb = S.astype(dt)
-            if g == 0:
-                st_ref[c] = Sb
-            X = _dot(v[g], ak[g], tx=True) + _dot(Sb, at[g], ty=True)
-            U = _dot(X.astype(dt), inv[g]).astype(dt)
-            Y = _dot(v[g], rk[g], tx=True) + _dot(Sb, rt[g], ty=True) + _dot(U, rb[g])
-            y_ref[idx[g], :] = Y.T.astype(dt)
-            S = S + _dot(v[g], kt[g], tx=True) + _dot(U, bt[g])
-            S = S * dec[g][3][None, :]
-        return S
-
-    S = jax.lax.fori_loop(0, T // (L * cfg.G), body, s0_ref[...])
-    sT_ref[...] = S
-
-
-def fw(r, w, k, v, a, b, s0, cfg):
-    B, T, H, N = r.shape
-    L = cfg.L
-    tok = pl.BlockSpec((None, T, None, N), lambda h, b: (b, 0, h, 0))
-    st = pl.BlockSpec((None, None, N, N), lambda h, b: (b, h, 0, 0))
-    sts = pl.BlockSpec((None, None, T // (L * cfg.G), N, N), lambda h, b: (b, h, 0, 0, 0))
-    return pl.pallas_call(
-        partial(_fw_kernel, L=L, T=T, cfg=cfg),
-        grid=(H, B), in_specs=[tok] * 6 + [st], out_specs=[tok, sts, st],
-        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype),
-                   jax.ShapeDtypeStruct((B, H, T // (L * cfg.G), N, N), v.dtype),
-                   jax.ShapeDtypeStruct((B, H, N, N), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=cfg.fw[0], num_stages=cfg.fw[1]),
-        interpret=cfg.interpret,
-    )(r, w, k, v, a, b, s0)
-
-
-def _bs_kernel(r_ref, w_ref, a_ref, b_ref, dy_ref, dsT_ref, ds_ref, ds0_ref, *, L, T, cfg):
-    dt = r_ref.dtype
-    row, col = _iota(L)
-    C = T // L
-
-    def body(n, dS):
-        c = C - 1 - n
-        i = pl.ds(c * L, L)
-        gate, log, cum, end = _decay(w_ref[i, :])
-        up, upb, down = _exp2(cum), _exp2(cum - log), _exp2(-cum)
-        rt = (r_ref[i, :] * up).astype(dt)
-        at = (a_ref[i, :] * upb).astype(dt)
-        bt = (b_ref[i, :] * down).astype(dt)
-        dy = dy_ref[i, :]
-        ab = jnp.where(row > col, _dot(at, bt, ty=True), 0.0)
-        rb = jnp.where(row >= col, _dot(rt, bt, ty=True), 0.0).astype(dt)
-        inv = _inverse(ab, row, col, cfg.inv if dt != jnp.float32 else dt).astype(dt)
-        D = dS * end[None, :]
-        Db = D.astype(dt)
-        ds_ref[c] = Db
-        dU = _dot(Db, bt, ty=True) + _dot(dy, rb, tx=True)
-        dX = _dot(dU.astype(dt), inv).astype(dt)
-        return D + _dot(dy, rt, tx=True) + _dot(dX, at)
-
-    ds0_ref[...] = jax.lax.fori_loop(0, C, body, dsT_ref[...])
-
-
-def bs(r, w, a, b, dy, dsT, cfg):
-    B, T, H, N = r.shape
-    L = cfg.L
-    tok = pl.BlockSpec((None, T, None, N), lambda h, b: (b, 0, h, 0))
-    st = pl.BlockSpec((None, None, N, N), lambda h, b: (b, h, 0, 0))
-    sts = pl.BlockSpec((None, None, T // L, N, N), lambda h, b: (b, h, 0, 0, 0))
-    return pl.pallas_call(
-        partial(_bs_kernel, L=L, T=T, cfg=cfg),
-        grid=(H, B), in_specs=[tok] * 5 + [st], out_specs=[sts, st],
-        out_shape=[jax.ShapeDtypeStruct((B, H, T // L, N, N), r.dtype),
-                   jax.ShapeDtypeStruct((B, H, N, N), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=cfg.bs[0], num_stages=cfg.bs[1]),
-        interpret=cfg.interpret,
-    )(r, w, a, b, dy, dsT)
-
-
-def _bp_kernel(r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, dy_ref, S_ref, dS_ref,
-               dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref, *, L, T, cfg):
-    dt = r_ref.dtype
-    f32 = jnp.float32
-    row, col = _iota(L)
-
-    def body(c, _):
-        i = pl.ds(c * L, L)
-        gate, log, cum, end = _decayT(w_ref[i, :].T)
-        up, upb, down = _exp2(cum), _exp2(cum - log), _exp2(-cum)
-        rt = (r_ref[i, :].T * up).astype(dt)
-        at = (a_ref[i, :].T * upb).astype(dt)
-        kt = (k_ref[i, :].T * down).astype(dt)
-        bt = (b_ref[i, :].T * down).astype(dt)
-        v, dy = v_ref[i, :], dy_ref[i, :]
-        upper, supper = row <= col, row < col  # [s, t]
-        ab = jnp.where(supper, _dot(bt, at, tx=True), 0.0)  # [s, t]
-        inv = _inverse(ab, row, col, cfg.inv if dt != jnp.float32 else dt).astype(dt)  # T^T [s,t]
-        ak = jnp.where(supper, _dot(kt, at, tx=True), 0.0).astype(dt)
-        S = S_ref[c]
-        X = _dot(S, at) + _dot(v, ak, tx=True)  # [V, t]
-        U = _dot(X.astype(dt), inv).astype(dt)
-        D = dS_ref[c]
-        rb = jnp.where(upper, _dot(bt, rt, tx=True), 0.0).astype(dt)  # [s, t]
-        dU = _dot(D, bt) + _dot(dy, rb, tx=True, ty=True)  # [V, s]
-        dX = _dot(dU.astype(dt), inv, ty=True).astype(dt)  # dU^T T : [V,s] sum_t dU[v,t] T[t,s]
-        rk = jnp.where(upper, _dot(kt, rt, tx=True), 0.0).astype(dt)
-        dv = _dot(D, kt) + _dot(dy, rk, tx=True, ty=True) + _dot(dX, ak, ty=True)
-        dv_ref[i, :] = dv.astype(dt).T
-        drk = jnp.where(upper, _dot(v, dy, ty=True), 0.0).astype(dt)  # [s, t]
-        drb = jnp.where(upper, _dot(U, dy, tx=True, ty=True), 0.0).astype(dt)
-        dak = jnp.where(supper, _dot(v, dX), 0.0).astype(dt)
-        dab = jnp.where(supper, _dot(U, dX, tx=True), 0.0).astype(dt)
-        drt = _dot(S, dy, tx=True, ty=True) + _dot(kt, drk) + _dot(bt, drb)  # [K, t]
-        dr_ref[i, :] = (drt * up).astype(dt).T
-        dc = rt.astype(f32) * drt
-        dat = _dot(S, dX, tx=True) + _dot(kt, dak) + _dot(bt, dab)
-        da_ref[i, :] = (dat * upb).astype(dt).T
-        dat = at.astype(f32) * dat
-        dc = dc + dat
-        vd = _dot(D, v, tx=True, ty=True)
-        ktf = kt.astype(f32)
-        state = ktf * vd
-        dkt = vd + _dot(rt, drk, ty=True) + _dot(at, dak, ty=True)
-        dk_ref[i, :] = (dkt * down).astype(dt).T
-        dc = dc - ktf * dkt
-        ud = _dot(D, U, tx=True)
-        btf = bt.astype(f32)
-        state = jnp.sum(state + btf * ud, axis=1) + jnp.sum(S.astype(f32) * D.astype(f32), axis=0)
-        dbt = ud + _dot(rt, drb, ty=True) + _dot(at, dab, ty=True)
-        db_ref[i, :] = (dbt * down).astype(dt).T
-        dc = dc - btf * dbt
-        dlog = _sum_dot(dc, jnp.where(row >= col, 1.0, 0.0), dt) - dat + state[:, None]
-        dw_ref[i, :] = (dlog * (-DECAY_SCALE) * gate * (1.0 - gate)).astype(dt).T
-        return _
-
-    jax.lax.fori_loop(0, cfg.M, body, 0)
-
-
-def _sum_dot(x, tri, dt):
-    if dt == jnp.float32:
-        return _dot(x, tri)
-    hi = x.astype(jnp.bfloat16)
-    lo = (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)
-    tri = tri.astype(jnp.bfloat16)
-    return _dot(hi, tri) + _dot(lo, tri)
-
-
-def _decayT(w):
-    gate = _rcp(1.0 + _exp2(-LOG2E * w.astype(jnp.float32)))
-    log = (-DECAY_SCALE * LOG2E) * gate
-    row, col = _iota(log.shape[1])
-    cum = _sum_dot(log, jnp.where(row <= col, 1.0, 0.0), w.dtype)
-    last = jax.lax.broadcasted_iota(jnp.int32, cum.shape, 1) == log.shape[1] - 1
-    return gate, log, cum, _exp2(jnp.sum(jnp.where(last, cum, 0.0), axis=1))
-
-
-def bp(r, w, k, v, a, b, dy, S, dS, cfg):
-    B, T, H, N = r.shape
-    L = cfg.L
-    M = cfg.M
-    tok = pl.BlockSpec((None, M * L, None, N), lambda h, c, b: (b, c, h, 0))
-    st = pl.BlockSpec((None, None, M, N, N), lambda h, c, b: (b, h, c, 0, 0))
-    return pl.pallas_call(
-        partial(_bp_kernel, L=L, T=T, cfg=cfg),
-        grid=(H, T // (L * M), B), in_specs=[tok] * 7 + [st] * 2, out_specs=[tok] * 6,
-        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype)] * 6,
-        compiler_params=plgpu.CompilerParams(num_warps=cfg.bp[0], num_stages=cfg.bp[1]),
-        interpret=cfg.interpret,
-    )(r, w, k, v, a, b, dy, S, dS)
+def _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment):
+    """The gradients of r, w, k, v, a, b, each in its array's dtype."""
+    batch, time, head, size = r.shape
+    chunks = options.tuning.chunks
+    tokens = pl.BlockSpec(
+        (None, chunks * CHUNK, None, size),
+        lambda c, i: (_divide(i, head), c, _remainder(i, head), 0),
+    )
+    state = pl.BlockSpec(
+        (None, None, chunks, size, size),
+        lambda c, i: (_divide(i, head), _remainder(i, head), c, 0, 0),
+    )
+    return _call(
+        _backward_chunks_kernel,
+        options,
+        (time // CHUNK // chunks, batch * head),
+        options.tuning.stages,
+        [r, w, k, v, a, b, dy, states, ends],
+        [tokens] * 7 + [state] * 2,
+        segment,
+        [tokens] * 6,
+        [_like(x) for x in (r, w, k, v, a, b)],
+        "wkv7_backward_chunks",
+    )
