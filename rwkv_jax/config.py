@@ -180,6 +180,8 @@ class TrainConfig:
                 raise UserError(f"--{field.name} {value}: choose one of {known}")
             if least is not None and not value >= least:
                 raise UserError(f"--{field.name} {value}: give {least} or more")
+        if self.load_model == "0":  # what the official scripts write for none
+            object.__setattr__(self, "load_model", "")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give less than 1")

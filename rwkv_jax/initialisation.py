@@ -10,6 +10,7 @@ import zlib
 
 import jax
 import numpy as np
+import scipy.linalg  # whose QR stays in float32; NumPy's computes in float64
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.model import Params, abstract_params
@@ -52,7 +53,7 @@ def _gain(name: str, rows: int, cols: int) -> float:
 def _orthogonal(rng: np.random.Generator, rows: int, cols: int, gain: float) -> np.ndarray:
     """gain · an orthogonal [rows, cols], as PyTorch draws it: QR of a Gaussian, R's signs in Q."""
     tall = rng.standard_normal((max(rows, cols), min(rows, cols)), np.float32)
-    q, r = np.linalg.qr(tall)
+    q, r = scipy.linalg.qr(tall, overwrite_a=True, mode="economic", check_finite=False)
     q *= gain * np.sign(np.diag(r))
     return q if rows >= cols else q.T
 

@@ -160,7 +160,7 @@ def test_embedding_is_uniform(fresh):
     assert len(np.unique(emb, axis=0)) == config.vocab_size
 
 
-def test_the_key_decides_the_chance_and_nothing_else():
+def test_the_seed_decides_the_chance_and_nothing_else():
     config = CONFIGS["one layer, V < C"]
     one, same, other = (flatten(init_params(config, s)) for s in (1, 1, 2))
     differing = {n.removeprefix("blocks.") for n in one if not np.array_equal(one[n], other[n])}

@@ -1,4 +1,4 @@
-"""The tests that every implementation of WKV-7 passes: `class TestX(WKV7Suite): implementation = "x"`.
+"""The tests that every implementation of WKV-7 passes: subclass `WKV7Suite`.
 
 All inputs and cotangents are bfloat16 numbers, so that one float64 run of the recurrence is the
 truth for every dtype an implementation is tried in.
@@ -85,7 +85,8 @@ def relative_error(x, truth: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64) - truth) / (scale or 1.0))
 
 
-@partial(jax.jit, static_argnums=0)
+# Most of the suite's time is LLVM's; these programs are compiled often and run once.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_llvm_disable_expensive_passes": True})
 def outputs_and_gradients(op, inputs, reset, cotangents):
     """The nine arrays of NAMES for `op(*inputs, reset=reset, return_state=True)`."""
     outputs, vjp = jax.vjp(lambda *x: op(*x, reset=reset, return_state=True), *inputs)
@@ -148,27 +149,32 @@ class WKV7Suite:
 
     def test_no_initial_state_is_zero(self):
         (*tokens, state), _, _ = cast(Case("small", time=20, size=16), "float32")
-        zero = self.op(*tokens, jnp.zeros_like(state))
-        np.testing.assert_array_equal(self.op(*tokens), zero)
+        op = jax.jit(self.op)
+        zero = op(*tokens, jnp.zeros_like(state))
+        np.testing.assert_array_equal(op(*tokens), zero)
 
-    @pytest.mark.parametrize("first", [1, 64, 70])
+    @pytest.mark.parametrize("first", [1, 64])
     def test_two_pieces_with_carried_state_are_one(self, first: int):
-        (*tokens, state), _, _ = cast(Case("pieces", time=100, size=16), "float32")
+        case = Case("pieces", time=90, size=16)
+        inputs, _, cotangents = cast(case, "float32")
+        (*tokens, state), (dy, dstate) = inputs, cotangents
+        head, tail = ([x[:, :first] for x in tokens], [x[:, first:] for x in tokens])
 
-        def whole(tokens, state):
-            return self.op(*tokens, state, return_state=True)
+        @jax.jit
+        def pieces(head, tail, state):
+            def two(head, tail, state):
+                y0, state = self.op(*head, state, return_state=True)
+                y1, state = self.op(*tail, state, return_state=True)
+                return jnp.concatenate([y0, y1], 1), state
 
-        def pieces(tokens, state):
-            y0, state = self.op(*(x[:, :first] for x in tokens), state, return_state=True)
-            y1, state = self.op(*(x[:, first:] for x in tokens), state, return_state=True)
-            return jnp.concatenate([y0, y1], 1), state
+            outputs, vjp = jax.vjp(two, head, tail, state)
+            dhead, dtail, dinitial = vjp((dy, dstate))
+            dtokens = (jnp.concatenate(pair, 1) for pair in zip(dhead, dtail, strict=True))
+            return *outputs, *dtokens, dinitial
 
-        def with_gradients(f):
-            out, vjp = jax.vjp(f, tokens, state)
-            return jax.tree.leaves((out, vjp(jax.tree.map(jnp.ones_like, out))))
-
-        for x, expected in zip(with_gradients(pieces), with_gradients(whole), strict=True):
-            assert relative_error(x, np.asarray(expected, np.float64)) < 2e-6
+        whole = truth(case)
+        for x, expected in zip(pieces(head, tail, state), whole, strict=True):
+            assert relative_error(x, expected) < 1e-5
 
     def test_inside_vmap_checkpoint_and_scan(self):
         """Layers in a `lax.scan` under `jax.checkpoint`, mapped over two models, differentiated."""

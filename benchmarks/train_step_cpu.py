@@ -1,0 +1,189 @@
+"""The whole 0.1b training step on a CPU, beside torch and beside its own matrix products.
+
+    python benchmarks/train_step_cpu.py [--repeats 5] [--torch-repeats 2]
+
+One process, B 1, T 512, V 65536, fp32, no recomputation (grad_cp 0), everything from the batch to
+the updated weights: forward, backward, clipping, Adam. Three things take turns, so that whatever
+else the machine does meets all of them:
+
+- `ours`: the step that `python -m rwkv_jax.train` runs;
+- `torch`: tests/torch_rwkv7.py, autograd and torch.optim.AdamW, WKV token by token;
+- `products`: y = x Wᵀ, dx = dy W and dW = dyᵀ x of each linear layer, low-rank ones and head
+  included, as plain jitted `jnp.dot` calls on the same XLA backend. That is what the mathematics
+  of the step needs and no more: WKV's own products, recomputed ones and the value residual of
+  layer 0, which is not used, are not among them.
+
+Writes results/train_step_cpu.json and prints the row of the table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+import torch
+
+from rwkv_jax import sharding, weights
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.model import abstract_params
+from rwkv_jax.optimizer import learning_rate, make_optimizer
+from rwkv_jax.step import TrainState, make_step
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tests"))
+import torch_rwkv7  # noqa: E402
+
+T = 512
+MODEL = TrainConfig(size="0.1b").model_config()
+TRAIN = TrainConfig()
+
+
+def random_params(seed: int = 0) -> dict:
+    """Of ordinary size in every tensor: no zeros that would spare someone work."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        one = path[-2:][0].key.startswith("ln") and path[-1].key == "weight"
+        return 0.02 * rng.standard_normal(leaf.shape, np.float32) + np.float32(one)
+
+    return jax.tree.map_with_path(draw, abstract_params(MODEL))
+
+
+def ours(params: dict, tokens: np.ndarray) -> Callable[[], float]:
+    adam = make_optimizer(TRAIN, learning_rate(TRAIN, MODEL.n_embd, 0, 1000.0))
+    mesh = sharding.make_mesh(1)
+    run = make_step(
+        MODEL, adam, mesh, sharding.STRATEGIES["deepspeed_stage_2"], jnp.float32, remat=False
+    )
+    params = jax.tree.map(jnp.asarray, params)
+    state = TrainState(params, jax.jit(adam.init)(params))
+    batch = jax.device_put(tokens[None], sharding.batch_sharding(mesh))
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = run(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics.loss)
+
+    return step
+
+
+def torchs(params: dict, tokens: np.ndarray) -> Callable[[], float]:
+    official = weights.to_official(params)
+    theirs = {
+        name: torch.from_numpy(np.array(tensor)).requires_grad_()
+        for name, tensor in official.items()
+    }
+    adamw = torch_rwkv7.adamw(theirs, TRAIN.weight_decay)
+    batch = torch.from_numpy(tokens).long()
+
+    def step() -> float:
+        loss, _ = torch_rwkv7.train_step(theirs, adamw, batch[:, :-1], batch[:, 1:], lr=6e-6)
+        return loss
+
+    return step
+
+
+def linear_layers(config: ModelConfig) -> list[tuple[int, int]]:
+    """(in, out) of each product with a weight in the model's forward pass."""
+    C, F = config.n_embd, config.dim_ffn
+    low_rank = {"w": config.dim_w, "a": config.dim_a, "v": config.dim_v, "g": config.dim_g}
+    layers = []
+    for layer in range(config.n_layer):
+        layers += 4 * [(C, C)] + [(C, F), (F, C)]
+        for name, width in low_rank.items():
+            if layer > 0 or name != "v":
+                layers += [(C, width), (width, C)]
+    return layers + [(C, config.vocab_size)]
+
+
+def products(config: ModelConfig) -> Callable[[], float]:
+    forward = jax.jit(lambda x, w: jnp.dot(x, w.T))
+    d_input = jax.jit(jnp.dot)
+    d_weight = jax.jit(lambda dy, x: jnp.dot(dy.T, x))
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    layers = linear_layers(config)
+    tall = {width: matrix(T, width) for layer in layers for width in layer}
+    matrices = [matrix(out, inner) for inner, out in layers]
+
+    def step() -> float:
+        for w in matrices:
+            dy, x = tall[w.shape[0]], tall[w.shape[1]]
+            # Waiting keeps one product at a time on the cores, and lets its result go.
+            jax.block_until_ready(forward(x, w))
+            jax.block_until_ready(d_input(dy, w))
+            jax.block_until_ready(d_weight(dy, x))
+        return 0.0
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--torch-repeats", type=int, default=2)
+    options = parser.parse_args()
+
+    params = random_params()
+    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (1, T + 1), np.int32)
+    contenders = {"products": products(MODEL), "ours": ours(params, tokens)}
+    if options.torch_repeats:
+        contenders["torch"] = torchs(params, tokens)
+    del params
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses = {}
+    for repeat in range(-1, options.repeats):  # the first turn compiles and warms up
+        for name, run in contenders.items():
+            if name == "torch" and repeat >= options.torch_repeats:
+                continue
+            began = time.perf_counter()
+            loss = run()
+            took = time.perf_counter() - began
+            print(f"{name:>8} {'warm-up' if repeat < 0 else repeat}: {took:.2f} s", flush=True)
+            if repeat < 0:
+                losses[name] = loss
+            else:
+                seconds[name].append(took)
+    if "torch" in losses and abs(losses["ours"] - losses["torch"]) > 1e-3:
+        raise SystemExit(f"the two steps are not the same: losses {losses}")
+
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    flops = sum(3 * 2 * T * inner * out for inner, out in linear_layers(MODEL))
+    ratios = {"ours / products": median["ours"] / median["products"]}
+    if "torch" in median:
+        ratios["torch / ours"] = median["torch"] / median["ours"]
+    result = {
+        "what": "0.1b training step, B 1, T 512, V 65536, fp32, grad_cp 0, seconds",
+        "machine": machine.describe(),
+        "seconds": seconds,
+        "median": median,
+        "ratios": ratios,
+        "product_gflop": flops / 1e9,
+        "product_gflop_per_second": flops / 1e9 / median["products"],
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    path = HERE / "results" / "train_step_cpu.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print("| CPU | ours | torch | matrix products alone | torch / ours | ours / products |")
+    print("|---|---|---|---|---|---|")
+    described = result["machine"]
+    print(
+        f"| {described['cpu']}, {described['cores']} cores | {median['ours']:.2f} s "
+        f"| {median.get('torch', float('nan')):.2f} s | {median['products']:.2f} s "
+        f"| {ratios.get('torch / ours', float('nan')):.2f} | {ratios['ours / products']:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
