@@ -212,13 +212,22 @@ def _sum_tokens(x: jax.Array, which: jax.Array, dtype, dot) -> jax.Array:
 
 
 def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]:
-    """(exp(−w), log2 decay, its sum up to and with each token, its sum over the chunk [N])."""
+    """(exp(−w), log2 decay, its sum up to and with each token, half its sum over the chunk [N]).
+
+    The third is counted from the middle of the chunk, the fourth, where W = 1.
+    """
     odds = exp2(jnp.minimum(-LOG2_E * w.astype(jnp.float32), 100.0))
     log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
     source, token = _positions()
     total = _sum_tokens(log, source <= token, dtype, dot)
     last = _positions(*total.shape)[1] == CHUNK - 1
-    return odds, log, total, jnp.sum(jnp.where(last, total, 0.0), axis=1)
+    half = 0.5 * jnp.sum(jnp.where(last, total, 0.0), axis=1)
+    return odds, log, total - half[:, None], half
+
+
+def _scaled(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """A tile [L, N] as it lies in memory, transposed to [N, L] and scaled: an operand."""
+    return (x.T.astype(jnp.float32) * scale).astype(dtype)
 
 
 def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
@@ -273,17 +282,18 @@ def _forward_kernel(
     def body(chunk, state):
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         same, before, after, through = _documents(segment_ref, chunk)
-        _, log, total, whole = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
-        r = (r_ref[tokens, :].T * exp2(total)).astype(dtype)
-        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
-        k = (k_ref[tokens, :].T * exp2(-total)).astype(dtype)
-        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = _scaled(r_ref[tokens, :], exp2(total), dtype)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         v = v_ref[tokens, :].astype(dtype).T
         ba = _only(_causal(same, True), dot(b, a, "Xy"))
         ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
         kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
         br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
         solve = _inverse(ba, dtype, dot)
+        state = state * exp2(half)[None, :]
         s = state.astype(dtype)
         for ref in states_ref:
             ref[chunk] = s
@@ -292,7 +302,7 @@ def _forward_kernel(
         y = dot(v, kr) + _only(before, dot(s, r)) + dot(u, br)
         y_ref[tokens, :] = y.astype(y_ref.dtype).T
         state = _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
-        return state * exp2(whole)[None, :]
+        return state * exp2(half)[None, :]
 
     final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // CHUNK, body, initial_ref[...])
 
@@ -309,20 +319,21 @@ def _backward_ends_kernel(
         chunk = chunks - 1 - step
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         same, before, after, through = _documents(segment_ref, chunk)
-        _, log, total, whole = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
-        r = (r_ref[tokens, :].T * exp2(total)).astype(dtype)
-        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
-        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
+        _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = _scaled(r_ref[tokens, :], exp2(total), dtype)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         dy = dy_ref[tokens, :].astype(dtype).T
         br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
         solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
-        end = dstate * exp2(whole)[None, :]
+        end = dstate * exp2(half)[None, :]
         d = end.astype(dtype)
         ends_ref[chunk] = d
         du = dot(dy, br, "xY") + _only(after, dot(d, b))
         dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
         dy, dx = _only(before, dy), _only(before, dx)
-        return _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
+        dstate = _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
+        return dstate * exp2(half)[None, :]
 
     dinitial_ref[...] = jax.lax.fori_loop(0, chunks, body, dfinal_ref[...])
 
@@ -340,10 +351,10 @@ def _backward_chunks_kernel(
         same, before, after, through = _documents(segment_ref, first + chunk)
         odds, log, total, _ = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
         up = exp2(total)
-        a = (a_ref[tokens, :].T * exp2(total - log)).astype(dtype)
-        b = (b_ref[tokens, :].T * exp2(-total)).astype(dtype)
-        k = (k_ref[tokens, :].T * exp2(-total)).astype(dtype)
-        r = (r_ref[tokens, :].T * up).astype(dtype)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
+        k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
+        r = _scaled(r_ref[tokens, :], up, dtype)
         v, dy = v_ref[tokens, :].astype(dtype).T, dy_ref[tokens, :].astype(dtype).T
         solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
         ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
