@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from rwkv_jax.config import ModelConfig
@@ -66,16 +67,6 @@ class Checkpoints:
         metadata = self._orbax.checkpointables_metadata(step)
         return ModelConfig(**metadata.custom_metadata["model"])
 
-    def load_params(self, step: int) -> tuple[ModelConfig, Params]:
-        """The model alone, on the default device."""
-        config = self.model_config(step)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device),
-            abstract_params(config),
-        )
-        return config, self._orbax.load_checkpointables(step, {"params": abstract})["params"]
-
     def wait(self) -> None:
         """Returns when the last `save` is on disk; raises what went wrong with it."""
         if self._pending is not None:
@@ -87,14 +78,52 @@ class Checkpoints:
         self._orbax.close()
 
 
-def load_newest(run: Path) -> tuple[ModelConfig, Params]:
-    """The model of the newest checkpoint in a run's output folder.
+def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
+    """Writes one checkpoint that holds a model and no optimizer, for `load_newest`.
+
+    Args:
+        folder: becomes the checkpoint; appears under its name only when it is complete.
+
+    Raises:
+        UserError: it exists or cannot be written.
+    """
+    try:
+        # Orbax, when it cannot make the folder, has its threads wait minutes for it.
+        folder.mkdir(parents=True)
+        folder.rmdir()
+        ocp.save_checkpointables(
+            folder.absolute(),
+            {"params": params},
+            custom_metadata={"model": dataclasses.asdict(config)},
+        )
+    except FileExistsError:
+        raise UserError(f"{folder}: exists already; give a new folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def load_newest(path: Path) -> tuple[ModelConfig, Params]:
+    """The model of a checkpoint, or of the newest checkpoint in a run's output folder.
+
+    Returns:
+        The configuration and the tree of float32 NumPy arrays; the optimizer's state is not read.
 
     Raises:
         UserError: there is none.
     """
-    with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
-        newest = checkpoints.latest()
+    folder = path.absolute()
+    # Orbax alone is not strict enough: a folder of checkpoints is one to it, too.
+    if not ((folder / "params").is_dir() and ocp.is_orbax_checkpoint(folder)):
+        with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+            newest = checkpoints.latest()
         if newest is None:
-            raise UserError(f"{run}: no checkpoints; give a .pth, or the output folder of a run")
-        return checkpoints.load_params(newest)
+            raise UserError(
+                f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
+            )
+        folder = folder / "checkpoints" / str(newest)
+    metadata = ocp.checkpointables_metadata(folder).custom_metadata
+    if not metadata or "model" not in metadata:
+        raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax")
+    config = ModelConfig(**metadata["model"])
+    abstract = jax.tree.map(lambda p: np.empty(p.shape, p.dtype), abstract_params(config))
+    return config, ocp.load_checkpointables(folder, {"params": abstract})["params"]

@@ -1,0 +1,133 @@
+"""Shows what is in a model, or how two of them differ: python -m convert.inspect FILE [FILE2]"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax import pth
+from rwkv_jax.checkpoint import load_newest
+from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.weights import infer_config, to_official
+
+
+def read_tensors(path: Path) -> Mapping[str, pth.Array]:
+    """Official name → tensor of a .pth, or of a checkpoint or run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return to_official(load_newest(path)[1]) if path.is_dir() else pth.read(path)
+
+
+def describe(tensors: Mapping[str, pth.Array]) -> str:
+    """The architecture, the number of parameters, and a row a tensor; layers alike share a row."""
+    try:
+        c = infer_config(tensors)
+        model = (
+            f"RWKV-7, {c.n_layer} layers of width {c.n_embd}, inner width {c.dim_ffn}, vocabulary "
+            f"{c.vocab_size}, head size {c.head_size}, low-rank widths w,a,v,g "
+            f"{c.dim_w},{c.dim_a},{c.dim_v},{c.dim_g}"
+        )
+    except UserError as error:
+        model = str(error)
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    size = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors.values())
+    rows = [(name, _shape(tensor), str(tensor.dtype)) for name, tensor in tensors.items()]
+    return (
+        f"{model}\n{count:,} parameters in {len(tensors)} tensors, {size / 1e6:,.1f} MB\n\n"
+        + _table(("name", "shape", "dtype"), rows)
+    )
+
+
+def compare(one: Mapping[str, pth.Array], two: Mapping[str, pth.Array]) -> str:
+    """A row for each tensor that is not the same in both; `|one - two|` where shapes agree."""
+    rows, largest = [], 0.0
+    for name in dict.fromkeys([*one, *two]):
+        if name not in two or name not in one:
+            rows.append((name, "only in the " + ("first" if name in one else "second")))
+            continue
+        a, b = one[name], two[name]
+        notes = []
+        if a.shape != b.shape:
+            notes.append(f"shape {_shape(a)}, {_shape(b)}")
+        if a.dtype != b.dtype:
+            notes.append(f"dtype {a.dtype}, {b.dtype}")
+        if a.shape == b.shape:
+            difference = _largest_difference(np.asarray(a), np.asarray(b))
+            largest = max(largest, difference, key=lambda x: (math.isnan(x), x))
+            if difference != 0:
+                notes.append(f"values by up to {difference:.3g}")
+        if notes:
+            rows.append((name, "; ".join(notes)))
+    if not rows:
+        return "the same names, shapes, dtypes and values"
+    return (
+        _table(("name", "differs in"), rows)
+        + f"\n\nlargest absolute difference of values: {largest:.3g}"
+    )
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """NaN where one is NaN and the other is not, or anything is not comparable."""
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = a.astype(np.float64)
+        difference -= b
+        return float(np.abs(difference, out=difference).max(initial=0.0))
+
+
+def _shape(tensor: pth.Array) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns; rows that differ only in the layer are one, `blocks.0-11.ln1.weight`."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for name, *rest in rows:
+        # A name comes from a file: shown escaped, so that it cannot write to the terminal.
+        parts = ascii(name)[1:-1].split(".", 2)
+        in_block = len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal()
+        key = (f"blocks.*.{parts[2]}" if in_block else ".".join(parts), *rest)
+        groups.setdefault(key, []).extend([int(parts[1])] if in_block else [])
+    table = [head] + [
+        (name.replace("*", _ranges(layers), 1) if layers else name, *rest)
+        for (name, *rest), layers in groups.items()
+    ]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-2,5 for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m convert.inspect",
+        description="Show what a model is made of; of two, what differs in names, shapes, dtypes "
+        "and values.",
+        epilog="example: python -m convert.inspect out/rwkv-init.pth out/rwkv-final.pth",
+    )
+    parser.add_argument("first", metavar="FILE", type=Path, help="a .pth, a checkpoint or a run")
+    parser.add_argument("second", metavar="FILE2", type=Path, nargs="?", help="to compare with")
+    args = parser.parse_args(argv)
+    tensors = read_tensors(args.first)
+    print(compare(tensors, read_tensors(args.second)) if args.second else describe(tensors))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,45 @@
+"""Turns a checkpoint into an official .pth: python -m convert.orbax_to_pth RUN_OR_DIR OUT.pth"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_jax.checkpoint import load_newest
+from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.weights import save_pth
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m convert.orbax_to_pth",
+        description="Turn a checkpoint into a .pth in the official format, which the rwkv package "
+        "and RWKV Runner load.",
+        epilog="example: python -m convert.orbax_to_pth out model.pth, "
+        "or with out/checkpoints/2000 for a certain step",
+    )
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_DIR",
+        type=Path,
+        help="a run's output folder, whose newest checkpoint is taken, or a checkpoint itself",
+    )
+    parser.add_argument("target", metavar="OUT.pth", type=Path, help="must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="bfloat16 (default): rounded to nearest even, half the size, what the official "
+        "trainer writes; float32: the master weights, exactly",
+    )
+    args = parser.parse_args(argv)
+    if not args.source.is_dir():
+        raise UserError(f"{args.source}: is not a folder; give a run's output folder")
+    if args.target.exists():
+        raise UserError(f"{args.target}: exists already; give a new name")
+    _, params = load_newest(args.source)
+    save_pth(args.target, params, args.dtype)
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,27 @@
+"""Turns an official .pth into an orbax checkpoint: python -m convert.pth_to_orbax IN.pth OUT_DIR"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_jax.checkpoint import save_model
+from rwkv_jax.errors import run_command
+from rwkv_jax.weights import load_pth
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m convert.pth_to_orbax",
+        description="Turn an RWKV-7 .pth into an orbax checkpoint with float32 weights (exact) "
+        "and no optimizer, which rwkv_jax.load, generate and train --load_model take.",
+        epilog="example: python -m convert.pth_to_orbax rwkv-final.pth checkpoint",
+    )
+    parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")
+    parser.add_argument("target", metavar="OUT_DIR", type=Path, help="must not exist")
+    args = parser.parse_args(argv)
+    save_model(args.target, *load_pth(args.source))
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    run_command(main)
