@@ -1,22 +1,25 @@
 """Compiles for a named GPU on a machine that has none, and reads what the compiler made.
 
-XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own packages:
-`pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 absl-py`, in the versions of jax
-and jaxlib. The tests check the kernels with it, `rwkv_jax.plan` the memory of a training step.
+XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own
+packages, in jax's version: `pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+absl-py` and JAX_PLATFORMS=cpu. `tests/test_gpu_compile.py` checks the kernels with it.
 """
 
 import contextlib
 import dataclasses
-import pathlib
+import importlib.util
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +104,126 @@ def current_compute_capability() -> tuple[int, int] | None:
         return None
     major, minor = jax.devices()[0].compute_capability.split(".")
     return int(major), int(minor)
+
+
+def can_compile() -> bool:
+    """Whether the packages that the module docstring names are installed."""
+    return all(importlib.util.find_spec(x) for x in ("jax_cuda12_plugin", "absl")) and bool(
+        _ptxas()
+    )
+
+
+def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "data") -> Mesh:
+    """A mesh of `count` GPUs that are not there, over `hosts` processes, to lower for."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=target.text(),
+        topology=f"1x{hosts}x{count // hosts}",
+    )
+    return Mesh(np.array(topology.devices), (axis,), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def lowering_for(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
+    """Inside, functions are traced and lowered as on such GPUs: Pallas asks for the device."""
+    device = AbstractDevice(
+        device_kind=target.device_kind, num_cores=target.core_count, platform="gpu"
+    )
+    abstract = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(abstract):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the assembler says of a kernel, and what its code holds."""
+
+    name: str
+    registers: int
+    spill_bytes: int  # a thread, the larger of stores and loads
+    tensor_instructions: int  # mma and wgmma in the PTX
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """`executable` as jax compiled it: its `memory_analysis()` is what XLA plans for that GPU."""
+
+    executable: Any
+    kernels: dict[str, Kernel]
+
+
+def compile_for(
+    target: GpuTarget, function: Callable, *arguments: Any, mesh: Mesh | None = None
+) -> Compiled:
+    """Compiles `jax.jit(function)` for the target.
+
+    Args:
+      target: one of `GPU_TARGETS`.
+      function: anything that `jax.jit` takes, or its result.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over `mesh`; without a mesh,
+        over one GPU, arrays and structs of any kind (only shapes and dtypes are used).
+      mesh: of `device_mesh`.
+    """
+    if mesh is None:
+        mesh = device_mesh(target)
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arguments
+        )
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    with lowering_for(target, mesh):
+        lowered = jitted.lower(*arguments)
+    with tempfile.TemporaryDirectory() as dump:
+        executable = lowered.compile(compiler_options={"xla_dump_to": dump})
+        files = [x for x in Path(dump).glob("*.ptx") if x.stat().st_size]
+        kernels = {kernel.name: kernel for x in files for kernel in _kernels(target, x)}
+    return Compiled(executable, kernels)
+
+
+def shared_memory(target: GpuTarget, function: Callable, *arguments: Any) -> int:
+    """Bytes of shared memory of the one Triton kernel in `function`, as XLA will launch it.
+
+    XLA tells them only of a kernel that does not fit; so it is asked for a GPU that has none.
+    """
+    try:
+        compile_for(dataclasses.replace(target, shared_kb_core=1), function, *arguments)
+    except jax.errors.JaxRuntimeError as error:
+        return int(_find(r"requested (\d+)", str(error))[0])
+    return 0
+
+
+def _ptxas() -> str | None:
+    try:
+        import nvidia.cuda_nvcc as nvcc
+    except ImportError:
+        return shutil.which("ptxas")
+    return shutil.which("ptxas", path=Path(list(nvcc.__path__)[0]) / "bin")
+
+
+def _kernels(target: GpuTarget, ptx: Path) -> Iterator[Kernel]:
+    """Assembles a module's PTX as XLA does, verbosely."""
+    assembler = _ptxas()
+    assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
+    command = [assembler, "-v", f"-arch={target.sm}", str(ptx), "-o", str(ptx) + ".cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    code = ptx.read_text()
+    for block in re.split(r"Compiling entry function ", report)[1:]:
+        name = block.split("'")[1]
+        body = code[code.index(f".entry {name}(") :]
+        body = body[: body.find("\n}")]
+        stores, loads = _find(r"(\d+) bytes spill stores, (\d+) bytes spill", block)
+        yield Kernel(
+            name=name,
+            registers=int(_find(r"Used (\d+) registers", block)[0]),
+            spill_bytes=max(int(stores), int(loads)),
+            tensor_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\.", body)),
+        )
+
+
+def _find(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern!r}:\n{text}")
+    return found.groups()

@@ -6,10 +6,13 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_targets import current_compute_capability
+
 # name -> module and function; the module is imported when it is first asked for.
 IMPLEMENTATIONS = {
     "reference": ("pallas_kernels.wkv7.reference", "wkv7_reference"),
     "xla": ("pallas_kernels.wkv7.chunked_xla", "wkv7_xla"),
+    "pallas_triton": ("pallas_kernels.wkv7.pallas_triton", "wkv7_pallas_triton"),
 }
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -61,7 +64,7 @@ def wkv7(
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
-    run = _load(implementation or _default_implementation())
+    run = _load(implementation or _default_implementation(v.dtype))
     y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
@@ -92,8 +95,11 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
             raise TypeError(f"{name} must have a floating dtype; got {array.dtype}")
 
 
-def _default_implementation() -> str:
-    return "xla"
+def _default_implementation(dtype) -> str:
+    # In float32 the Pallas kernels run, but their registers do not hold it.
+    capability = current_compute_capability()
+    fits = capability is not None and capability >= (8, 0) and jnp.dtype(dtype).itemsize == 2
+    return "pallas_triton" if fits else "xla"
 
 
 def _load(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -62,18 +62,16 @@ PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 class Tuning:
     """How the gradients' kernel is launched: chunks a program, and stages of its prefetching.
 
-    More stages hide the latency of loads and cost registers and shared memory. What spills more
-    than 32 bytes a thread, or does not fit, runs one chunk a program instead.
+    Several chunks a program hide the latency of loads, and cost registers and shared memory.
     """
 
-    chunks: int = 8
-    stages: int = 2
+    chunks: int = 1
+    stages: int = 1
 
 
-# (compute capability's major, N); what is not here is `Tuning()`.
-TUNING = {
-    (12, 64): Tuning(1, 1),
-}
+# By compute capability's major, head size, and whether states are reset. What is not here would
+# spill more than 32 bytes a thread, or not fit, and runs one chunk a program.
+TUNING = {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +118,8 @@ def wkv7_pallas_triton(
         documents = jnp.cumsum(reset.astype(jnp.int32), axis=1)
         segment = jnp.pad(documents, ((0, 0), (1, 0)))
         segment = jnp.pad(segment, padding[:2], mode="edge")
-    major = 0 if capability is None else capability[0]
-    tuning = TUNING.get((major, size), Tuning())
+    major = 9 if capability is None else capability[0]
+    tuning = TUNING.get((major, size, reset is not None), Tuning())
     chunks = math.gcd(tuning.chunks, r.shape[1] // CHUNK)
     options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
     y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
@@ -129,8 +127,9 @@ def wkv7_pallas_triton(
 
 
 def _precision(interpret: bool):
-    """Of float32 products: exact, unless the caller chose jax_default_matmul_precision (TF32)."""
-    if jax.config.jax_default_matmul_precision:
+    """Of float32 products: exact, unless `jax.default_matmul_precision` asks for less (TF32)."""
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if asked not in (None, "highest", "float32"):
         return jax.lax.Precision.DEFAULT
     return jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
@@ -194,7 +193,8 @@ def _operand_dtype(dtype):
 
 def _positions(rows: int = CHUNK, columns: int = CHUNK) -> tuple[jax.Array, jax.Array]:
     shape = (rows, columns)
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return row, column
 
 
 def _only(mask, x: jax.Array) -> jax.Array:
@@ -258,7 +258,12 @@ def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
     before = segment_ref[chunk * CHUNK]
     own = segment_ref[pl.ds(chunk * CHUNK + 1, CHUNK)]
     after = segment_ref[chunk * CHUNK + CHUNK]
-    return own[:, None] == own[None, :], own[None, :] == before, own[None, :] == after, before == after
+    return (
+        own[:, None] == own[None, :],
+        own[None, :] == before,
+        own[None, :] == after,
+        before == after,
+    )
 
 
 def _causal(same, strictly: bool) -> jax.Array:
@@ -301,7 +306,9 @@ def _forward_kernel(
         u = dot(x.astype(dtype), solve).astype(dtype)
         y = dot(v, kr) + _only(before, dot(s, r)) + dot(u, br)
         y_ref[tokens, :] = y.astype(y_ref.dtype).T
-        state = _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
+        state = (
+            _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
+        )
         return state * exp2(half)[None, :]
 
     final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // CHUNK, body, initial_ref[...])
@@ -339,7 +346,18 @@ def _backward_ends_kernel(
 
 
 def _backward_chunks_kernel(
-    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, dy_ref, states_ref, ends_ref, *rest, options, documents
+    r_ref,
+    w_ref,
+    k_ref,
+    v_ref,
+    a_ref,
+    b_ref,
+    dy_ref,
+    states_ref,
+    ends_ref,
+    *rest,
+    options,
+    documents,
 ):
     segment_ref, (dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref) = _split(rest, documents)
     dtype = _operand_dtype(r_ref.dtype)
@@ -418,7 +436,10 @@ def _call(kernel, options, grid, stages, inputs, specs, segment, out_specs, out_
     head = inputs[0].shape[2]
     if segment is not None:
         inputs = [*inputs, segment]
-        specs = [*specs, pl.BlockSpec((None, segment.shape[1]), lambda *i: (_divide(i[-1], head), 0))]
+        specs = [
+            *specs,
+            pl.BlockSpec((None, segment.shape[1]), lambda *i: (_divide(i[-1], head), 0)),
+        ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return pl.pallas_call(
