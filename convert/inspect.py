@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,10 +90,10 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     groups: dict[tuple[str, ...], list[int]] = {}
     for name, *rest in rows:
         # A name comes from a file: shown escaped, so that it cannot write to the terminal.
-        parts = ascii(name)[1:-1].split(".", 2)
-        in_block = len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal()
-        key = (f"blocks.*.{parts[2]}" if in_block else ".".join(parts), *rest)
-        groups.setdefault(key, []).extend([int(parts[1])] if in_block else [])
+        shown = ascii(name)[1:-1]
+        match = re.match(r"blocks\.(0|[1-9]\d{0,3})\.", shown)
+        key = (f"blocks.*.{shown[match.end() :]}" if match else shown, *rest)
+        groups.setdefault(key, []).extend([int(match[1])] if match else [])
     table = [head] + [
         (name.replace("*", _ranges(layers), 1) if layers else name, *rest)
         for (name, *rest), layers in groups.items()

@@ -114,8 +114,10 @@ def load_newest(path: Path) -> tuple[ModelConfig, Params]:
     folder = path.absolute()
     # Orbax alone is not strict enough: a folder of checkpoints is one to it, too.
     if not ((folder / "params").is_dir() and ocp.is_orbax_checkpoint(folder)):
-        with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-            newest = checkpoints.latest()
+        newest = None
+        if (folder / "checkpoints").is_dir():  # which orbax would make
+            with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+                newest = checkpoints.latest()
         if newest is None:
             raise UserError(
                 f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"

@@ -1,0 +1,144 @@
+"""Conversion: the same bytes after both ways, what rwkv_jax.load makes of it, and error lines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rwkv_jax
+from convert import inspect, orbax_to_pth, pth_to_orbax
+from rwkv_jax import pth, weights
+from rwkv_jax.errors import UserError
+
+ORACLES = Path(__file__).parent / "data" / "oracles"
+FP32, BF16 = ORACLES / "tiny_v512_rand_fp32.pth", ORACLES / "tiny_v512_rand_bf16.pth"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("convert") / "new" / "checkpoint"
+    pth_to_orbax.main([str(FP32), str(folder)])
+    return folder
+
+
+def same_tensors(one: dict, two: dict) -> bool:
+    return list(one) == list(two) and all(
+        (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
+        for a, b in zip(one.values(), two.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("source", "options"), [(FP32, ["--dtype", "float32"]), (BF16, [])])
+def test_round_trip_is_exact(tmp_path, source, options):
+    exported, folder, back = tmp_path / "a.pth", tmp_path / "folder", tmp_path / "b.pth"
+    tensors = pth.read(source)
+    weights.save_pth(exported, weights.load_pth(source)[1], tensors["emb.weight"].dtype)
+    pth_to_orbax.main([str(exported), str(folder)])
+    orbax_to_pth.main([str(folder), str(back), *options])
+    assert back.read_bytes() == exported.read_bytes()
+    assert same_tensors(pth.read(back), tensors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "b.pth", "folder"]
+
+
+def test_load_takes_the_checkpoint(checkpoint):
+    config, params = rwkv_jax.load_params(checkpoint)
+    expected = weights.load_pth(FP32)
+    assert config == expected[0]
+    assert same_tensors(weights_of(params), weights_of(expected[1]))
+
+
+def weights_of(params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensor) for name, tensor in weights.to_official(params).items()}
+
+
+def test_a_bf16_file_is_rounded_to_nearest(checkpoint, tmp_path):
+    orbax_to_pth.main([str(checkpoint), str(tmp_path / "x.pth")])
+    head = pth.read(tmp_path / "x.pth")["head.weight"]
+    expected = pth.read(FP32)["head.weight"].astype(ml_dtypes.bfloat16)
+    assert head.dtype == expected.dtype and head.tobytes() == expected.tobytes()
+
+
+def refusal(command, *arguments) -> str:
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        command.main([str(argument) for argument in arguments])
+    return str(caught.value)
+
+
+def test_error_lines(checkpoint, tmp_path):
+    new, file = tmp_path / "new", tmp_path / "file"
+    file.write_bytes(b"x")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "cannot be read" in refusal(pth_to_orbax, tmp_path / "no.pth", new)
+    assert "exists already" in refusal(pth_to_orbax, FP32, checkpoint)
+    assert "exists already" in refusal(pth_to_orbax, FP32, file)
+    assert "cannot be written: Not a directory" in refusal(pth_to_orbax, FP32, file / "x")
+    assert "is not a folder" in refusal(orbax_to_pth, tmp_path / "no", new)
+    assert "is not a folder" in refusal(orbax_to_pth, FP32, new)
+    for folder in (tmp_path, tmp_path / "run", checkpoint.parent):
+        assert "no checkpoints" in refusal(orbax_to_pth, folder, new)
+    assert "exists already" in refusal(orbax_to_pth, checkpoint, file)
+    assert "cannot be written" in refusal(orbax_to_pth, checkpoint, new / "x.pth")
+    assert "cannot be read" in refusal(inspect, tmp_path / "no.pth")
+    assert file.read_bytes() == b"x" and sorted(tmp_path.iterdir()) == [file, tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.inspect", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_describes(capsys, checkpoint):
+    inspect.main([str(BF16)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("RWKV-7, 3 layers of width 128, inner width 512, vocabulary 512")
+    total = sum(tensor.size for tensor in pth.read(BF16).values())
+    assert lines[1] == f"{total:,} parameters in 105 tensors, {2 * total / 1e6:,.1f} MB"
+    rows = [line.split() for line in lines[4:]]
+    assert ["blocks.0-2.att.w1", "128", "x", "32", "bfloat16"] in rows
+    assert ["blocks.0.ln0.bias", "128", "bfloat16"] in rows
+    inspect.main([str(checkpoint)])
+    assert "blocks.0-2.att.w1 " in capsys.readouterr().out
+
+
+def test_inspect_of_what_is_not_rwkv7_cannot_write_to_the_terminal(tmp_path, capsys):
+    pth.write(tmp_path / "x.pth", {"blocks.0.\x1b[2J": np.ones((2, 3), np.float32)})
+    inspect.main([str(tmp_path / "x.pth")])
+    out = capsys.readouterr().out
+    assert "not RWKV-7" in out and r"blocks.0.\x1b[2J  2 x 3  float32" in out
+    assert "\x1b" not in out
+
+
+def test_inspect_compares(tmp_path, capsys, checkpoint):
+    tensors = dict(pth.read(FP32))
+    changed = dict(tensors)
+    changed["head.weight"] = tensors["head.weight"].copy()
+    changed["head.weight"][3, 4] -= 0.25
+    changed["blocks.1.att.r_k"] = tensors["blocks.1.att.r_k"].reshape(-1)
+    changed["ln_out.bias"] = tensors["ln_out.bias"].astype(np.float16)
+    changed["extra"] = changed.pop("emb.weight")
+    pth.write(tmp_path / "x.pth", changed)
+    inspect.main([str(FP32), str(tmp_path / "x.pth")])
+    out = capsys.readouterr().out
+    rows = dict(line.split(None, 1) for line in out.splitlines() if line)
+    assert rows["head.weight"] == "values by up to 0.25"
+    assert rows["blocks.1.att.r_k"] == "shape 2 x 64, 128"
+    assert rows["ln_out.bias"].startswith("dtype float32, float16; values by up to ")
+    assert (rows["emb.weight"], rows["extra"]) == ("only in the first", "only in the second")
+    assert rows["largest"].endswith(": 0.25") and len(rows) == 7
+    inspect.main([str(FP32), str(checkpoint)])
+    assert capsys.readouterr().out == "the same names, shapes, dtypes and values\n"
+
+
+def test_inspect_compares_values_that_are_not_numbers():
+    nan = np.array([np.nan, 1], np.float32)
+    assert "same" in inspect.compare({"x": nan}, {"x": nan.copy()})
+    for order in ([nan, nan[1:]], [nan[1:], nan]):
+        one = {name: value for name, value in zip("ab", order, strict=True)}
+        two = {name: np.zeros_like(value) for name, value in one.items()}
+        assert inspect.compare(one, two).endswith("difference of values: nan")
