@@ -1,7 +1,10 @@
 """The kernels compiled for real GPUs, without one: what interpret mode cannot show."""
 
 import functools
+import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +24,9 @@ from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
+
+# pytest puts its own filters in the place of the one that the module installs on import.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
 KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
@@ -55,8 +61,17 @@ def row(card: str, size: int) -> str:
     return f"| {card} | {size} | " + " | ".join(cells) + " |"
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
-@pytest.mark.parametrize("card", CARDS)
+for_the_target = pytest.mark.skipif(
+    jax.__version_info__ > (0, 10, 2),
+    reason="jax compiles Triton kernels while lowering here, for the GPU at hand or else for 9.0",
+)
+
+
+@for_the_target
+@pytest.mark.parametrize(
+    ("card", "size"),
+    [*itertools.product(CARDS, (64, 128)), *itertools.product(("rtx4090", "h100"), (16, 32))],
+)
 def test_kernels_keep_to_their_registers_and_use_tensor_cores(card: str, size: int):
     found = kernels(card, ArgSpec(8, 4096, 12, size))
     assert set(KERNELS) <= set(found)
@@ -73,13 +88,14 @@ def test_other_dtypes_and_resets_compile(dtype):
     reset = jax.ShapeDtypeStruct((2, 40), jnp.bool_)
     compiled = compile_for(
         GPU_TARGETS["rtx4090"],
-        lambda reset, *x: forward_and_backward(*x, reset=reset),
+        lambda reset, *x: forward_and_backward(*x, reset=reset, implementation="pallas_triton"),
         reset,
         *arrays(spec, dtype),
     )
-    assert set(KERNELS) <= set(compiled.kernels)
+    assert all(name in compiled.executable.as_text() for name in KERNELS)
 
 
+@for_the_target
 def test_shared_memory_is_that_of_a_kernel_that_does_not_fit():
     forward = functools.partial(wkv7, implementation="pallas_triton")
     spec = ARG_SPECS["0.1b_micro_batch_8"]
@@ -103,11 +119,24 @@ def test_sharded_over_batch_and_heads_nothing_is_gathered():
         return forward_and_backward(*inputs, implementation="pallas_triton")
 
     compiled = compile_for(target, sharded, *inputs, mesh=mesh)
-    assert set(KERNELS) <= set(compiled.kernels)
     text = compiled.executable.as_text()
+    assert all(name in text for name in KERNELS)
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
 
 
+def test_no_deprecation_reaches_the_user():
+    code = """
+import jax, jax.numpy as jnp
+from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for
+from pallas_kernels.wkv7 import wkv7
+inputs = [jnp.zeros((1, 16, 1, 16), jnp.bfloat16)] * 6
+print(compile_for(GPU_TARGETS["l4"], wkv7, *inputs).executable.as_text())
+"""
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent.parent)
+    assert "wkv7_forward" in run.stdout, run.stderr
+
+
 def test_none_picks_this_kernel_where_it_runs():
-    found = compile_for(GPU_TARGETS["l4"], wkv7, *arrays(ArgSpec(1, 32, 1, 16))).kernels
-    assert "wkv7_forward" in found
+    compiled = compile_for(GPU_TARGETS["l4"], wkv7, *arrays(ArgSpec(1, 32, 1, 16)))
+    assert "wkv7_forward" in compiled.executable.as_text()

@@ -44,13 +44,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu_targets import current_compute_capability
 
-with warnings.catch_warnings():
-    # The route is deprecated in favour of Mosaic GPU, which has no Ampere or consumer GPUs yet.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas import triton as plgpu
+# jax says so to whoever lowers a kernel, the user's jit; its successor has no consumer GPUs yet.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
 CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
@@ -440,20 +439,18 @@ def _call(kernel, options, grid, stages, inputs, specs, segment, out_specs, out_
             *specs,
             pl.BlockSpec((None, segment.shape[1]), lambda *i: (_divide(i[-1], head), 0)),
         ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return pl.pallas_call(
-            functools.partial(kernel, options=options, documents=segment is not None),
-            grid=grid,
-            in_specs=specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            compiler_params=plgpu.CompilerParams(
-                num_warps=max(1, inputs[0].shape[3] // 16), num_stages=stages
-            ),
-            interpret=options.interpret,
-            name=name,
-        )(*inputs)
+    return pl.pallas_call(
+        functools.partial(kernel, options=options, documents=segment is not None),
+        grid=grid,
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=max(1, inputs[0].shape[3] // 16), num_stages=stages
+        ),
+        interpret=options.interpret,
+        name=name,
+    )(*inputs)
 
 
 def _divide(program, head: int):
