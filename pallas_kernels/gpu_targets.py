@@ -152,6 +152,7 @@ class Compiled:
 
     executable: Any
     kernels: dict[str, Kernel]
+    ptx: list[str]
 
 
 def compile_for(
@@ -177,9 +178,9 @@ def compile_for(
         lowered = jitted.lower(*arguments)
     with tempfile.TemporaryDirectory() as dump:
         executable = lowered.compile(compiler_options={"xla_dump_to": dump})
-        files = [x for x in Path(dump).glob("*.ptx") if x.stat().st_size]
-        kernels = {kernel.name: kernel for x in files for kernel in _kernels(target, x)}
-    return Compiled(executable, kernels)
+        ptx = [x.read_text() for x in Path(dump).glob("*.ptx") if x.stat().st_size]
+    kernels = {kernel.name: kernel for x in ptx for kernel in _kernels(target, x)}
+    return Compiled(executable, kernels, ptx)
 
 
 def shared_memory(target: GpuTarget, function: Callable, *arguments: Any) -> int:
@@ -202,16 +203,20 @@ def _ptxas() -> str | None:
     return shutil.which("ptxas", path=Path(list(nvcc.__path__)[0]) / "bin")
 
 
-def _kernels(target: GpuTarget, ptx: Path) -> Iterator[Kernel]:
-    """Assembles a module's PTX as XLA does, verbosely."""
+def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
+    """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
     assembler = _ptxas()
     assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
-    command = [assembler, "-v", f"-arch={target.sm}", str(ptx), "-o", str(ptx) + ".cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    code = ptx.read_text()
-    for block in re.split(r"Compiling entry function ", report)[1:]:
+    command = [assembler, "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
+    return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+
+
+def _kernels(target: GpuTarget, ptx: str) -> Iterator[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = assemble(target, ptx, Path(folder) / "kernels.cubin")
+    for block in report.split("Compiling entry function ")[1:]:
         name = block.split("'")[1]
-        body = code[code.index(f".entry {name}(") :]
+        body = ptx[ptx.index(f".entry {name}(") :]
         body = body[: body.find("\n}")]
         stores, loads = _find(r"(\d+) bytes spill stores, (\d+) bytes spill", block)
         yield Kernel(

@@ -1,4 +1,4 @@
-"""The Pallas kernels run as plain JAX (interpret mode), against the float64 recurrence."""
+"""The Pallas kernels against the float64 recurrence: on a GPU, else as plain JAX (interpret mode)."""
 
 import functools
 import warnings
@@ -12,7 +12,9 @@ from wkv7_suite import Case, WKV7Suite, cast, relative_error
 from pallas_kernels.wkv7 import api, pallas_triton, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
 
-interpreted = functools.partial(pallas_triton.wkv7_pallas_triton, interpret=True)
+interpreted = functools.partial(
+    pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
+)
 
 
 @pytest.fixture
@@ -25,12 +27,19 @@ class TestPallasTriton(WKV7Suite):
     implementation = "pallas_triton"
 
 
-def test_refuses_what_it_cannot_serve():
-    inputs, _, _ = cast(Case("small", time=3, size=16), "float32")
+@pytest.mark.parametrize("capability", [None, (7, 5)])
+def test_refuses_what_it_cannot_serve(monkeypatch, capability):
+    for module in (api, pallas_triton):
+        monkeypatch.setattr(module, "current_compute_capability", lambda: capability)
+    inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
     with pytest.raises(NotImplementedError, match="compute capability 8.0"):
         wkv7(*inputs, implementation="pallas_triton")
+    assert api._default_implementation(inputs[3]) == "xla"
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
         wkv7(*(x.astype(jnp.float64) for x in inputs), implementation="pallas_triton")
+    huge = [jax.ShapeDtypeStruct((32, 4096, 64, 64), jnp.bfloat16)] * 6
+    with pytest.raises(NotImplementedError, match="32 bits"):
+        jax.eval_shape(functools.partial(wkv7, implementation="pallas_triton"), *huge)
 
 
 def test_float16_inputs_are_served(interpret):

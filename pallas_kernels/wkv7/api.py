@@ -64,7 +64,7 @@ def wkv7(
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
-    run = _load(implementation or _default_implementation(v.dtype))
+    run = _load(implementation or _default_implementation(v))
     y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
@@ -95,11 +95,12 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
             raise TypeError(f"{name} must have a floating dtype; got {array.dtype}")
 
 
-def _default_implementation(dtype) -> str:
-    # In float32 the Pallas kernels run, but their registers do not hold it.
-    capability = current_compute_capability()
-    fits = capability is not None and capability >= (8, 0) and jnp.dtype(dtype).itemsize == 2
-    return "pallas_triton" if fits else "xla"
+def _default_implementation(v: jax.Array) -> str:
+    # In float32 the Pallas kernels run, but a core's registers do not hold them.
+    if jnp.dtype(v.dtype).itemsize == 2 and current_compute_capability() is not None:
+        refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal
+        return "xla" if refusal(v) else "pallas_triton"
+    return "xla"
 
 
 def _load(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:

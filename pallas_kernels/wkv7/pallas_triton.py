@@ -9,29 +9,30 @@ Three kernels, through the Triton route of Pallas (the equations are those of `c
                2. gradients: programs over all chunks in parallel; given a chunk's state and D,
                   everything else is local to the chunk
 
-Only D → dU → dX → D is sequential in a backward pass; what is cut out of that loop is two thirds
-of the work, and there are T/16 times more programs for it.
+Only D → dU → dX → D is sequential in a backward pass; what is cut out of that loop is three
+quarters of the work, and there are up to T/16 times more programs for it.
 
 Cost. A token of one head, N = 64, 16-bit operands (an [N] vector is 128 bytes), nothing padded:
 
                   bytes read                          written                   matrix FLOPs
-    forward       r w k v a b             768         y 128 + states 512        52 k      1408 B
-    backward 1    r w a b dy              640         D 512                     33 k      1152 B
-    backward 2    r w k v a b dy S D     1920         six gradients 768         92 k      2688 B
+    forward       r w k v a b             768         y 128 + states 512        56 k      1408 B
+    backward 1    r w a b dy              640         D 512                     40 k      1152 B
+    backward 2    r w k v a b dy S D     1920         six gradients 768        146 k      2688 B
 
-Of a forward chunk three products depend on the state before it (S ãᵀ, the solved U, Uᵀ b̃): about
-a tenth of the time of a chunk. The rest needs no state, but a Triton program has one instruction
-stream, so it waits in line; docs/wkv7-kernel.md has the measured streams and the designs weighed.
+Of a forward chunk three dependent products need the state before it (S ãᵀ, the solved U, Uᵀ b̃).
+The rest does not, but a Triton program has one instruction stream, so all of it is on the path
+from chunk to chunk; docs/wkv7-kernel.md has the streams' lengths and the designs weighed.
 
 Layout. Arrays stay [B,T,H,N] in memory. In registers every tile is transposed, channels by tokens
 [N, L]: N/16 warps then own 16 rows each, the state's rows (values) never leave their warp, and an
 accumulator is at once the left operand of the next product, without a trip through shared memory.
 
-Numbers. Operands are the inputs' dtype for float32 and bfloat16, and bfloat16 for float16 (whose
-range holds neither 1/W nor the gradients of a mean over a batch); accumulators, decays and the
-carried state are float32. Over 16 tokens 1/W ≤ 1.63e4. (I − A)⁻¹ comes from block doubling, which
-stays accurate when all keys align. Sums over tokens of the decay logits and their gradients are
-products with a triangle of ones, of both halves of a bfloat16 pair (16 bits).
+Numbers. Operands are the inputs' dtype for float32 and bfloat16, and bfloat16 for float16 (in
+which the gradients of a mean over a batch underflow); accumulators, decays and the carried state
+are float32. W, the product of decays, is counted from the middle of a chunk: 1/128 < W < 128.
+(I − A)⁻¹ comes from block doubling, which stays accurate when all keys align. Sums over tokens of
+log decays and of their gradients are products with a triangle of ones, of both halves of a
+bfloat16 pair (16 bits).
 """
 
 import dataclasses
@@ -98,14 +99,10 @@ def wkv7_pallas_triton(
 
     `interpret` runs the kernels as plain JAX, on any device: for tests.
     """
-    if v.dtype == jnp.float64:
-        raise NotImplementedError("pallas_triton has no float64: use implementation='xla'")
+    reason = refusal(v, interpret)
+    if reason is not None:
+        raise NotImplementedError(f"pallas_triton {reason}")
     capability = current_compute_capability()
-    if not interpret and (capability is None or capability < (8, 0)):
-        found = "there is none" if capability is None else f"this one has {capability}"
-        raise NotImplementedError(
-            f"pallas_triton needs an NVIDIA GPU of compute capability 8.0 or more; {found}"
-        )
     time, size = v.shape[1], v.shape[-1]
     padding = ((0, 0), (0, -time % CHUNK), (0, 0), (0, 0))
     if time % CHUNK:
@@ -123,6 +120,21 @@ def wkv7_pallas_triton(
     options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
     y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
     return y[:, :time], final_state
+
+
+def refusal(v: jax.Array, interpret: bool = False) -> str | None:
+    """Why this implementation cannot serve v [B,T,H,N] on the present device; None when it can."""
+    if v.dtype == jnp.float64:
+        return "has no float64: use implementation='xla'"
+    if v.size * v.shape[-1] // CHUNK >= 2**31:
+        return (
+            f"addresses its states with 32 bits: too many tokens and heads in {v.shape}; cut them"
+        )
+    capability = current_compute_capability()
+    if not interpret and (capability is None or capability < (8, 0)):
+        found = "there is none" if capability is None else f"this one has {capability}"
+        return f"needs an NVIDIA GPU of compute capability 8.0 or more; {found}"
+    return None
 
 
 def _precision(interpret: bool):
