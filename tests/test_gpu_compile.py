@@ -116,7 +116,7 @@ def test_sharded_over_batch_and_heads_nothing_is_gathered():
         jax.shard_map, mesh=mesh, in_specs=(spec,) * 6, out_specs=(spec, (spec,) * 6)
     )
     def sharded(*inputs):
-        return forward_and_backward(*inputs, implementation="pallas_triton")
+        return forward_and_backward(*inputs)
 
     compiled = compile_for(target, sharded, *inputs, mesh=mesh)
     text = compiled.executable.as_text()
@@ -140,3 +140,18 @@ print(compile_for(GPU_TARGETS["l4"], wkv7, *inputs).executable.as_text())
 def test_none_picks_this_kernel_where_it_runs():
     compiled = compile_for(GPU_TARGETS["l4"], wkv7, *arrays(ArgSpec(1, 32, 1, 16)))
     assert "wkv7_forward" in compiled.executable.as_text()
+
+
+def test_none_leaves_to_xla_what_it_would_partition():
+    target = GPU_TARGETS["h100"]
+    mesh = device_mesh(target, count=2)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    inputs = arrays(ArgSpec(2, 32, 1, 16), sharding=sharding)
+    compiled = compile_for(target, jax.jit(wkv7), *inputs, mesh=mesh)
+    assert "wkv7_forward" not in compiled.executable.as_text()
+
+
+def test_mapped_over_two_axes():
+    inputs = [jax.ShapeDtypeStruct((2, 3, 1, 32, 1, 16), jnp.bfloat16)] * 6
+    compiled = compile_for(GPU_TARGETS["a100"], jax.vmap(jax.vmap(backward)), *inputs)
+    assert "wkv7_backward_chunks" in compiled.executable.as_text()

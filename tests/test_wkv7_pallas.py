@@ -1,4 +1,4 @@
-"""The Pallas kernels against the float64 recurrence: on a GPU, else as plain JAX (interpret mode)."""
+"""The Pallas kernels against the float64 recurrence: on a GPU, else interpreted as plain JAX."""
 
 import functools
 import warnings

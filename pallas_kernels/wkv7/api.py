@@ -49,7 +49,9 @@ def wkv7(
       reset: [B,T] bool; where true, the state is set to zero before that token (the first token
         of a document in a packed row).
       return_state: also return the state after the last token.
-      implementation: a name in `IMPLEMENTATIONS`; None picks the fastest for the default device.
+      implementation: a name in `IMPLEMENTATIONS`; None picks by device: pallas_triton for
+        16-bit inputs on one NVIDIA GPU of compute capability 8.0 or more, or inside
+        `jax.shard_map` over several; else xla.
 
     Returns:
       y [B,T,H,N] in v's dtype, or (y, final state [B,H,N,N]) with `return_state`. States are
@@ -97,10 +99,24 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
 
 def _default_implementation(v: jax.Array) -> str:
     # In float32 the Pallas kernels run, but a core's registers do not hold them.
-    if jnp.dtype(v.dtype).itemsize == 2 and current_compute_capability() is not None:
+    if (
+        jnp.dtype(v.dtype).itemsize == 2
+        and current_compute_capability() is not None
+        and not _is_partitioned()
+    ):
         refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal
         return "xla" if refusal(v) else "pallas_triton"
     return "xla"
+
+
+def _is_partitioned() -> bool:
+    """Whether XLA may cut this call over devices: to it a kernel is opaque, it would gather.
+
+    Inside `jax.shard_map` the cutting is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.abstract_device is None else mesh.size
+    return devices > 1 and not mesh.manual_axes
 
 
 def _load(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
