@@ -6,10 +6,13 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_targets import current_compute_capability
+
 # name -> module and function; the module is imported when it is first asked for.
 IMPLEMENTATIONS = {
     "reference": ("pallas_kernels.wkv7.reference", "wkv7_reference"),
     "xla": ("pallas_kernels.wkv7.chunked_xla", "wkv7_xla"),
+    "pallas_triton": ("pallas_kernels.wkv7.pallas_triton", "wkv7_pallas_triton"),
 }
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -46,7 +49,9 @@ def wkv7(
       reset: [B,T] bool; where true, the state is set to zero before that token (the first token
         of a document in a packed row).
       return_state: also return the state after the last token.
-      implementation: a name in `IMPLEMENTATIONS`; None picks the fastest for the default device.
+      implementation: a name in `IMPLEMENTATIONS`; None picks by device: pallas_triton for
+        16-bit inputs on one NVIDIA GPU of compute capability 8.0 or more, or inside
+        `jax.shard_map` over several; else xla.
 
     Returns:
       y [B,T,H,N] in v's dtype, or (y, final state [B,H,N,N]) with `return_state`. States are
@@ -61,7 +66,7 @@ def wkv7(
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
-    run = _load(implementation or _default_implementation())
+    run = _load(implementation or _default_implementation(v))
     y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
@@ -92,8 +97,26 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
             raise TypeError(f"{name} must have a floating dtype; got {array.dtype}")
 
 
-def _default_implementation() -> str:
+def _default_implementation(v: jax.Array) -> str:
+    # In float32 the Pallas kernels run, but a core's registers do not hold them.
+    if (
+        jnp.dtype(v.dtype).itemsize == 2
+        and current_compute_capability() is not None
+        and not _is_partitioned()
+    ):
+        refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal
+        return "xla" if refusal(v) else "pallas_triton"
     return "xla"
+
+
+def _is_partitioned() -> bool:
+    """Whether XLA may cut this call over devices: to it a kernel is opaque, it would gather.
+
+    Inside `jax.shard_map` the cutting is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.abstract_device is None else mesh.size
+    return devices > 1 and not mesh.manual_axes
 
 
 def _load(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -1,0 +1,234 @@
+"""Compiles for a named GPU on a machine that has none, and reads what the compiler made.
+
+XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own
+packages, in jax's version: `pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+absl-py` and JAX_PLATFORMS=cpu. `tests/test_gpu_compile.py` checks the kernels with it.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTarget:
+    """What the compiler, and a byte count, need to know of a card (vendor's data sheets)."""
+
+    device_kind: str
+    compute_capability: tuple[int, int]
+    core_count: int
+    clock_ghz: float
+    memory_gb: float  # GiB that CUDA reports
+    bandwidth_gb_s: float  # 1e9 bytes a second
+    l2_mb: float
+    shared_kb_core: int  # KiB a core; one block may take 1 KiB less
+    threads_core: int
+    fpus_core: int = 128
+
+    @property
+    def sm(self) -> str:
+        """The name ptxas knows the card by; Hopper's wgmma needs the `a`."""
+        major, minor = self.compute_capability
+        return f"sm_{major}{minor}" + ("a" if major in (9, 10, 12) else "")
+
+    def text(self) -> str:
+        """XLA's GpuTargetConfigProto, in protobuf's text form."""
+        major, minor = self.compute_capability
+        features = "ACCELERATED_FEATURES" if major in (9, 10) else "NONE"
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_kb_core * 1024}
+  shared_memory_per_block_optin: {(self.shared_kb_core - 1) * 1024}
+  threads_per_core_limit: {self.threads_core}
+  core_count: {self.core_count}
+  fpus_per_core: {self.fpus_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: {int(self.bandwidth_gb_s * 1e9)}
+  l2_cache_size: {int(self.l2_mb * 2**20)}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {int(self.memory_gb * 2**30)}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{self.device_kind}"
+"""
+
+
+GPU_TARGETS = {
+    "a100": GpuTarget("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 79.2, 2039, 40, 164, 2048, 64),
+    "a6000": GpuTarget("NVIDIA RTX A6000", (8, 6), 84, 1.80, 47.5, 768, 6, 100, 1536),
+    "rtx3090": GpuTarget("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.70, 23.7, 936, 6, 100, 1536),
+    "rtx4090": GpuTarget("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 23.6, 1008, 72, 100, 1536),
+    "l4": GpuTarget("NVIDIA L4", (8, 9), 58, 2.04, 22.0, 300, 48, 100, 1536),
+    "h100": GpuTarget("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 79.1, 3352, 50, 228, 2048),
+    "rtx5090": GpuTarget("NVIDIA GeForce RTX 5090", (12, 0), 170, 2.41, 31.3, 1792, 96, 100, 1536),
+    "pro6000": GpuTarget(
+        "NVIDIA RTX PRO 6000 Blackwell", (12, 0), 188, 2.60, 94.9, 1792, 128, 100, 1536
+    ),
+}
+
+
+def current_compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that a function traced now will run on; None when it is another device.
+
+    That is the device of `jax.sharding.use_abstract_mesh` when it names one, else the default one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kinds = {target.device_kind: target.compute_capability for target in GPU_TARGETS.values()}
+        return kinds.get(device.device_kind)
+    if jax.default_backend() != "gpu" or "rocm" in jax.devices()[0].client.platform_version:
+        return None
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def can_compile() -> bool:
+    """Whether the packages that the module docstring names are installed."""
+    return all(importlib.util.find_spec(x) for x in ("jax_cuda12_plugin", "absl")) and bool(
+        _ptxas()
+    )
+
+
+def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "data") -> Mesh:
+    """A mesh of `count` GPUs that are not there, over `hosts` processes, to lower for."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=target.text(),
+        topology=f"1x{hosts}x{count // hosts}",
+    )
+    return Mesh(np.array(topology.devices), (axis,), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def lowering_for(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
+    """Inside, functions are traced and lowered as on such GPUs: Pallas asks for the device."""
+    device = AbstractDevice(
+        device_kind=target.device_kind, num_cores=target.core_count, platform="gpu"
+    )
+    abstract = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(abstract):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the assembler says of a kernel, and what its code holds."""
+
+    name: str
+    registers: int
+    spill_bytes: int  # a thread, the larger of stores and loads
+    tensor_instructions: int  # mma and wgmma in the PTX
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """`executable` as jax compiled it: its `memory_analysis()` is what XLA plans for that GPU."""
+
+    executable: Any
+    kernels: dict[str, Kernel]
+    ptx: list[str]
+
+
+def compile_for(
+    target: GpuTarget, function: Callable, *arguments: Any, mesh: Mesh | None = None
+) -> Compiled:
+    """Compiles `jax.jit(function)` for the target.
+
+    Args:
+      target: one of `GPU_TARGETS`.
+      function: anything that `jax.jit` takes, or its result.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over `mesh`; without a mesh,
+        over one GPU, arrays and structs of any kind (only shapes and dtypes are used).
+      mesh: of `device_mesh`.
+    """
+    if mesh is None:
+        mesh = device_mesh(target)
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arguments
+        )
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    with lowering_for(target, mesh):
+        lowered = jitted.lower(*arguments)
+    with tempfile.TemporaryDirectory() as dump:
+        executable = lowered.compile(compiler_options={"xla_dump_to": dump})
+        ptx = [x.read_text() for x in Path(dump).glob("*.ptx") if x.stat().st_size]
+    kernels = {kernel.name: kernel for x in ptx for kernel in _kernels(target, x)}
+    return Compiled(executable, kernels, ptx)
+
+
+def shared_memory(target: GpuTarget, function: Callable, *arguments: Any) -> int:
+    """Bytes of shared memory of the one Triton kernel in `function`, as XLA will launch it.
+
+    XLA tells them only of a kernel that does not fit; so it is asked for a GPU that has none.
+    """
+    try:
+        compile_for(dataclasses.replace(target, shared_kb_core=1), function, *arguments)
+    except jax.errors.JaxRuntimeError as error:
+        return int(_find(r"requested (\d+)", str(error))[0])
+    return 0
+
+
+def _ptxas() -> str | None:
+    try:
+        import nvidia.cuda_nvcc as nvcc
+    except ImportError:
+        return shutil.which("ptxas")
+    return shutil.which("ptxas", path=Path(list(nvcc.__path__)[0]) / "bin")
+
+
+def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
+    """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
+    assembler = _ptxas()
+    assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
+    command = [assembler, "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
+    return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+
+
+def _kernels(target: GpuTarget, ptx: str) -> Iterator[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = assemble(target, ptx, Path(folder) / "kernels.cubin")
+    for block in report.split("Compiling entry function ")[1:]:
+        name = block.split("'")[1]
+        body = ptx[ptx.index(f".entry {name}(") :]
+        body = body[: body.find("\n}")]
+        stores, loads = _find(r"(\d+) bytes spill stores, (\d+) bytes spill", block)
+        yield Kernel(
+            name=name,
+            registers=int(_find(r"Used (\d+) registers", block)[0]),
+            spill_bytes=max(int(stores), int(loads)),
+            tensor_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\.", body)),
+        )
+
+
+def _find(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern!r}:\n{text}")
+    return found.groups()

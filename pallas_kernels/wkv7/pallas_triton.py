@@ -1,0 +1,558 @@
+"""WKV-7 in chunks of 16 tokens on the tensor cores: NVIDIA GPUs of compute capability 8.0 and up.
+
+Three kernels, through the Triton route of Pallas (the equations are those of `chunked_xla`):
+
+    forward    one program a head of a sequence; walks over the chunks with the state in registers
+               and leaves, for the backward pass, the state at the start of every chunk
+    backward   1. `D`: one program a head of a sequence; walks backwards with the state's cotangent
+                  in registers and leaves D, the cotangent at every chunk's end times its decay
+               2. gradients: programs over all chunks in parallel; given a chunk's state and D,
+                  everything else is local to the chunk
+
+Only D → dU → dX → D is sequential in a backward pass; what is cut out of that loop is three
+quarters of the work, and there are up to T/16 times more programs for it.
+
+Cost. A token of one head, N = 64, 16-bit operands (an [N] vector is 128 bytes), nothing padded:
+
+                  bytes read                          written                   matrix FLOPs
+    forward       r w k v a b             768         y 128 + states 512        56 k      1408 B
+    backward 1    r w a b dy              640         D 512                     40 k      1152 B
+    backward 2    r w k v a b dy S D     1920         six gradients 768        146 k      2688 B
+
+Of a forward chunk three dependent products need the state before it (S ãᵀ, the solved U, Uᵀ b̃).
+The rest does not, but a Triton program has one instruction stream, so all of it is on the path
+from chunk to chunk; docs/wkv7-kernel.md has the streams' lengths and the designs weighed.
+
+Layout. Arrays stay [B,T,H,N] in memory. In registers every tile is transposed, channels by tokens
+[N, L]: N/16 warps then own 16 rows each, the state's rows (values) never leave their warp, and an
+accumulator is at once the left operand of the next product, without a trip through shared memory.
+
+Numbers. Operands are the inputs' dtype for float32 and bfloat16, and bfloat16 for float16 (in
+which the gradients of a mean over a batch underflow); accumulators, decays and the carried state
+are float32. W, the product of decays, is counted from the middle of a chunk: 1/128 < W < 128.
+(I − A)⁻¹ comes from block doubling, which stays accurate when all keys align. Sums over tokens of
+log decays and of their gradients are products with a triangle of ones, of both halves of a
+bfloat16 pair (16 bits).
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.gpu_targets import current_compute_capability
+
+# jax says so to whoever lowers a kernel, the user's jit; its successor has no consumer GPUs yet.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
+CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
+LOG2_E = math.log2(math.e)
+PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the gradients' kernel is launched: chunks a program, and stages of its prefetching.
+
+    Several chunks a program hide the latency of loads, and cost registers and shared memory.
+    """
+
+    chunks: int = 1
+    stages: int = 1
+
+
+# By compute capability's major, head size, and whether states are reset. What is not here would
+# spill more than 32 bytes a thread, or not fit, and runs one chunk a program.
+TUNING = {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is static in a call."""
+
+    tuning: Tuning
+    precision: Any  # of float32 products
+    interpret: bool
+
+
+def wkv7_pallas_triton(
+    r: jax.Array,
+    w: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    initial_state: jax.Array,
+    reset: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """y [B,T,H,N] in v's dtype and the final state [B,H,N,N], as `api.wkv7` defines them.
+
+    `interpret` runs the kernels as plain JAX, on any device: for tests.
+    """
+    reason = refusal(v, interpret)
+    if reason is not None:
+        raise NotImplementedError(f"pallas_triton {reason}")
+    capability = current_compute_capability()
+    time, size = v.shape[1], v.shape[-1]
+    padding = ((0, 0), (0, -time % CHUNK), (0, 0), (0, 0))
+    if time % CHUNK:
+        r, k, v, a, b = (jnp.pad(x, padding) for x in (r, k, v, a, b))
+        w = jnp.pad(w, padding, constant_values=PADDED_LOGIT)
+    segment = None
+    if reset is not None:
+        # [B,1+T]: documents before each token, after a zero for the initial state.
+        documents = jnp.cumsum(reset.astype(jnp.int32), axis=1)
+        segment = jnp.pad(documents, ((0, 0), (1, 0)))
+        segment = jnp.pad(segment, padding[:2], mode="edge")
+    major = 9 if capability is None else capability[0]
+    tuning = TUNING.get((major, size, reset is not None), Tuning())
+    chunks = math.gcd(tuning.chunks, r.shape[1] // CHUNK)
+    options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
+    y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
+    return y[:, :time], final_state
+
+
+def refusal(v: jax.Array, interpret: bool = False) -> str | None:
+    """Why this implementation cannot serve v [B,T,H,N] on the present device; None when it can."""
+    if v.dtype == jnp.float64:
+        return "has no float64: use implementation='xla'"
+    if v.size * v.shape[-1] // CHUNK >= 2**31:
+        return (
+            f"addresses its states with 32 bits: too many tokens and heads in {v.shape}; cut them"
+        )
+    capability = current_compute_capability()
+    if not interpret and (capability is None or capability < (8, 0)):
+        found = "there is none" if capability is None else f"this one has {capability}"
+        return f"needs an NVIDIA GPU of compute capability 8.0 or more; {found}"
+    return None
+
+
+def _precision(interpret: bool):
+    """Of float32 products: exact, unless `jax.default_matmul_precision` asks for less (TF32)."""
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if asked not in (None, "highest", "float32"):
+        return jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wkv7(options, r, w, k, v, a, b, initial_state, segment):
+    y, final_state = _forward(options, False, r, w, k, v, a, b, initial_state, segment)
+    return y, final_state
+
+
+def _wkv7_fwd(options, r, w, k, v, a, b, initial_state, segment):
+    y, final_state, states = _forward(options, True, r, w, k, v, a, b, initial_state, segment)
+    return (y, final_state), (r, w, k, v, a, b, segment, states)
+
+
+def _wkv7_bwd(options, saved, cotangents):
+    r, w, k, v, a, b, segment, states = saved
+    dy, dfinal_state = cotangents
+    dinitial_state, ends = _backward_ends(options, r, w, a, b, dy, dfinal_state, segment)
+    gradients = _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment)
+    return *gradients, dinitial_state, None
+
+
+_wkv7.defvjp(_wkv7_fwd, _wkv7_bwd)
+
+
+# The kernels. Tiles are [N, L], channels by tokens; matrices between tokens are [from, to].
+
+
+def _tools(options: _Options, dtype) -> tuple[Callable, Callable, Callable]:
+    """(dot, exp2, reciprocal) for operands of this dtype."""
+    precision = options.precision if dtype == jnp.float32 else None
+
+    def dot(x, y, contract: str = "xy"):
+        """x·y; in `contract`, X or Y stands for the transposed matrix."""
+        axes = ((0 if contract[0] == "X" else 1,), (1 if contract[1] == "Y" else 0,))
+        return jax.lax.dot_general(
+            x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    if options.interpret:
+        return dot, jnp.exp2, jnp.reciprocal
+
+    def instruction(name: str, x: jax.Array) -> jax.Array:
+        # One instruction each (relative error 2^-22); jnp.exp and a division are ten.
+        [result] = plgpu.elementwise_inline_asm(
+            f"{name}.approx.ftz.f32 $0, $1;",
+            args=[x],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        )
+        return result
+
+    return dot, functools.partial(instruction, "ex2"), functools.partial(instruction, "rcp")
+
+
+def _operand_dtype(dtype):
+    return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+
+def _positions(rows: int = CHUNK, columns: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    shape = (rows, columns)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return row, column
+
+
+def _only(mask, x: jax.Array) -> jax.Array:
+    """x where the mask holds, else 0; a mask of None holds everywhere."""
+    return x if mask is None else jnp.where(mask, x, 0.0)
+
+
+def _sum_tokens(x: jax.Array, which: jax.Array, dtype, dot) -> jax.Array:
+    """x [N, L] times a 0/1 matrix [L, L]: sums over some tokens, for each token."""
+    if dtype == jnp.float32:
+        return dot(x, jnp.where(which, 1.0, 0.0))
+    ones = jnp.where(which, 1.0, 0.0).astype(dtype)
+    high = x.astype(dtype)
+    return dot(high, ones) + dot((x - high.astype(jnp.float32)).astype(dtype), ones)
+
+
+def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]:
+    """(exp(−w), log2 decay, its sum up to and with each token, half its sum over the chunk [N]).
+
+    The third is counted from the middle of the chunk, the fourth, where W = 1.
+    """
+    odds = exp2(jnp.minimum(-LOG2_E * w.astype(jnp.float32), 100.0))
+    log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
+    source, token = _positions()
+    total = _sum_tokens(log, source <= token, dtype, dot)
+    last = _positions(*total.shape)[1] == CHUNK - 1
+    half = 0.5 * jnp.sum(jnp.where(last, total, 0.0), axis=1)
+    return odds, log, total - half[:, None], half
+
+
+def _scaled(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """A tile [L, N] as it lies in memory, transposed to [N, L] and scaled: an operand."""
+    return (x.T.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
+    """(I − M)⁻¹ for M [L, L] strictly on one side of the diagonal, by block doubling.
+
+    The highest set bit of i xor j is half the size of the smallest aligned block that holds both.
+    """
+    row, column = _positions()
+    apart = row ^ column
+    inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, m, 0.0))
+    size = 2
+    while size < CHUNK:
+        between = jnp.where((apart >= size) & (apart < 2 * size), m, 0.0).astype(dtype)
+        blocks = inverse.astype(dtype)
+        inverse = inverse + dot(dot(blocks, between).astype(dtype), blocks)
+        size *= 2
+    return inverse.astype(dtype)
+
+
+def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
+    """What may reach what when states are reset; all None without `reset`.
+
+    (token and token [L, L], the state before and token [1, L], token and the state after [1, L],
+    the state before and the state after []).
+    """
+    if segment_ref is None:
+        return None, None, None, None
+    before = segment_ref[chunk * CHUNK]
+    own = segment_ref[pl.ds(chunk * CHUNK + 1, CHUNK)]
+    after = segment_ref[chunk * CHUNK + CHUNK]
+    return (
+        own[:, None] == own[None, :],
+        own[None, :] == before,
+        own[None, :] == after,
+        before == after,
+    )
+
+
+def _causal(same, strictly: bool) -> jax.Array:
+    source, token = _positions()
+    causal = source < token if strictly else source <= token
+    return causal if same is None else causal & same
+
+
+def _split(rest: tuple, documents: bool) -> tuple[Any, tuple]:
+    """The references after the fixed inputs: (segment or None, outputs)."""
+    return (rest[0], rest[1:]) if documents else (None, rest)
+
+
+def _forward_kernel(
+    r_ref, w_ref, k_ref, v_ref, a_ref, b_ref, initial_ref, *rest, options, documents
+):
+    segment_ref, (y_ref, final_ref, *states_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+
+    def body(chunk, state):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, chunk)
+        _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = _scaled(r_ref[tokens, :], exp2(total), dtype)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
+        v = v_ref[tokens, :].astype(dtype).T
+        ba = _only(_causal(same, True), dot(b, a, "Xy"))
+        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
+        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        solve = _inverse(ba, dtype, dot)
+        state = state * exp2(half)[None, :]
+        s = state.astype(dtype)
+        for ref in states_ref:
+            ref[chunk] = s
+        x = dot(v, ka) + _only(before, dot(s, a))
+        u = dot(x.astype(dtype), solve).astype(dtype)
+        y = dot(v, kr) + _only(before, dot(s, r)) + dot(u, br)
+        y_ref[tokens, :] = y.astype(y_ref.dtype).T
+        state = (
+            _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
+        )
+        return state * exp2(half)[None, :]
+
+    final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // CHUNK, body, initial_ref[...])
+
+
+def _backward_ends_kernel(
+    r_ref, w_ref, a_ref, b_ref, dy_ref, dfinal_ref, *rest, options, documents
+):
+    segment_ref, (ends_ref, dinitial_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+    chunks = r_ref.shape[0] // CHUNK
+
+    def body(step, dstate):
+        chunk = chunks - 1 - step
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, chunk)
+        _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        r = _scaled(r_ref[tokens, :], exp2(total), dtype)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
+        dy = dy_ref[tokens, :].astype(dtype).T
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
+        end = dstate * exp2(half)[None, :]
+        d = end.astype(dtype)
+        ends_ref[chunk] = d
+        du = dot(dy, br, "xY") + _only(after, dot(d, b))
+        dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
+        dy, dx = _only(before, dy), _only(before, dx)
+        dstate = _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
+        return dstate * exp2(half)[None, :]
+
+    dinitial_ref[...] = jax.lax.fori_loop(0, chunks, body, dfinal_ref[...])
+
+
+def _backward_chunks_kernel(
+    r_ref,
+    w_ref,
+    k_ref,
+    v_ref,
+    a_ref,
+    b_ref,
+    dy_ref,
+    states_ref,
+    ends_ref,
+    *rest,
+    options,
+    documents,
+):
+    segment_ref, (dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref) = _split(rest, documents)
+    dtype = _operand_dtype(r_ref.dtype)
+    dot, exp2, reciprocal = _tools(options, dtype)
+    first = pl.program_id(0) * options.tuning.chunks
+
+    def body(chunk, carry):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        same, before, after, through = _documents(segment_ref, first + chunk)
+        odds, log, total, _ = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
+        up = exp2(total)
+        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
+        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
+        k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
+        r = _scaled(r_ref[tokens, :], up, dtype)
+        v, dy = v_ref[tokens, :].astype(dtype).T, dy_ref[tokens, :].astype(dtype).T
+        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
+        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
+        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
+        s, d = states_ref[chunk], ends_ref[chunk]
+        x = _only(before, dot(s, a)) + dot(v, ka)
+        u = dot(x.astype(dtype), solve).astype(dtype)
+        # Σ_v S·D per channel, as a diagonal: on tensor cores, where elementwise it would spill.
+        row, column = _positions(s.shape[1], s.shape[1])
+        passing = jnp.sum(jnp.where(row == column, dot(s, d, "Xy"), 0.0), axis=1)
+        du = _only(after, dot(d, b)) + dot(dy, br, "xY")
+        dv = _only(after, dot(d, k)) + dot(dy, kr, "xY")
+        dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
+        dv = dv + dot(dx, ka, "xY")
+        dv_ref[tokens, :] = dv.astype(dv_ref.dtype).T
+        dkr = _only(_causal(same, False), dot(v, dy, "Xy")).astype(dtype)
+        dbr = _only(_causal(same, False), dot(u, dy, "Xy")).astype(dtype)
+        dka = _only(_causal(same, True), dot(v, dx, "Xy")).astype(dtype)
+        dba = _only(_causal(same, True), dot(u, dx, "Xy")).astype(dtype)
+        dr, da = _only(before, dot(s, dy, "Xy")), _only(before, dot(s, dx, "Xy"))
+        dr = dr + dot(k, dkr) + dot(b, dbr)
+        da = da + dot(k, dka) + dot(b, dba)
+        dr_ref[tokens, :] = (dr * up).astype(dr_ref.dtype).T
+        # Scales are computed anew from `up` and `odds` rather than kept: registers are short here.
+        gate = reciprocal(1.0 + odds)
+        a_scale = up * exp2(DECAY_SCALE * LOG2_E * gate)
+        da_ref[tokens, :] = (da * a_scale).astype(da_ref.dtype).T
+        # d log decay: the products with the rounded operands, so that what must cancel does.
+        dlog = r.astype(jnp.float32) * dr
+        da = a.astype(jnp.float32) * da
+        dlog = dlog + da
+        kd, bd = _only(after, dot(d, v, "Xy")), _only(after, dot(d, u, "Xy"))
+        kf, bf = k.astype(jnp.float32), b.astype(jnp.float32)
+        passing = _only(through, passing) + jnp.sum(kf * kd + bf * bd, axis=1)
+        dk = kd + dot(r, dkr, "xY") + dot(a, dka, "xY")
+        dk_ref[tokens, :] = (dk * reciprocal(up)).astype(dk_ref.dtype).T
+        dlog = dlog - kf * dk
+        db = bd + dot(r, dbr, "xY") + dot(a, dba, "xY")
+        db_ref[tokens, :] = (db * reciprocal(up)).astype(db_ref.dtype).T
+        dlog = dlog - bf * db
+        source, token = _positions()
+        dlog = _sum_tokens(dlog, source >= token, dtype, dot) - da + passing[:, None]
+        dw = dlog * (-DECAY_SCALE * odds * gate * gate)
+        dw_ref[tokens, :] = dw.astype(dw_ref.dtype).T
+        return carry
+
+    jax.lax.fori_loop(0, options.tuning.chunks, body, 0)
+
+
+# The calls. A program of the first two has a head of a sequence; of the third, some chunks of it.
+
+
+def _like(x: jax.Array, shape: tuple[int, ...] | None = None, dtype=None) -> jax.ShapeDtypeStruct:
+    """An output that varies over the mesh axes x varies over (inside `jax.shard_map`)."""
+    axes = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=axes)
+
+
+def _call(kernel, options, grid, stages, inputs, specs, segment, out_specs, out_shape, name):
+    head = inputs[0].shape[2]
+    if segment is not None:
+        inputs = [*inputs, segment]
+        specs = [
+            *specs,
+            pl.BlockSpec((None, segment.shape[1]), lambda *i: (_divide(i[-1], head), 0)),
+        ]
+    return pl.pallas_call(
+        functools.partial(kernel, options=options, documents=segment is not None),
+        grid=grid,
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=max(1, inputs[0].shape[3] // 16), num_stages=stages
+        ),
+        interpret=options.interpret,
+        name=name,
+    )(*inputs)
+
+
+def _divide(program, head: int):
+    return jax.lax.div(program, jnp.int32(head))
+
+
+def _remainder(program, head: int):
+    return jax.lax.rem(program, jnp.int32(head))
+
+
+def _head_specs(time: int, head: int, size: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """(tokens [T,N], a state [N,N], states [C,N,N]) of program b·H + h."""
+
+    def index(program):
+        return _divide(program, head), _remainder(program, head)
+
+    def tokens(program):
+        batch, head = index(program)
+        return batch, 0, head, 0
+
+    return (
+        pl.BlockSpec((None, time, None, size), tokens),
+        pl.BlockSpec((None, None, size, size), lambda i: (*index(i), 0, 0)),
+        pl.BlockSpec((None, None, time // CHUNK, size, size), lambda i: (*index(i), 0, 0, 0)),
+    )
+
+
+def _forward(options, save, r, w, k, v, a, b, initial_state, segment):
+    batch, time, head, size = v.shape
+    tokens, state, states = _head_specs(time, head, size)
+    out_specs, out_shape = [tokens, state], [_like(v), _like(initial_state)]
+    if save:
+        shape = (batch, head, time // CHUNK, size, size)
+        out_specs.append(states)
+        out_shape.append(_like(v, shape, _operand_dtype(v.dtype)))
+    return _call(
+        _forward_kernel,
+        options,
+        (batch * head,),
+        2,
+        [r, w, k, v, a, b, initial_state],
+        [tokens] * 6 + [state],
+        segment,
+        out_specs,
+        out_shape,
+        "wkv7_forward",
+    )
+
+
+def _backward_ends(options, r, w, a, b, dy, dfinal_state, segment):
+    """D [B,H,C,N,N] of every chunk, and the initial state's cotangent [B,H,N,N]."""
+    batch, time, head, size = r.shape
+    tokens, state, states = _head_specs(time, head, size)
+    shape = (batch, head, time // CHUNK, size, size)
+    ends, dinitial_state = _call(
+        _backward_ends_kernel,
+        options,
+        (batch * head,),
+        2,
+        [r, w, a, b, dy, dfinal_state],
+        [tokens] * 5 + [state],
+        segment,
+        [states, state],
+        [_like(r, shape, _operand_dtype(r.dtype)), _like(dfinal_state)],
+        "wkv7_backward_ends",
+    )
+    return dinitial_state, ends
+
+
+def _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment):
+    """The gradients of r, w, k, v, a, b, each in its array's dtype."""
+    batch, time, head, size = r.shape
+    chunks = options.tuning.chunks
+    tokens = pl.BlockSpec(
+        (None, chunks * CHUNK, None, size),
+        lambda c, i: (_divide(i, head), c, _remainder(i, head), 0),
+    )
+    state = pl.BlockSpec(
+        (None, None, chunks, size, size),
+        lambda c, i: (_divide(i, head), _remainder(i, head), c, 0, 0),
+    )
+    return _call(
+        _backward_chunks_kernel,
+        options,
+        (time // CHUNK // chunks, batch * head),
+        options.tuning.stages,
+        [r, w, k, v, a, b, dy, states, ends],
+        [tokens] * 7 + [state] * 2,
+        segment,
+        [tokens] * 6,
+        [_like(x) for x in (r, w, k, v, a, b)],
+        "wkv7_backward_chunks",
+    )

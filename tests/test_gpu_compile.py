@@ -1,0 +1,157 @@
+"""The kernels compiled for real GPUs, without one: what interpret mode cannot show."""
+
+import functools
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.gpu_targets import (
+    GPU_TARGETS,
+    can_compile,
+    compile_for,
+    device_mesh,
+    shared_memory,
+)
+from pallas_kernels.wkv7 import wkv7
+from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+
+if not can_compile():
+    pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
+
+# pytest puts its own filters in the place of the one that the module installs on import.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
+KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
+# One card of each compute capability that the kernels know.
+CARDS = ("a100", "a6000", "rtx4090", "h100", "rtx5090")
+
+
+def arrays(spec: ArgSpec, dtype=jnp.bfloat16, **options) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(tuple(spec), dtype, **options)] * 6
+
+
+def forward_and_backward(*inputs, **options):
+    y, vjp = jax.vjp(functools.partial(wkv7, **options), *inputs)
+    return y, vjp(y)
+
+
+def backward(*inputs):
+    return forward_and_backward(*inputs)[1]
+
+
+@functools.cache
+def kernels(card: str, spec: ArgSpec):
+    return compile_for(GPU_TARGETS[card], forward_and_backward, *arrays(spec)).kernels
+
+
+def row(card: str, size: int) -> str:
+    found = kernels(card, ArgSpec(8, 4096, 12, size))
+    cells = []
+    for name in KERNELS:
+        kernel = found[name]
+        cells.append(f"{kernel.registers} / {kernel.spill_bytes} / {kernel.tensor_instructions}")
+    return f"| {card} | {size} | " + " | ".join(cells) + " |"
+
+
+for_the_target = pytest.mark.skipif(
+    jax.__version_info__ > (0, 10, 2),
+    reason="jax compiles Triton kernels while lowering here, for the GPU at hand or else for 9.0",
+)
+
+
+@for_the_target
+@pytest.mark.parametrize(
+    ("card", "size"),
+    [*itertools.product(CARDS, (64, 128)), *itertools.product(("rtx4090", "h100"), (16, 32))],
+)
+def test_kernels_keep_to_their_registers_and_use_tensor_cores(card: str, size: int):
+    found = kernels(card, ArgSpec(8, 4096, 12, size))
+    assert set(KERNELS) <= set(found)
+    for name in KERNELS:
+        assert found[name].tensor_instructions >= 20, found[name]
+        if size <= 64:
+            assert found[name].spill_bytes <= 32, found[name]
+    assert row(card, size) in DOCS.read_text(), f"docs/wkv7-kernel.md should say\n{row(card, size)}"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_other_dtypes_and_resets_compile(dtype):
+    spec = ArgSpec(2, 40, 3, 64)
+    reset = jax.ShapeDtypeStruct((2, 40), jnp.bool_)
+    compiled = compile_for(
+        GPU_TARGETS["rtx4090"],
+        lambda reset, *x: forward_and_backward(*x, reset=reset, implementation="pallas_triton"),
+        reset,
+        *arrays(spec, dtype),
+    )
+    assert all(name in compiled.executable.as_text() for name in KERNELS)
+
+
+@for_the_target
+def test_shared_memory_is_that_of_a_kernel_that_does_not_fit():
+    forward = functools.partial(wkv7, implementation="pallas_triton")
+    spec = ARG_SPECS["0.1b_micro_batch_8"]
+    assert 8_000 < shared_memory(GPU_TARGETS["a100"], forward, *arrays(spec)) < 100_000
+
+
+def test_sharded_over_batch_and_heads_nothing_is_gathered():
+    target = GPU_TARGETS["h100"]
+    mesh = device_mesh(target, count=4, hosts=1)
+    mesh = jax.sharding.Mesh(
+        mesh.devices.reshape(2, 2), ("data", "model"), axis_types=mesh.axis_types * 2
+    )
+    spec = PartitionSpec("data", None, "model", None)
+    inputs = arrays(ArgSpec(4, 256, 4), sharding=NamedSharding(mesh, spec))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(spec,) * 6, out_specs=(spec, (spec,) * 6)
+    )
+    def sharded(*inputs):
+        return forward_and_backward(*inputs)
+
+    compiled = compile_for(target, sharded, *inputs, mesh=mesh)
+    text = compiled.executable.as_text()
+    assert all(name in text for name in KERNELS)
+    assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
+
+
+def test_no_deprecation_reaches_the_user():
+    code = """
+import jax, jax.numpy as jnp
+from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for
+from pallas_kernels.wkv7 import wkv7
+inputs = [jnp.zeros((1, 16, 1, 16), jnp.bfloat16)] * 6
+print(compile_for(GPU_TARGETS["l4"], wkv7, *inputs).executable.as_text())
+"""
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent.parent)
+    assert "wkv7_forward" in run.stdout, run.stderr
+
+
+def test_none_picks_this_kernel_where_it_runs():
+    compiled = compile_for(GPU_TARGETS["l4"], wkv7, *arrays(ArgSpec(1, 32, 1, 16)))
+    assert "wkv7_forward" in compiled.executable.as_text()
+
+
+def test_none_leaves_to_xla_what_it_would_partition():
+    target = GPU_TARGETS["h100"]
+    mesh = device_mesh(target, count=2)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    inputs = arrays(ArgSpec(2, 32, 1, 16), sharding=sharding)
+    compiled = compile_for(target, jax.jit(wkv7), *inputs, mesh=mesh)
+    assert "wkv7_forward" not in compiled.executable.as_text()
+
+
+def test_mapped_over_two_axes():
+    inputs = [jax.ShapeDtypeStruct((2, 3, 1, 32, 1, 16), jnp.bfloat16)] * 6
+    compiled = compile_for(GPU_TARGETS["a100"], jax.vmap(jax.vmap(backward)), *inputs)
+    assert "wkv7_backward_chunks" in compiled.executable.as_text()

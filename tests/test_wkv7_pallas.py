@@ -1,0 +1,137 @@
+"""The Pallas kernels against the float64 recurrence: on a GPU, else interpreted as plain JAX."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from wkv7_suite import Case, WKV7Suite, cast, relative_error
+
+from pallas_kernels.wkv7 import api, pallas_triton, wkv7
+from pallas_kernels.wkv7.arg_specs import ARG_SPECS
+
+interpreted = functools.partial(
+    pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
+)
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
+
+
+@pytest.mark.usefixtures("interpret")
+class TestPallasTriton(WKV7Suite):
+    implementation = "pallas_triton"
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5)])
+def test_refuses_what_it_cannot_serve(monkeypatch, capability):
+    for module in (api, pallas_triton):
+        monkeypatch.setattr(module, "current_compute_capability", lambda: capability)
+    inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
+    with pytest.raises(NotImplementedError, match="compute capability 8.0"):
+        wkv7(*inputs, implementation="pallas_triton")
+    assert api._default_implementation(inputs[3]) == "xla"
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
+        wkv7(*(x.astype(jnp.float64) for x in inputs), implementation="pallas_triton")
+    huge = [jax.ShapeDtypeStruct((32, 4096, 64, 64), jnp.bfloat16)] * 6
+    with pytest.raises(NotImplementedError, match="32 bits"):
+        jax.eval_shape(functools.partial(wkv7, implementation="pallas_triton"), *huge)
+
+
+def test_float16_inputs_are_served(interpret):
+    inputs, _, _ = cast(Case("small", time=40, size=16), "float16")
+    exact = wkv7(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
+    y = wkv7(*inputs, implementation="pallas_triton")
+    assert y.dtype == jnp.float16 and relative_error(y, np.asarray(exact, np.float64)) < 5e-3
+
+
+def test_float32_decay_logits_beside_bfloat16(interpret):
+    inputs, _, _ = cast(Case("small", time=20, size=16), "bfloat16")
+    wide = [x.astype(jnp.float32) if i == 1 else x for i, x in enumerate(inputs)]
+
+    def both(w):
+        return wkv7(inputs[0], w, *inputs[2:], implementation="pallas_triton")
+
+    y, vjp = jax.vjp(both, wide[1])
+    assert y.dtype == jnp.bfloat16 and vjp(y)[0].dtype == jnp.float32
+
+
+def test_inverse_stays_accurate_where_the_product_form_does_not():
+    """All keys aligned, in-context learning rate 1, no decay: a·b = −1 for every pair."""
+    length = pallas_triton.CHUNK
+    m = jnp.asarray(-np.tril(np.ones((length, length)), -1), jnp.float32)
+    exact = np.linalg.inv(np.eye(length) - np.asarray(m))
+
+    def dot(x, y):
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+    # Not powers of two, as real products of keys are not.
+    m, exact = 0.997 * m, np.linalg.inv(np.eye(length) - 0.997 * np.asarray(m))
+    bfloat16 = jnp.bfloat16
+    ours = pallas_triton._inverse(m, bfloat16, dot)
+    power, product = m, m + jnp.eye(length)
+    for _ in range(3):  # (I + M)(I + M²)(I + M⁴)(I + M⁸)
+        power = dot(power.astype(bfloat16), power.astype(bfloat16))
+        product = dot(product.astype(bfloat16), (jnp.eye(length) + power).astype(bfloat16))
+    assert relative_error(ours, exact) < 5e-3
+    assert relative_error(product, exact) > 0.1
+
+
+def bytes_a_token_head(function, *inputs) -> dict[str, float]:
+    """Each kernel's traffic by its block specs: all its programs' blocks, once each."""
+    found = {}
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                mapping = eqn.params["grid_mapping"]
+                blocks = (
+                    np.prod([getattr(x, "block_size", x) for x in m.block_shape if _counts(x)])
+                    * m.array_aval.dtype.itemsize
+                    for m in mapping.block_mappings
+                )
+                name = eqn.params["name"]
+                found[name] = float(np.prod(mapping.grid) * sum(blocks))
+            for value in jax.tree.leaves(
+                eqn.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+            ):
+                if hasattr(value, "jaxpr"):
+                    visit(value.jaxpr)
+                elif hasattr(value, "eqns"):
+                    visit(value)
+
+    visit(jax.make_jaxpr(function)(*inputs).jaxpr)
+    batch, time, head, _ = inputs[0].shape
+    return {name: total / (batch * time * head) for name, total in found.items()}
+
+
+def _counts(side) -> bool:
+    return isinstance(side, int) or hasattr(side, "block_size")
+
+
+def test_bytes_by_the_block_specs(interpret):
+    spec = ARG_SPECS["0.1b_micro_batch_8"]
+    inputs = [jax.ShapeDtypeStruct(tuple(spec), jnp.bfloat16)] * 6
+
+    def forward_and_backward(*inputs):
+        y, vjp = jax.vjp(functools.partial(wkv7, implementation="pallas_triton"), *inputs)
+        return vjp(y)
+
+    count = bytes_a_token_head(forward_and_backward, *inputs)
+    state = 2 * 4 * 64 * 64 / 4096  # float32 states in and out
+    assert count == {
+        "wkv7_forward": 1408 + state,
+        "wkv7_backward_ends": 1152 + state,
+        "wkv7_backward_chunks": 2688,
+    }
+
+
+def test_no_warning_reaches_the_caller(interpret):
+    inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wkv7(*inputs, implementation="pallas_triton")
