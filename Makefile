@@ -12,7 +12,7 @@ DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] && echo cuda13 || echo cuda12))
 comma := ,
 
-.PHONY: train test lint clean
+.PHONY: train test gpu-test lint clean
 
 # On a CPU, large pages under XLA's buffers save a tenth of a step (glibc; ignored elsewhere).
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -21,6 +21,11 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# On a machine with a GPU: the kernels' suite on the real kernels, and their benchmark.
+gpu-test: $(VENV)/.installed-dev
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/test_wkv7.py tests/test_wkv7_pallas.py
+	$(BIN)/python -m pallas_kernels.wkv7.bench
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@
 
 The SASS of a kernel's main loop is replayed in order, with one warp of every program on each of a
 core's four schedulers: the assembler's own stall counts, scoreboard waits and barriers, and the
-latencies and issue rates of `UNITS` (published microbenchmarks). Global loads count as prefetched.
+latencies and issue rates of `UNITS` (assumed, not calibrated on a GPU). Global loads count as
+prefetched.
 Needs the packages of `pallas_kernels.gpu_targets` and a `cuobjdump` on the PATH (it comes in the
 triton wheel too: triton/backends/nvidia/bin).
 """
