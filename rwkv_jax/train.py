@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +95,14 @@ def train(config: TrainConfig) -> None:
         print(f"wrote {_write_init(folder / 'rwkv-init.pth', config)}")
         return
 
-    data = open_dataset(
-        config.data_file, config.ctx_len, config.magic_prime or None, config.vocab_size
-    )
+    source = config.data_file, config.ctx_len, config.magic_prime or None
+    data = open_dataset(*source, config.vocab_size)
     batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
     schedule = make_schedule(config, batch, len(data.tokens))
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         model, step, state, running, origin = _start(config, mesh, schedule, checkpoints)
+        if model.vocab_size != config.vocab_size:  # the file of the weights decides
+            data = open_dataset(*source, model.vocab_size)
         _describe(config, model, mesh, data, schedule, step, origin)
         if step >= schedule.last_step:
             print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
@@ -198,7 +198,8 @@ def _load_partial(config: TrainConfig) -> tuple[ModelConfig, Params]:
     """Tensors of the file where it has them in the right shape, fresh ones elsewhere."""
     model = config.model_config()
     there = pth.read(config.load_model)
-    merged: dict[str, Any] = dict(weights.to_official(init_params(model, config.random_seed)))
+    fresh = weights.to_official(init_params(model, config.random_seed))
+    merged = {name: np.asarray(tensor) for name, tensor in fresh.items()}
     for name, shape in weights.official_shapes(model).items():
         if name in there and there[name].size == math.prod(shape):
             merged[name] = there[name]
