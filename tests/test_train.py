@@ -1,0 +1,383 @@
+"""`python -m rwkv_jax.train`: what it writes, how it goes on, and its one line for bad input."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import malicious
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import rwkv_jax
+from rwkv_jax import pth, weights
+from rwkv_jax import train as trainer
+from rwkv_jax.binidx import BinIdxWriter
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.initialisation import init_params
+from rwkv_jax.step import Metrics
+
+V, T, STEPS, MINIEPOCH = 512, 16, 12, 5
+MODEL = ModelConfig(n_layer=2, n_embd=64, vocab_size=V)
+SHAPE = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", str(V)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(tmp_path_factory):
+    """Compiled without optimisation, and once per program; subprocesses take part."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        patch.setenv("JAX_NUM_CPU_DEVICES", "4")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_outside_of_tests():
+    """optax itself promotes types; and the trainer sets the precision of products globally."""
+    precision = jax.config.jax_default_matmul_precision
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_default_matmul_precision", precision)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ids below 64: squares, so that there is something to learn."""
+    prefix = tmp_path_factory.mktemp("data") / "squares"
+    with BinIdxWriter(prefix) as writer:
+        writer.append(np.arange(2000) ** 2 % 61 + 1, [2000])
+    return prefix
+
+
+def config(data: Path, folder: Path, **options) -> TrainConfig:
+    usual = dict(
+        n_layer=2,
+        n_embd=64,
+        vocab_size=V,
+        data_file=str(data),
+        proj_dir=str(folder),
+        ctx_len=T,
+        my_exit_tokens=STEPS * T,
+        devices=1,
+        precision="fp32",
+        enable_progress_bar="False",
+    )
+    return TrainConfig(**{**usual, **options})
+
+
+def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
+    """Runs with miniepochs of five samples; returns the losses. A real signal may stop it."""
+    losses = []
+    show = trainer.ProgressLine.show
+
+    def listen(self, step, loss, *more):
+        losses.append(loss)
+        if step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return show(self, step, loss, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MINIEPOCH", MINIEPOCH)
+        patch.setattr(trainer.ProgressLine, "show", listen)
+        if stop_after:
+            with pytest.raises(SystemExit) as stopped:
+                trainer.train(options)
+            assert stopped.value.code == 1
+        else:
+            trainer.train(options)
+    return losses
+
+
+@pytest.fixture
+def standing_still(monkeypatch):
+    """Steps that change nothing and cost nothing: for what happens around them."""
+    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0))
+    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: lambda state, _: (state, metrics))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> tuple[Path, list[float]]:
+    """The folder and the losses of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "out"
+    return folder, train(config(data, folder))
+
+
+def log(folder: Path) -> list[list[str]]:
+    """train_log.txt without its timestamps."""
+    lines = (folder / "train_log.txt").read_text().splitlines()
+    return [words[:4] + words[6:] for words in map(str.split, lines)]
+
+
+def test_files_of_a_run(run):
+    folder, losses = run
+    names = ["checkpoints", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "rwkv-init.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "train_log.txt"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
+    shapes = weights.official_shapes(MODEL)
+    for name in names[1:]:
+        tensors = pth.read(folder / name)
+        assert {key: tensor.shape for key, tensor in tensors.items()} == shapes
+        assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    assert len(losses) == STEPS and losses[0] > 6 and losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("step, name", [(10, "rwkv-1.pth"), (12, "rwkv-final.pth")])
+def test_a_pth_holds_what_the_checkpoint_of_its_step_holds(run, tmp_path, step, name):
+    _, params = rwkv_jax.load_params(run[0] / "checkpoints" / str(step))
+    weights.save_pth(tmp_path / name, params)
+    assert (tmp_path / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+def test_the_start_is_the_official_initialisation(run, tmp_path):
+    weights.save_pth(tmp_path / "init.pth", init_params(MODEL, 0))
+    assert (tmp_path / "init.pth").read_bytes() == (run[0] / "rwkv-init.pth").read_bytes()
+
+
+def test_train_log(run):
+    folder, losses = run
+    first = (folder / "train_log.txt").read_text().splitlines()[0]
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+"
+    assert re.fullmatch(rf"0 \d\.\d{{6}} \d+\.\d{{4}} 0\.\d{{8}} {stamp} 0", first)
+    for n, words in enumerate(log(folder)):
+        mean = np.mean(losses[n * MINIEPOCH : (n + 1) * MINIEPOCH])
+        assert (words[0], words[4]) == (str(n), str(n))
+        assert float(words[1]) == pytest.approx(mean, abs=1e-6)
+        assert float(words[2]) == pytest.approx(np.exp(mean), rel=1e-4)
+    # Of each miniepoch's last step: warm-up is at 4/10 and 9/10, then the cosine's last half.
+    rates = [float(words[3]) for words in log(folder)]
+    expected = [0.45 / 64 * (0.01 + 0.99 * done / 10) for done in (4, 9)]
+    assert rates == pytest.approx([*expected, (0.45 + 0.04) / 2 / 64], abs=1e-8)
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory) -> tuple[Path, list[float]]:
+    """As `run`, but SIGTERM comes while a step in the middle of a miniepoch is at work."""
+    folder = tmp_path_factory.mktemp("stopped")
+    return folder, train(config(data, folder), stop_after=6)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tmp_path):
+    folder, before = tmp_path / "out", stopped[1]
+    shutil.copytree(stopped[0], folder)
+    assert MINIEPOCH < len(before) < 2 * MINIEPOCH
+    assert not (folder / "rwkv-final.pth").exists()
+    after = train(config(data, folder))
+    assert before + after == run[1]
+    assert log(folder) == log(run[0])
+    for name in ("rwkv-1.pth", "rwkv-final.pth"):
+        assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+def command(data: Path, folder: Path, *more: str) -> list[str]:
+    """The same options as `config`'s, as a command."""
+    options = ["--data_file", str(data), "--proj_dir", str(folder), "--ctx_len", str(T)]
+    machine = ["--devices", "1", "--precision", "fp32", "--accelerator", "cpu"]
+    return [sys.executable, "-m", "rwkv_jax.train", *SHAPE, *options, *machine, *more]
+
+
+def test_another_process_goes_on_just_so(data, run, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    again = command(data, tmp_path, "--my_exit_tokens", str(STEPS * T))
+    done = subprocess.run(again, capture_output=True, text=True, check=True)
+    assert f"resumed from {tmp_path}/checkpoints/{len(stopped[1])}" in done.stdout
+    assert done.stderr == ""
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_a_signal_to_the_process_saves(data, tmp_path, number):
+    endless = command(data, tmp_path, "--my_exit_tokens", str(10**8))
+    with subprocess.Popen(
+        endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err == ""
+    (step,) = re.findall(r"stopped and saved at step (\d+): the same command goes on", out)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
+    assert not (tmp_path / "rwkv-final.pth").exists()
+
+
+def test_nothing_left_to_do(data, run, capsys):
+    folder = run[0]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(config(data, folder)) == []
+    assert "nothing left to do: all 12 steps are done" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_stage_one_writes_the_initialisation_alone(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    arguments = ["--train_stage", "1", "--proj_dir", str(folder), *SHAPE]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--my_testing", "x070"])
+    with pytest.raises(SystemExit) as done:
+        run_command(trainer.main)
+    assert done.value.code == 0
+    assert [path.name for path in folder.iterdir()] == ["rwkv-init.pth"]
+    assert (folder / "rwkv-init.pth").read_bytes() == (run[0] / "rwkv-init.pth").read_bytes()
+    note = "note: --my_testing has no effect: every model here is x070\n"
+    assert capsys.readouterr().err == note
+
+
+def test_recomputation_and_chunks_change_no_loss(data, run, tmp_path):
+    losses = train(config(data, tmp_path, grad_cp=1, head_chunk=5))
+    np.testing.assert_allclose(losses, run[1], rtol=0, atol=1e-4)
+
+
+def test_bf16_stays_close(data, run, tmp_path):
+    losses = train(config(data, tmp_path, precision="bf16"))
+    np.testing.assert_allclose(losses, run[1], rtol=0, atol=0.05)
+    assert losses != run[1]
+
+
+def test_load_model_takes_the_shape_of_the_file(data, tmp_path, capsys, standing_still):
+    other = dataclasses.replace(MODEL, n_layer=1, dim_w=8, dim_a=16, dim_v=24, dim_g=40)
+    weights.save_pth(tmp_path / "g1.pth", init_params(other, 3))
+    there = {"load_model": str(tmp_path / "g1.pth"), "n_layer": 0, "n_embd": 0}
+    train(config(data, tmp_path / "out", **there))
+    assert "low-rank 8/16/24/40" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "rwkv-init.pth").exists()
+    final = tmp_path / "out" / "rwkv-final.pth"
+    assert final.read_bytes() == (tmp_path / "g1.pth").read_bytes()
+
+
+def test_load_model_takes_the_folder_of_a_run(data, run, tmp_path, standing_still):
+    train(config(data, tmp_path, load_model=str(run[0])))
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+
+
+def test_load_partial_fills_in(data, run, tmp_path, standing_still):
+    there = pth.read(run[0] / "rwkv-final.pth")
+    del there["blocks.1.ffn.key.weight"]
+    there["blocks.0.att.w1"] = there["blocks.0.att.w1"][:, :8]
+    pth.write(tmp_path / "part.pth", there)
+    options = config(data, tmp_path / "out", load_model=str(tmp_path / "part.pth"))
+    with pytest.raises(UserError, match=r"part.pth: .*missing blocks.1.ffn.key.weight"):
+        train(options)
+    train(dataclasses.replace(options, load_partial=1))
+
+    merged, fresh = (
+        pth.read(path) for path in (tmp_path / "out" / "rwkv-final.pth", run[0] / "rwkv-init.pth")
+    )
+    for name, tensor in merged.items():
+        missing = name in ("blocks.1.ffn.key.weight", "blocks.0.att.w1")
+        assert np.array_equal(tensor, (fresh if missing else there)[name]), name
+
+
+def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_still):
+    options = {"epoch_begin": 1, "epoch_count": 1, "save_every_steps": 4, "epoch_save": 0}
+    losses = train(config(data, tmp_path, **options))
+    assert len(losses) == MINIEPOCH
+    assert [words[0] + words[4] for words in log(tmp_path)] == ["10"]
+    assert not list(tmp_path.glob("rwkv-[0-9].pth"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
+    with pytest.raises(UserError, match="--epoch_begin 3 is step 15, but the run ends at step 12"):
+        train(config(data, tmp_path / "late", epoch_begin=3))
+
+
+def test_a_checkpoint_of_another_model(data, run):
+    with pytest.raises(UserError, match="checkpoints: has n_layer 2, not 3, n_embd 64, not 128"):
+        train(config(data, run[0], n_layer=3, n_embd=128))
+    with pytest.raises(UserError, match="checkpoints: has dim_v 32, not 24"):
+        train(config(data, run[0], lora_dims="32,32,24,64"))
+
+
+def test_ids_are_held_to_the_vocabulary_of_the_file(data, tmp_path, standing_still):
+    small = dataclasses.replace(MODEL, vocab_size=48)
+    weights.save_pth(tmp_path / "small.pth", init_params(small, 0))
+    with pytest.raises(UserError, match="outside the vocabulary of 48"):
+        train(config(data, tmp_path / "out", load_model=str(tmp_path / "small.pth")))
+
+
+@pytest.fixture
+def prepared(data, run, tmp_path) -> Path:
+    """A folder with what the bad inputs below name; `data` beside them is good."""
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{data}{ending}", tmp_path / f"data{ending}")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "no_json.jsonl").write_text('{"text": "one"}\ntwo\n')
+    (tmp_path / "no_text.jsonl").write_text('{"text": "one"}\n{"texts": "two"}\n')
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "half").mkdir()
+    content = (run[0] / "rwkv-init.pth").read_bytes()
+    (tmp_path / "init.pth").write_bytes(content)
+    (tmp_path / "half" / "rwkv-init.pth").write_bytes(content[: len(content) // 2])
+    maa = {"blocks.0.att.time_maa_x": np.zeros((1, 1, 64), np.float32)}
+    pth.write(tmp_path / "v6.pth", {"emb.weight": np.zeros((V, 64), np.float32), **maa})
+    canary = malicious.PAYLOADS["os.system"][0](f"touch {tmp_path}/canary")
+    (tmp_path / "evil.pth").write_bytes(malicious.archive(canary))
+    return tmp_path
+
+
+BAD_INPUT = {
+    "--data_file nothing": r"nothing\.\w+: no such file",
+    "--data_file nothing.jsonl": r"nothing.jsonl: no such file",
+    "--data_file empty.jsonl": r"empty.jsonl: ",
+    "--data_file no_json.jsonl": r"no_json.jsonl:2: is no JSON",
+    "--data_file no_text.jsonl": r"no_text.jsonl:2: .* no string \"text\"",
+    "--vocab_size 32": r"data: token \d+ has id \d+, outside the vocabulary of 32",
+    "--ctx_len 3000": r"data: 2000 tokens are too few for ctx_len 3000",
+    "--magic_prime 7": r"data: magic_prime 7 leaves 1, not 2, .* use 113",
+    "--load_model nothing.pth": r"nothing.pth: ",
+    "--load_model v6.pth": r"v6.pth: is RWKV-6, not RWKV-7",
+    "--load_model init.pth --n_layer 3 --n_embd 128": (
+        r"init.pth: has n_layer 2, not 3, n_embd 64, not 128; leave the option out"
+    ),
+    "--load_model evil.pth": r"evil.pth: .*os.system",
+    "--load_model folder": r"folder: no checkpoints",
+    "--size 9b": r"--size 9b: choose one of tiny, 0.1b",
+    "--n_layr 3": r"--n_layr 3; did you mean --n_layer\?",
+    "--n_layer two": r"--n_layer: invalid int value: 'two'",
+    "--proj_dir file": r"--proj_dir file: File exists; give another folder",
+    "--devices 5": r"--devices 5: jax sees 4",
+    "--proj_dir half": r"half/rwkv-init.pth: ",
+    "--n_embd 100": r"--n_embd 100 is not a multiple of --head_size 64: try 128",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input_is_one_line(arguments, prepared, monkeypatch, capsys):
+    monkeypatch.chdir(prepared)
+    usual = [*SHAPE, "--data_file", "data", "--ctx_len", "16", "--devices", "1"]
+    monkeypatch.setattr(sys, "argv", ["train", *usual, *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(trainer.main)
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("tokenizing ") for line in progress)
+    assert stopped.value.code == 2 and line.startswith("error: ")
+    assert re.search(BAD_INPUT[arguments], line), line
+    assert not (prepared / "canary").exists()
+    assert not list(prepared.rglob("rwkv-final.pth")) and not list(prepared.rglob("*.tmp"))
+
+
+def test_bad_input_is_one_line_of_the_process_too(data, tmp_path):
+    tried = subprocess.run(
+        command(data, tmp_path, "--magic_prime", "8"), capture_output=True, text=True
+    )
+    message = f"error: {data}: magic_prime 8 is not a prime; use 113, or leave it out\n"
+    assert (tried.returncode, tried.stderr) == (2, message)
