@@ -1,0 +1,231 @@
+"""The command line: every option of the official trainer, and one line for what is wrong."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_jax.config import (
+    G1_LOW_RANK,
+    SIZES,
+    WITHOUT_MEANING,
+    TrainConfig,
+    default_low_rank,
+    parse_train_options,
+)
+from rwkv_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+# Every option of the official trainer's code and of its tutorial's table, as its demo sets it
+# (where the demo leaves it out: a value that it allows).
+OFFICIAL = {
+    "my_testing": "x070",
+    "MODEL_TYPE": "x070",
+    "n_layer": "12",
+    "n_embd": "768",
+    "ctx_len": "512",
+    "data_file": "data/minipile",
+    "my_exit_tokens": "1498226207",
+    "magic_prime": "2926181",
+    "proj_dir": "out/L12-D768-x070",
+    "micro_bsz": "16",
+    "lr_init": "6e-4",
+    "lr_final": "6e-5",
+    "grad_cp": "1",
+    "epoch_save": "10",
+    "num_nodes": "1",
+    "devices": "1",
+    "ds_bucket_mb": "200",
+    "load_model": "0",
+    "wandb": "",
+    "train_stage": "3",
+    "epoch_count": "999999",
+    "epoch_begin": "0",
+    "warmup_steps": "10",
+    "beta1": "0.9",
+    "beta2": "0.99",
+    "adam_eps": "1e-18",
+    "data_type": "binidx",
+    "vocab_size": "65536",
+    "weight_decay": "0.001",
+    "head_size": "64",
+    "accelerator": "gpu",
+    "precision": "bf16",
+    "strategy": "deepspeed_stage_2",
+    "enable_progress_bar": "True",
+    "random_seed": "1",
+    "dim_att": "768",
+    "dim_ffn": "3072",
+    "grad_clip": "1.0",
+    "head_chunk": "0",
+    "load_partial": "0",
+}
+MEANINGLESS = {"my_testing", "MODEL_TYPE", "num_nodes", "ds_bucket_mb", "data_type", "dim_att"}
+
+
+def options(values: dict[str, str]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def message(*arguments: str) -> str:
+    """What is said to a person who types this."""
+    with pytest.raises(UserError) as caught:
+        parse_train_options(list(arguments))[0].model_config()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_every_official_option_is_accepted(name):
+    config, ignored = parse_train_options(options({name: OFFICIAL[name]}))
+    if name in MEANINGLESS:
+        [line] = ignored
+        assert line.startswith(f"--{name} has no effect: ")
+        assert config == TrainConfig()
+    else:
+        assert ignored == []
+        expected = "" if name == "load_model" else OFFICIAL[name]  # "0" is their word for none
+        assert getattr(config, name) == type(getattr(config, name))(expected)
+
+
+def test_all_official_options_at_once():
+    config, ignored = parse_train_options(options(OFFICIAL))
+    assert len(ignored) == len(MEANINGLESS)
+    assert (config.lr_init, config.adam_eps, config.beta2) == (6e-4, 1e-18, 0.99)
+    assert (config.my_exit_tokens, config.magic_prime) == (1498226207, 2926181)
+    model = config.model_config()
+    assert (model.n_layer, model.n_embd, model.n_head, model.dim_ffn) == (12, 768, 12, 3072)
+
+
+def test_official_demo_command_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"runs as it is:\n\n +python -m rwkv_jax\.train (.*?)\n\n", text, re.S)
+    arguments = [part.strip('"') for part in command[1].replace("\\\n", " ").split()]
+    config, ignored = parse_train_options(arguments)
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert {f"--{name}": OFFICIAL[name] for name in OFFICIAL}.items() >= given.items()
+    assert {line.split()[0] for line in ignored} == {f"--{n}" for n in MEANINGLESS} & set(given)
+    assert config.load_model == "" and config.micro_bsz == 16
+
+
+def test_without_options_everything_is_official():
+    config, ignored = parse_train_options([])
+    assert ignored == []
+    assert (config.beta1, config.beta2, config.adam_eps) == (0.9, 0.99, 1e-18)
+    assert (config.weight_decay, config.grad_clip, config.warmup_steps) == (0.001, 1.0, 10)
+    assert (config.vocab_size, config.head_size) == (65536, 64)
+    assert (config.model_config().n_layer, config.model_config().n_embd) == (12, 768)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--size", "7b"], ["7b", "7.2b"]),
+        (["--lr_initt", "1"], ["--lr_initt", "--lr_init"]),
+        (["--ctx", "512"], ["--ctx"]),  # no abbreviations: they change meaning as options come
+        (["--ctx_len", "0"], ["--ctx_len 0", "1 or more"]),
+        (["--ctx_len", "many"], ["--ctx_len", "many"]),
+        (["--ctx_len"], ["--ctx_len"]),
+        (["--micro_bsz", "-1"], ["--micro_bsz -1"]),
+        (["--lr_init", "-0.001"], ["--lr_init -0.001"]),
+        (["--lr_init", "nan"], ["--lr_init nan"]),
+        (["--beta2", "1"], ["--beta2 1.0", "less than 1"]),
+        (["--warmup_steps", "-1"], ["--warmup_steps -1"]),
+        (["--head_size", "48"], ["--head_size 48", "64"]),
+        (["--n_embd", "100"], ["--n_embd 100", "--head_size 64", "128"]),
+        (["--n_embd", "1"], ["--n_embd 1 ", "try 64"]),
+        (["--precision", "fp8"], ["fp8", "bf16"]),
+        (["--strategy", "ddp"], ["ddp", "deepspeed_stage_2"]),
+        (["--train_stage", "4"], ["--train_stage 4"]),
+        (["--grad_cp", "2"], ["--grad_cp 2"]),
+        (["--lora_dims", "g2"], ["--lora_dims g2", "g1"]),
+        (["--lora_dims", "64,64,32"], ["--lora_dims 64,64,32", "four"]),
+        (["--lora_dims", "64,64,32,0"], ["--lora_dims 64,64,32,0"]),
+        (["--lora_dims", "g1"], ["--lora_dims g1", "--size"]),
+        (["--lora_dims", "g1", "--size", "tiny"], ["--lora_dims g1", "--size"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_command_lines_get_one_line(arguments, named):
+    text = message(*arguments)
+    assert all(word in text for word in named), text
+
+
+def test_a_wrong_command_line_is_one_line_on_stderr():
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv_jax.train", "--ctx_lenn", "512"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and "--ctx_len?" in line
+
+
+@pytest.mark.parametrize(
+    ("size", "n_layer", "n_embd"),
+    [
+        ("0.1b", 12, 768), ("0.4b", 24, 1024), ("1.5b", 24, 2048), ("2.9b", 32, 2560),
+        ("3b", 32, 2560), ("7.2b", 32, 4096), ("13.3b", 61, 4096),
+    ],
+)  # fmt: skip
+def test_sizes(size, n_layer, n_embd):
+    model = TrainConfig(size=size).model_config()
+    assert (model.n_layer, model.n_embd) == (n_layer, n_embd)
+    wider = TrainConfig(size=size, n_layer=3, n_embd=128).model_config()
+    assert (wider.n_layer, wider.n_embd) == (3, 128)
+
+
+# Published G1 widths (w, a, v, g); the formula's, computed by hand from max(32, round(f·√C/32)·32).
+G1 = {
+    "0.1b": (64, 64, 32, 128), "0.4b": (64, 64, 32, 128), "1.5b": (96, 96, 64, 256),
+    "2.9b": (96, 96, 64, 320), "7.2b": (128, 128, 96, 480), "13.3b": (192, 192, 128, 384),
+}  # fmt: skip
+FORMULA = {
+    64: (32, 32, 32, 32), 768: (64, 64, 32, 128), 1024: (64, 64, 64, 160),
+    2048: (128, 128, 64, 224), 2560: (128, 128, 96, 256), 4096: (160, 160, 96, 320),
+}  # fmt: skip
+
+
+def widths(**given: str | int) -> tuple[int, int, int, int]:
+    model = TrainConfig(**given).model_config()
+    return model.dim_w, model.dim_a, model.dim_v, model.dim_g
+
+
+@pytest.mark.parametrize("size", G1)
+def test_lora_dims_of_g1(size):
+    assert widths(size=size, lora_dims="g1") == G1[size]
+    assert set(G1_LOW_RANK) == set(G1) == set(SIZES) - {"tiny"}
+
+
+@pytest.mark.parametrize("n_embd", FORMULA)
+def test_lora_dims_of_the_formula(n_embd):
+    assert widths(n_embd=n_embd) == FORMULA[n_embd]
+    assert tuple(default_low_rank(n_embd).values()) == FORMULA[n_embd]
+
+
+def test_lora_dims_as_a_list_and_of_an_alias():
+    assert widths(n_embd=768, lora_dims="16, 32,48,64") == (16, 32, 48, 64)
+    assert widths(size="3b", lora_dims="g1") == G1["2.9b"]
+
+
+def test_readme_and_help_name_every_option(capsys):
+    rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "README.md").read_text("utf-8"), re.M)
+    in_readme = set(re.findall(r"--(\w+)", " ".join(rows)))
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert in_readme == fields | set(WITHOUT_MEANING)
+
+    with pytest.raises(SystemExit) as caught:
+        parse_train_options(["--help"])
+    assert caught.value.code == 0
+    assert fields | set(WITHOUT_MEANING) <= set(re.findall(r"--(\w+)", capsys.readouterr().out))
+
+
+def test_every_option_is_official_or_ours():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    ours = {"size", "lora_dims", "accumulate_grad_batches", "save_every_steps"}
+    assert fields | MEANINGLESS == set(OFFICIAL) | ours
