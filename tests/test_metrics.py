@@ -1,0 +1,126 @@
+"""What a run tells: the log file's format, lines without a terminal, and the wandb calls."""
+
+import datetime
+import math
+import re
+import sys
+import types
+
+import pytest
+
+from rwkv_jax import metrics
+from rwkv_jax.metrics import MiniepochLoss, ProgressLine, Wandb, append_train_log
+
+
+def test_train_log_has_the_official_format(tmp_path):
+    """The reference curve's first two values, at its rates."""
+    before = datetime.datetime.now()
+    append_train_log(tmp_path, 0, 4.875856, 0.00059977, 0)
+    append_train_log(tmp_path, 12, 4.0286206, 6e-5, 3)
+    first, second = (tmp_path / "train_log.txt").read_text(encoding="utf-8").splitlines()
+    head, date, time, of_run = first.rsplit(" ", 3)
+    assert head == f"0 4.875856 {math.exp(4.875856):.4f} 0.00059977"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date) and of_run == "0"
+    written = datetime.datetime.fromisoformat(f"{date} {time}")
+    assert before <= written <= datetime.datetime.now()
+    assert second.startswith("12 4.028621 56.1834 0.00006000 ") and second.endswith(" 3")
+    # as a program that plots the file reads it
+    assert [len(line.split(" ")) for line in (first, second)] == [7, 7]
+
+
+def test_mean_loss_of_a_miniepoch():
+    loss = MiniepochLoss()
+    assert loss.mean == 0.0
+    for value in (4.0, 3.0, 2.0):
+        loss.add(value)
+    assert (loss.mean, loss.steps) == (3.0, 3)
+    loss.reset()
+    loss.add(1.5)
+    assert loss.mean == 1.5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until told."""
+    now = types.SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def test_lines_without_a_terminal(capsys, clock):
+    """Two steps a second of 4096 tokens: a line for the first step, every ten seconds, the last."""
+    progress = ProgressLine(0, 100, 4096, bar=None)
+    speeds = []
+    for step in range(100):
+        clock.seconds += 0.5
+        speeds.append(progress.show(step, 5 - step / 100, 4.5, 6e-4))
+    progress.say("wrote rwkv-final.pth")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("compiling")
+    assert lines[-1] == "wrote rwkv-final.pth"
+    assert [line.split()[1] for line in lines[1:-1]] == [
+        "1/100", "21/100", "41/100", "61/100", "81/100", "100/100",
+    ]  # fmt: skip
+    assert lines[1].endswith("left ?")  # one step says nothing about speed
+    assert lines[2] == (
+        "step 21/100 loss 4.8000 running 4.5000 lr 6.00e-04 2.00 it/s 8.19 Kt/s left 0:00:40"
+    )
+    assert "\x1b" not in "".join(lines)  # no control characters in a log file
+    assert speeds[0] == 0.0 and speeds[1:] == pytest.approx([8192.0] * 99)
+
+
+def test_speed_is_of_the_last_minute(clock, capsys):
+    """Ten slow steps, then fast ones: after more than a minute the slow ones no longer count."""
+    progress = ProgressLine(0, 10_000, 1000, bar=False)
+    for step in range(10):
+        clock.seconds += 10.0
+        progress.show(step, 1.0, 1.0, 1e-3)
+    for step in range(10, 720):
+        clock.seconds += 0.1
+        speed = progress.show(step, 1.0, 1.0, 1e-3)
+    assert speed == pytest.approx(10_000, rel=1e-3)
+
+
+def test_steps_slower_than_a_minute_still_have_a_speed(clock, capsys):
+    progress = ProgressLine(7, 10, 1000, bar=False)
+    for step in (7, 8, 9):
+        clock.seconds += 100.0
+        speed = progress.show(step, 1.0, 1.0, 1e-3)
+    assert speed == pytest.approx(10.0)
+    assert "left 0:01:40" in capsys.readouterr().out
+
+
+def test_bar_when_asked_for(capsys):
+    progress = ProgressLine(0, 4, 64, bar=True)
+    progress.show(0, 6.25, 6.25, 1e-3)
+    progress.say("a checkpoint [with brackets]")
+    progress.show(3, 6.0, 6.1, 1e-3)
+    progress.close()
+    out = capsys.readouterr().out
+    assert "a checkpoint" in out and "step 4/4 loss 6.0000" in out.replace("\n", " ")
+
+
+def test_wandb_is_called_with_what_was_given(monkeypatch, tmp_path):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append(("log", step, values)),
+        finish=lambda: calls.append(("finish",)),
+    )
+
+    def init(**given):
+        calls.append(("init", given))
+        return run
+
+    fake = types.ModuleType("wandb")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    options = {"n_layer": 12, "lr_init": 6e-4}
+    wandb = Wandb("goose", tmp_path, options)
+    wandb.log(3, loss=4.5, lr=6e-4, wd=0.001, Gtokens=0.1)
+    wandb.close()
+    assert calls == [
+        ("init", {"project": "goose", "dir": tmp_path, "config": options}),
+        ("log", 3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
+        ("finish",),
+    ]
