@@ -1,14 +1,15 @@
-# Every target does its own set-up in .venv. `make train` is the main job, `make test` the proof.
+# Every target does its own set-up in .venv. `make train [SIZE=0.1b] [ARGS=…]` is the main job,
+# `make test` the proof.
 
 PYTHON ?= python3
 VENV ?= .venv
-SIZE ?= 0.1b
+SIZE ?=
 ARGS ?=
 BIN = $(VENV)/bin
 
 # jax's CUDA plugin by the driver that is here: cuda13 for drivers from 580 on, cuda12 before, none
 # without a driver.
-DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -oE '^[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] && echo cuda13 || echo cuda12))
 comma := ,
 
@@ -17,7 +18,7 @@ comma := ,
 # On a CPU, large pages under XLA's buffers save a tenth of a step (glibc; ignored elsewhere).
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(VENV)/.installed
-	$(BIN)/python -m rwkv_jax.train --size $(SIZE) $(ARGS)
+	$(BIN)/python -m rwkv_jax.train $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)

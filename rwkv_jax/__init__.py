@@ -38,10 +38,17 @@ def load_params(path: str | os.PathLike[str]) -> tuple["ModelConfig", dict[str, 
     """The configuration and the float32 tree of parameters that `load` builds on."""
     from pathlib import Path
 
+    from rwkv_jax.config import HEAD_SIZES
+    from rwkv_jax.errors import UserError
+
     if Path(path).is_dir():
         from rwkv_jax.checkpoint import load_newest
 
-        return load_newest(Path(path))
-    from rwkv_jax.weights import load_pth
+        config, params = load_newest(Path(path))
+    else:
+        from rwkv_jax.weights import load_pth
 
-    return load_pth(path)
+        config, params = load_pth(path)
+    if config.head_size not in HEAD_SIZES:
+        raise UserError(f"{path}: its heads are {config.head_size} wide, not one of {HEAD_SIZES}")
+    return config, params

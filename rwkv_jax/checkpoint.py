@@ -39,11 +39,17 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(
-        self, step: int, config: ModelConfig, state: TrainState, running: MiniepochLoss
+        self,
+        step: int,
+        config: ModelConfig,
+        state: TrainState,
+        running: MiniepochLoss,
+        order: dict[str, int] | None = None,
     ) -> None:
         """Copies the state off the devices, then writes in the background.
 
-        A checkpoint appears under its name only when it is complete.
+        A checkpoint appears under its name only when it is complete. `order` is what makes the step
+        number a place in the data and in the schedule; a run that goes on has to have the same.
         """
         self.wait()
         self._pending = self._orbax.save_checkpointables_async(
@@ -52,6 +58,7 @@ class Checkpoints:
             custom_metadata={
                 "model": dataclasses.asdict(config),
                 "miniepoch_loss": dataclasses.asdict(running),
+                "order": order or {},
             },
             force=True,
         )
@@ -61,6 +68,10 @@ class Checkpoints:
         items = self._orbax.load_checkpointables(step, abstract._asdict())
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
         return TrainState(**items), MiniepochLoss(**metadata["miniepoch_loss"])
+
+    def order(self, step: int) -> dict[str, int]:
+        """What `save` was given as `order`."""
+        return self._orbax.checkpointables_metadata(step).custom_metadata["order"]
 
     def model_config(self, step: int) -> ModelConfig:
         """The configuration of the model of a step."""

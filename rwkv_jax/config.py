@@ -58,6 +58,8 @@ def default_low_rank(n_embd: int) -> dict[str, int]:
     return {"dim_w": width(2.5), "dim_a": width(2.5), "dim_v": width(1.7), "dim_g": width(5.0)}
 
 
+HEAD_SIZES = (16, 32, 64, 128)  # that the WKV operation takes
+
 # name: (n_layer, n_embd). `tiny` is for smoke runs: it trains in minutes on a CPU.
 SIZES = {
     "tiny": (6, 128),
@@ -99,7 +101,7 @@ class TrainConfig:
     n_layer: int = _option(0, "model", "layers L; overrides --size", least=0)
     n_embd: int = _option(0, "model", "width C; overrides --size", least=0)
     vocab_size: int = _option(65536, "model", "rows of embedding and head, V", least=2)
-    head_size: int = _option(64, "model", "width of a head, N", 16, 32, 64, 128)
+    head_size: int = _option(64, "model", "width of a head, N", *HEAD_SIZES)
     dim_ffn: int = _option(0, "model", "inner width of the channel mix; 0: 4·n_embd", least=0)
     lora_dims: str = _option(
         "formula", "model", "low-rank widths of a fresh model: those of the official formula "
@@ -177,7 +179,7 @@ class TrainConfig:
             if choices and value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice != "")
                 raise UserError(f"--{field.name} {value}: choose one of {known}")
-            if least is not None and not value >= least:
+            if least is not None and not (value >= least and math.isfinite(value)):
                 raise UserError(f"--{field.name} {value}: give {least} or more")
         if self.load_model == "0":  # what the official scripts write for none
             object.__setattr__(self, "load_model", "")
@@ -207,7 +209,9 @@ class TrainConfig:
                 raise UserError(f"--lora_dims g1 needs --size, one of {', '.join(G1_LOW_RANK)}")
             return dict(zip(names, G1_LOW_RANK[size], strict=True))
         widths = self.lora_dims.split(",")
-        if len(widths) != 4 or not all(width.strip().isdigit() and int(width) for width in widths):
+        if len(widths) != 4 or not all(
+            width.strip().isdecimal() and int(width) for width in widths
+        ):
             raise UserError(
                 f"--lora_dims {self.lora_dims}: give formula, g1, or four widths as in 64,64,32,128"
             )

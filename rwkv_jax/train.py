@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import math
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -100,14 +101,21 @@ def train(config: TrainConfig) -> None:
     batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
     schedule = make_schedule(config, batch, len(data.tokens))
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        model, step, state, running, origin = _start(config, mesh, schedule, checkpoints)
+        order = {
+            "samples a step": batch,
+            "ctx_len": config.ctx_len,
+            "magic_prime": data.magic_prime,
+            "epoch_begin": config.epoch_begin,
+        }
+        model, step, state, running, origin = _start(config, mesh, schedule, checkpoints, order)
         if model.vocab_size != config.vocab_size:  # the file of the weights decides
             data = open_dataset(*source, model.vocab_size)
         _describe(config, model, mesh, data, schedule, step, origin)
-        if step >= schedule.last_step:
+        if step >= schedule.last_step and final.exists():
             print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
             return
-        state, done = _loop(config, model, mesh, data, schedule, checkpoints, step, state, running)
+        save = functools.partial(checkpoints.save, order=order)
+        state, done = _loop(config, model, mesh, data, schedule, save, step, state, running)
     if done < schedule.last_step:
         print(f"stopped and saved at step {done}: the same command goes on from there")
         sys.exit(1)
@@ -128,7 +136,7 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     if on_cpu and config.accelerator != "cpu" and shutil.which("nvidia-smi"):
         print(
             "note: this machine has an NVIDIA driver, but jax has no CUDA: training on the CPU. "
-            "pip install 'rwkv-jax[cuda12]' (or cuda13) changes that",
+            "installing the extra cuda12 (or cuda13) changes that",
             file=sys.stderr,
         )
     if on_cpu and config.accelerator == "gpu":
@@ -156,7 +164,11 @@ def _fill_in(config: TrainConfig, on_gpu: bool) -> TrainConfig:
 
 
 def _start(
-    config: TrainConfig, mesh: jax.sharding.Mesh, schedule: Schedule, checkpoints: Checkpoints
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    order: dict[str, int],
 ) -> tuple[ModelConfig, int, TrainState, MiniepochLoss, str]:
     """The model, the step to do next, the state before it, the miniepoch's loss, and whence.
 
@@ -167,6 +179,17 @@ def _start(
     if newest is not None:
         model = checkpoints.model_config(newest)
         _check_shape(config, model, str(checkpoints.folder))
+        then = checkpoints.order(newest)
+        changed = [
+            f"{name} {then[name]}, not {order[name]}" for name in then if then[name] != order[name]
+        ]
+        if changed:
+            raise UserError(
+                f"{checkpoints.folder}: this run was begun with {', '.join(changed)}; go on with "
+                "the same data and options, or give another --proj_dir"
+            )
+        if config.load_model:
+            print(f"note: {checkpoints.folder} goes on; --load_model is for a new --proj_dir")
         _, optimizer = _optimizer(config, model, schedule)
         state, running = checkpoints.restore(newest, abstract_state(mesh, model, optimizer))
         origin = f"resumed from {checkpoints.folder / str(newest)}"
@@ -197,13 +220,23 @@ def _load(config: TrainConfig) -> tuple[ModelConfig, Params]:
 def _load_partial(config: TrainConfig) -> tuple[ModelConfig, Params]:
     """Tensors of the file where it has them in the right shape, fresh ones elsewhere."""
     model = config.model_config()
-    there = pth.read(config.load_model)
+    there = {
+        name.removeprefix("_forward_module."): tensor
+        for name, tensor in pth.read(config.load_model).items()
+    }
     fresh = weights.to_official(init_params(model, config.random_seed))
     merged = {name: np.asarray(tensor) for name, tensor in fresh.items()}
-    for name, shape in weights.official_shapes(model).items():
-        if name in there and there[name].size == math.prod(shape):
-            merged[name] = there[name]
-    return weights.from_official(merged, model)
+    taken = [
+        name
+        for name, tensor in merged.items()
+        if name in there and np.squeeze(there[name]).shape == np.squeeze(tensor).shape
+    ]
+    if not taken:
+        raise UserError(
+            f"{config.load_model}: no tensor fits {_brief(model)}; is it another model's?"
+        )
+    print(f"{len(taken)} of {len(merged)} tensors are from {config.load_model}, the rest is fresh")
+    return weights.from_official({**merged, **{name: there[name] for name in taken}}, model)
 
 
 def _check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
@@ -242,7 +275,7 @@ def _loop(
     mesh: jax.sharding.Mesh,
     data: Dataset,
     schedule: Schedule,
-    checkpoints: Checkpoints,
+    save: Callable[[int, ModelConfig, TrainState, MiniepochLoss], None],
     first: int,
     state: TrainState,
     running: MiniepochLoss,
@@ -273,6 +306,11 @@ def _loop(
 
     def report(step: int, loss: float) -> None:
         lr = float(rates[step - schedule.first_step])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {step} is {loss}: stopped before saving it; the last checkpoint "
+                "is from before. A lower --lr_init, or --precision fp32, may help"
+            )
         running.add(loss)
         speed = progress.show(step, loss, running.mean, lr)
         if wandb:
@@ -303,22 +341,22 @@ def _loop(
                 report(pending[0], float(pending[1]))
             pending = step, metrics.loss
 
-            done, miniepoch = step + 1, schedule.miniepoch(step)
+            done, miniepoch, stopping = step + 1, schedule.miniepoch(step), bool(stop)
             export = (
                 config.epoch_save
                 and schedule.ends_miniepoch(step)
                 and (miniepoch - config.epoch_begin) % config.epoch_save == 0
             )
             on_schedule = config.save_every_steps and done % config.save_every_steps == 0
-            if export or on_schedule or done == schedule.last_step or stop:
+            if export or on_schedule or done == schedule.last_step or stopping:
                 report(step, float(metrics.loss))
                 pending = None
-                checkpoints.save(done, model, state, running)
+                save(done, model, state, running)
             if export:
                 path = folder / f"rwkv-{miniepoch}.pth"
                 weights.save_pth(path, state.params)
                 progress.say(f"wrote {path}")
-            if stop:
+            if stopping:
                 return state, done
     return state, schedule.last_step
 
@@ -330,6 +368,7 @@ def _stop_signal() -> Iterator[list[int]]:
 
     def note(number: int, _: object) -> None:
         received.append(number)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -363,7 +402,8 @@ def _describe(
         f"(samples of {data.ctx_len} in one pass)",
         "batch": f"{schedule.batch} samples = {mesh.size} devices x micro_bsz {config.micro_bsz} "
         f"x {config.accumulate_grad_batches}: {schedule.tokens_per_step:,} tokens a step",
-        "steps": f"{schedule.last_step:,} ({tokens:,} tokens), "
+        "steps": f"{schedule.last_step:,} ({tokens:,} tokens, "
+        f"{tokens / len(data.tokens):.3g} passes over the data), "
         f"a miniepoch every {MINIEPOCH / schedule.batch:,.0f}",
         "learning rate": f"{init:.3g} to {final:.3g}, {config.warmup_steps} steps of warm-up",
         "output": f"{config.proj_dir}: rwkv-final.pth, train_log.txt, checkpoints/",

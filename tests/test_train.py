@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -216,7 +217,8 @@ def test_a_signal_to_the_process_saves(data, tmp_path, number):
                 break
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err == ""
+    assert process.returncode == 1
+    assert err.strip() == "stopping after this step; Ctrl-C again stops at once"
     (step,) = re.findall(r"stopped and saved at step (\d+): the same command goes on", out)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
     assert not (tmp_path / "rwkv-final.pth").exists()
@@ -228,6 +230,67 @@ def test_nothing_left_to_do(data, run, capsys):
     assert train(config(data, folder)) == []
     assert "nothing left to do: all 12 steps are done" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_final_model_that_got_lost_is_written_again(data, run, tmp_path):
+    """As after a crash between the last checkpoint and the export."""
+    folder = tmp_path / "out"
+    shutil.copytree(run[0], folder)
+    (folder / "rwkv-final.pth").unlink()
+    assert train(config(data, folder)) == []
+    assert (folder / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+
+
+def test_a_run_goes_on_in_the_same_order_only(data, run):
+    with pytest.raises(UserError, match=f"begun with ctx_len {T}, not {2 * T}, magic_prime"):
+        train(config(data, run[0], ctx_len=2 * T))
+    with pytest.raises(UserError, match="begun with samples a step 1, not 2;"):
+        train(config(data, run[0], micro_bsz=2))
+
+
+def test_a_loss_that_is_no_number_stops_before_saving(data, tmp_path, monkeypatch):
+    metrics = Metrics(jnp.float32(np.nan), jnp.float32(0.0))
+    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: lambda state, _: (state, metrics))
+    with pytest.raises(UserError, match="the loss of step 0 is nan"):
+        train(config(data, tmp_path, save_every_steps=1))
+    assert not (tmp_path / "rwkv-final.pth").exists()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path, monkeypatch):
+    seen: dict[str, list[np.ndarray]] = {"accumulated": [], "at once": []}
+    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0))
+
+    def listening(name):
+        def step(state, batch):
+            seen[name].append(np.asarray(batch))
+            return state, metrics
+
+        return lambda *_, **__: step
+
+    monkeypatch.setattr(trainer, "make_step", listening("accumulated"))
+    train(config(data, tmp_path / "a", accumulate_grad_batches=2))
+    monkeypatch.setattr(trainer, "make_step", listening("at once"))
+    train(config(data, tmp_path / "b", micro_bsz=2))
+    assert {batch.shape for batch in seen["accumulated"]} == {(2, 1, T + 1)}
+    assert {batch.shape for batch in seen["at once"]} == {(1, 2, T + 1)}
+    for accumulated, at_once in zip(seen["accumulated"], seen["at once"], strict=True):
+        np.testing.assert_array_equal(accumulated[:, 0], at_once[0])
+
+
+def test_wandb_gets_the_official_keys(data, tmp_path, monkeypatch, standing_still):
+    logged = []
+    fake = types.SimpleNamespace(
+        init=lambda **_: types.SimpleNamespace(
+            log=lambda values, step: logged.append((step, values)), finish=lambda: None
+        )
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(config(data, tmp_path, wandb="project"))
+    assert [step for step, _ in logged] == list(range(STEPS))
+    assert all(set(values) == {"loss", "lr", "wd", "Gtokens", "kt/s"} for _, values in logged)
+    assert logged[-1][1]["Gtokens"] == STEPS * T / 1e9
+    assert logged[-1][1]["wd"] == 0.001
 
 
 def test_stage_one_writes_the_initialisation_alone(run, tmp_path, monkeypatch, capsys):
