@@ -2,9 +2,9 @@
 
     python benchmarks/train_step_cpu.py [--repeats 5] [--torch-repeats 2]
 
-One process, B 1, T 512, V 65536, fp32, no recomputation (grad_cp 0), everything from the batch to
-the updated weights: forward, backward, clipping, Adam. Three things take turns, so that whatever
-else the machine does meets all of them:
+B 1, T 512, V 65536, fp32, no recomputation (grad_cp 0), everything from the batch to the updated
+weights: forward, backward, clipping, Adam. Three processes, each with one contender in a memory of
+its own, take turns, so that whatever else the machine does meets all of them:
 
 - `ours`: the step that `python -m rwkv_jax.train` runs;
 - `torch`: tests/torch_rwkv7.py, autograd and torch.optim.AdamW, WKV token by token;
@@ -21,10 +21,12 @@ Writes results/train_step_cpu.json and prints the row of the table.
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
@@ -44,6 +46,7 @@ sys.path.append(str(HERE.parent / "tests"))
 import torch_rwkv7  # noqa: E402
 
 T = 512
+WARM_UP = 2  # turns that are not counted: compiling, and memory that is new to the process
 MODEL = TrainConfig(size="0.1b").model_config()
 TRAIN = TrainConfig()
 
@@ -132,35 +135,49 @@ def products(config: ModelConfig) -> Callable[[], float]:
     return step
 
 
+def contender(name: str, pipe: Connection) -> None:
+    """In a process of its own: a turn when told to, answered with seconds, CPU seconds, loss."""
+    if name == "products":
+        run = products(MODEL)
+    else:
+        tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (1, T + 1), np.int32)
+        run = {"ours": ours, "torch": torchs}[name](random_params(), tokens)
+    while pipe.recv():
+        run()  # the step before the timed one is of the same program, as it is in training
+        began, began_cpu = time.perf_counter(), time.process_time()
+        loss = run()
+        pipe.send((time.perf_counter() - began, time.process_time() - began_cpu, loss))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch-repeats", type=int, default=2)
     options = parser.parse_args()
 
-    params = random_params()
-    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (1, T + 1), np.int32)
-    contenders = {"products": products(MODEL), "ours": ours(params, tokens)}
-    if options.torch_repeats:
-        contenders["torch"] = torchs(params, tokens)
-    del params
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = ["products", "ours"] + (["torch"] if options.torch_repeats else [])
+    spawn = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in names:
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=contender, args=(name, theirs), daemon=True).start()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
     losses = {}
-    for repeat in range(-1, options.repeats):  # the first turn compiles and warms up
-        for name, run in contenders.items():
-            if name == "torch" and repeat >= options.torch_repeats:
+    for repeat in range(-WARM_UP, options.repeats):
+        for name in names:
+            if name == "torch" and not -1 <= repeat < options.torch_repeats:
                 continue
-            began, began_cpu = time.perf_counter(), time.process_time()
-            loss = run()
-            took, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+            pipes[name].send(True)
+            took, cpu, loss = pipes[name].recv()
             turn = "warm-up" if repeat < 0 else repeat
             print(f"{name:>8} {turn}: {took:.2f} s, {cpu:.2f} CPU s", flush=True)
-            if repeat < 0:
-                losses[name] = loss
-            else:
+            losses.setdefault(name, loss)
+            if repeat >= 0:
                 seconds[name].append(took)
                 cpu_seconds[name].append(cpu)
+    for pipe in pipes.values():
+        pipe.send(False)
     if "torch" in losses and abs(losses["ours"] - losses["torch"]) > 1e-3:
         raise SystemExit(f"the two steps are not the same: losses {losses}")
 
