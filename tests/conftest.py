@@ -1,5 +1,6 @@
 """What every test runs under: strict types, and four devices to shard over."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,6 +15,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 # Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# `-m "not torch"` runs the rest where torch is not installed; these import it at their top.
+collect_ignore = (
+    [] if importlib.util.find_spec("torch") else ["test_torch_rwkv7.py", "test_trajectory.py"]
+)
 
 
 @pytest.fixture(scope="session")
