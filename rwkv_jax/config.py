@@ -218,14 +218,15 @@ class TrainConfig:
         return dict(zip(names, map(int, widths), strict=True))
 
 
-# Options of the official trainer that have no meaning here: accepted, and said to be so.
-WITHOUT_MEANING = {
-    "my_testing": "every model here is x070",
-    "MODEL_TYPE": "every model here is x070",
-    "dim_att": "in x070 it equals n_embd",
-    "data_type": "a .jsonl is known by its name, anything else is binidx",
-    "ds_bucket_mb": "XLA sizes and schedules the communication itself",
-    "num_nodes": "this version uses the devices of one machine",
+# Options of the official trainer that have no meaning here: why, and the values that agree with
+# what is done (None: any). Accepted and said to be without effect; other values are refused.
+WITHOUT_MEANING: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "my_testing": ("every model here is x070", ("x070",)),
+    "MODEL_TYPE": ("every model here is x070", ("x070",)),
+    "dim_att": ("in x070 it equals n_embd", None),  # compared with it in parse_train_options
+    "data_type": ("a .jsonl is known by its name, anything else is binidx", ("binidx", "jsonl")),
+    "ds_bucket_mb": ("XLA sizes and schedules the communication itself", None),
+    "num_nodes": ("this version uses the devices of one machine", ("1",)),
 }
 
 
@@ -237,7 +238,7 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         description="Pretrain an RWKV-7 model, or go on with one. Without options: the 0.1b model "
         "on the demo text. A run that was stopped goes on by the same command.",
         epilog="Also accepted, without effect: "
-        + ", ".join(f"--{name} ({reason})" for name, reason in WITHOUT_MEANING.items()),
+        + ", ".join(f"--{name} ({reason})" for name, (reason, _) in WITHOUT_MEANING.items()),
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
@@ -257,9 +258,19 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     for name in WITHOUT_MEANING:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = vars(parser.parse_args(arguments))
-    ignored = [
-        f"--{name} has no effect: {reason}"
-        for name, reason in WITHOUT_MEANING.items()
-        if options.pop(name) is not None
-    ]
-    return TrainConfig(**options), ignored
+    given = {name: options.pop(name) for name in WITHOUT_MEANING}
+    config = TrainConfig(**options)
+    ignored = []
+    for name, (reason, agreeing) in WITHOUT_MEANING.items():
+        if given[name] is None:
+            continue
+        if agreeing is not None and given[name] not in agreeing:
+            raise UserError(
+                f"--{name} {given[name]}: {reason}; give {agreeing[0]}, or leave it out"
+            )
+        ignored.append(f"--{name} has no effect: {reason}")
+    if given["dim_att"] not in (None, "0") and not config.load_model:
+        n_embd = config.model_config().n_embd
+        if given["dim_att"] != str(n_embd):
+            raise UserError(f"--dim_att {given['dim_att']}: x070 needs n_embd, {n_embd}")
+    return config, ignored
