@@ -161,6 +161,8 @@ class TrainConfig:
     save_every_steps: int = _option(
         0, "output", "write a checkpoint every so many steps as well; 0: never", least=0)
     wandb: str = _option("", "output", "Weights & Biases project to log to; empty: none")
+    tensorboard: int = _option(
+        0, "output", "1: write TensorBoard's event files to proj_dir/tensorboard", 0, 1)
     enable_progress_bar: str = _option(
         "auto", "output", "auto: a bar on a terminal, lines in a file", "auto", "True", "False")
 

@@ -1,11 +1,10 @@
-"""What a run tells: the progress bar, train_log.txt and Weights & Biases."""
+"""What a run tells a person: the progress bar and train_log.txt (numbers: see tracking.py)."""
 
 import dataclasses
 import datetime
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -51,15 +50,20 @@ class ProgressLine:
         console = Console()
         self._bar: Progress | None = None
         if console.is_terminal if bar is None else bar:
-            columns = (BarColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(), TextColumn("{task.description}", markup=False))
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("compiling the step …", total=last, completed=first)
             self._bar.start()
         else:
             print("compiling the step …", flush=True)
 
-    def show(self, step: int, loss: float, running: float, rate: float) -> float:
-        """Shows that a step is done; returns the speed in tokens a second (0 for the first)."""
+    def show(self, step: int, loss: float, running: float, rate: float, norm: float) -> float:
+        """Shows that a step is done; returns the speed in tokens a second (0 for the first).
+
+        Args:
+            running: mean loss of the miniepoch so far.
+            norm: the gradient's, before clipping.
+        """
         now = time.monotonic()
         self._times = [at for at in self._times if now - at[1] < 60.0 or at is self._times[-1]]
         self._times.append((step, now))
@@ -68,7 +72,7 @@ class ProgressLine:
         left = str(datetime.timedelta(seconds=round((self.last - done) / pace))) if pace else "?"
         text = (
             f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e} "
-            f"{pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
+            f"norm {norm:.2f} {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
         )
         if self._bar:
             self._bar.update(self._task, completed=done, description=text)
@@ -79,7 +83,10 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self._bar.console.print(text, highlight=False) if self._bar else print(text, flush=True)
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._bar:
@@ -99,21 +106,3 @@ def append_train_log(
     )
     with (folder / "train_log.txt").open("a", encoding="utf-8") as log:
         log.write(line)
-
-
-class Wandb:
-    """Weights & Biases under the official keys; imported, and started, only when asked for.
-
-    `WANDB_MODE=offline` needs no account.
-    """
-
-    def __init__(self, project: str, folder: Path, options: dict[str, Any]):
-        import wandb
-
-        self._run = wandb.init(project=project, dir=folder, config=options)
-
-    def log(self, step: int, **values: float) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()

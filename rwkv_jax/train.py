@@ -24,10 +24,11 @@ from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
-from rwkv_jax.metrics import MiniepochLoss, ProgressLine, Wandb, append_train_log
+from rwkv_jax.metrics import MiniepochLoss, ProgressLine, append_train_log
 from rwkv_jax.model import Params
 from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.step import TrainState, abstract_state, make_step
+from rwkv_jax.step import Metrics, TrainState, abstract_state, make_step
+from rwkv_jax.tracking import open_trackers
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
@@ -297,14 +298,14 @@ def _loop(
         head_chunk=config.head_chunk,
     )
     bar = {"auto": None, "True": True, "False": False}[config.enable_progress_bar]
-    wandb = Wandb(config.wandb, folder, dataclasses.asdict(config)) if config.wandb else None
 
     def make_batch(step: int) -> jax.Array:
         A = config.accumulate_grad_batches
         micro = [data.batch(step * A + a, mesh.size, config.micro_bsz) for a in range(A)]
         return jax.device_put(np.stack(micro), sharding.batch_sharding(mesh))
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, metrics: Metrics) -> None:
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
         lr = float(rates[step - schedule.first_step])
         if not math.isfinite(loss):
             raise UserError(
@@ -312,16 +313,17 @@ def _loop(
                 "is from before. A lower --lr_init, or --precision fp32, may help"
             )
         running.add(loss)
-        speed = progress.show(step, loss, running.mean, lr)
-        if wandb:
-            wandb.log(
-                step,
-                loss=loss,
-                lr=lr,
-                wd=config.weight_decay,
-                Gtokens=(step + 1) * schedule.tokens_per_step / 1e9,
-                **{"kt/s": speed / 1000},
-            )
+        speed = progress.show(step, loss, running.mean, lr, norm)
+        values = {
+            "loss": loss,
+            "lr": lr,
+            "wd": config.weight_decay,
+            "Gtokens": (step + 1) * schedule.tokens_per_step / 1e9,
+            "kt/s": speed / 1000,
+            "grad_norm": norm,
+        }
+        for tracker in trackers:
+            tracker.log(step, values)
         if schedule.ends_miniepoch(step) or step + 1 == schedule.last_step:
             miniepoch = schedule.miniepoch(step)
             append_train_log(folder, miniepoch, running.mean, lr, miniepoch - config.epoch_begin)
@@ -329,8 +331,10 @@ def _loop(
 
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(prefetch(make_batch, first)))
-        if wandb:
-            stack.enter_context(contextlib.closing(wandb))
+        trackers = [
+            stack.enter_context(contextlib.closing(tracker))
+            for tracker in open_trackers(config, folder)
+        ]
         stop = stack.enter_context(_stop_signal())
         progress = ProgressLine(first, schedule.last_step, schedule.tokens_per_step, bar)
         stack.enter_context(contextlib.closing(progress))
@@ -338,8 +342,8 @@ def _loop(
         for step in range(first, schedule.last_step):
             state, metrics = run_step(state, next(batches))
             if pending:
-                report(pending[0], float(pending[1]))
-            pending = step, metrics.loss
+                report(*pending)
+            pending = step, metrics
 
             done, miniepoch, stopping = step + 1, schedule.miniepoch(step), bool(stop)
             export = (
@@ -349,7 +353,7 @@ def _loop(
             )
             on_schedule = config.save_every_steps and done % config.save_every_steps == 0
             if export or on_schedule or done == schedule.last_step or stopping:
-                report(step, float(metrics.loss))
+                report(step, metrics)
                 pending = None
                 save(done, model, state, running)
             if export:

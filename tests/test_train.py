@@ -133,7 +133,11 @@ def log(folder: Path) -> list[list[str]]:
 def test_files_of_a_run(run):
     folder, losses = run
     names = ["checkpoints", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "rwkv-init.pth"]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "train_log.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *names,
+        "step_log.tsv",
+        "train_log.txt",
+    ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
     shapes = weights.official_shapes(MODEL)
     for name in names[1:]:

@@ -1,0 +1,110 @@
+"""Where a run's numbers go: the step log and its reader, wandb's calls, TensorBoard's events."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from rwkv_jax import tracking
+from rwkv_jax.errors import UserError
+from rwkv_jax.tracking import COLUMNS, StepLog, TensorBoard, Wandb, read_step_log
+
+WD = 0.001
+
+
+def values(step: int, loss: float) -> dict[str, float]:
+    tokens = (step + 1) * 8192 / 1e9
+    return {"loss": loss, "lr": 6e-4, "wd": WD, "Gtokens": tokens, "kt/s": 130.5, "grad_norm": 0.25}
+
+
+def write(folder, losses: dict[int, float]) -> None:
+    log = StepLog(folder)
+    for step, loss in losses.items():
+        log.log(step, values(step, loss))
+    log.close()
+
+
+def test_step_log_is_read_as_written(tmp_path):
+    write(tmp_path, {0: 11.09375, 1: 9.5, 2: float("nan")})
+    log = read_step_log(tmp_path / tracking.STEP_LOG)
+    assert tuple(log) == COLUMNS
+    np.testing.assert_array_equal(log["step"], [0, 1, 2])
+    np.testing.assert_array_equal(log["loss"], [11.09375, 9.5, np.nan])
+    np.testing.assert_allclose(log["Gtokens"], [8.192e-6, 16.384e-6, 24.576e-6], rtol=1e-6)
+    assert (tmp_path / tracking.STEP_LOG).read_text().count("step") == 1
+
+
+def test_step_log_goes_on_where_a_run_went_on(tmp_path):
+    """Died at step 4, went on from the checkpoint before step 2; then once more."""
+    write(tmp_path, {step: 5.0 for step in range(5)})
+    write(tmp_path, {step: 4.0 for step in range(2, 4)})
+    with (tmp_path / tracking.STEP_LOG).open("a") as log:
+        log.write("4\t0.1\t3.")  # the power went
+        log.write("\n")
+    write(tmp_path, {step: 3.0 for step in range(3, 6)})
+    log = read_step_log(tmp_path / tracking.STEP_LOG)
+    np.testing.assert_array_equal(log["step"], range(6))
+    np.testing.assert_array_equal(log["loss"], [5, 5, 4, 3, 3, 3])
+
+
+def test_step_log_of_no_step(tmp_path):
+    write(tmp_path, {})
+    assert read_step_log(tmp_path / tracking.STEP_LOG)["loss"].shape == (0,)
+
+
+@pytest.mark.parametrize("text", ["", "loss\n1\n", "\t".join(COLUMNS) + "\n0\ta\tb\tc\td\te\n"])
+def test_what_is_no_step_log_is_refused(tmp_path, text):
+    path = tmp_path / tracking.STEP_LOG
+    with pytest.raises(UserError, match="No such file"):
+        read_step_log(path)
+    path.write_text(text)
+    with pytest.raises(UserError, match=tracking.STEP_LOG):
+        read_step_log(path)
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = TensorBoard(tmp_path)
+    for step in range(3):
+        tracker.log(step, values(step, 5.0 - step))
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "lr", "wd", "Gtokens", "kt/s", "grad_norm"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (0, 5),
+        (1, 4),
+        (2, 3),
+    ]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="pip install tensorboardX"):
+        TensorBoard(tmp_path)
+
+
+def test_wandb_is_called_with_what_was_given(monkeypatch, tmp_path):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append(("log", step, values)),
+        finish=lambda: calls.append(("finish",)),
+    )
+
+    def init(**given):
+        calls.append(("init", given))
+        return run
+
+    fake = types.ModuleType("wandb")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    options = {"n_layer": 12, "lr_init": 6e-4}
+    wandb = Wandb("goose", tmp_path, options)
+    wandb.log(3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1})
+    wandb.close()
+    assert calls == [
+        ("init", {"project": "goose", "dir": tmp_path, "config": options}),
+        ("log", 3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
+        ("finish",),
+    ]
