@@ -1,5 +1,7 @@
 """Adam as the official trainer runs it, as an optax chain with groups by parameter path."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +24,7 @@ def has_double_rate(path: tuple[str, ...]) -> bool:
 
 
 def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: float):
-    """The schedule as a function of the updates that this optimizer has done.
+    """The schedule as a function of the steps that this optimizer has seen, its updates.
 
     With s = first_step + updates, w = warmup_steps, by default lr_init 0.45/C and lr_final 0.04/C:
 
@@ -65,6 +67,22 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
         optax.masked(optax.scale(2.0), doubled),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def keep_if(skip: jax.Array, old: Any, new: Any) -> Any:
+    """`old` where the scalar `skip` is true, else `new`, for states with optax states in them.
+
+    The schedule's count alone is always the new one: the learning rate is that of the step, done or
+    skipped, while Adam's bias correction counts the moments' updates.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(old: Any, new: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(skip, old, new)
+
+    return jax.tree.map(choose, old, new, is_leaf=is_schedule)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

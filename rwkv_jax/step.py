@@ -12,6 +12,7 @@ from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import head_loss
 from rwkv_jax.model import Params, abstract_params, bind
+from rwkv_jax.optimizer import keep_if
 
 Array = jax.Array
 
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     loss: Array  # float32, mean over the batch's tokens, without L2Wrap
     grad_norm: Array  # float32, before clipping
+    skipped: Array  # bool: loss or gradient were not finite, so nothing was updated
 
 
 def loss_fn(
@@ -62,7 +64,8 @@ def make_step(
     """The compiled step: (state, batch [A, B, T + 1]) → (state, metrics).
 
     The state that is passed in is consumed. A micro batches of B samples are run one after the
-    other and their gradients averaged (in float32 when A > 1).
+    other and their gradients averaged (in float32 when A > 1). When the loss or the gradient is not
+    finite, the masters and the moments stay as they are, to the bit.
 
     Args:
         dtype: of the working copy of the parameters, the activations and the gradients.
@@ -96,9 +99,11 @@ def make_step(
         else:
             loss, grads = accumulated(working, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        norm = optax.tree.norm(grads)
+        skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), Metrics(loss, optax.tree.norm(grads))
+        updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        return keep_if(skipped, state, updated), Metrics(loss, norm, skipped)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
     return jax.jit(

@@ -31,6 +31,7 @@ from rwkv_jax.step import Metrics, TrainState, abstract_state, make_step
 from rwkv_jax.tracking import open_trackers
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
+PATIENCE = 8  # steps in a row without a finite loss and gradient, then the run stops
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
 
 
@@ -297,6 +298,7 @@ def _loop(
         remat=bool(config.grad_cp),
         head_chunk=config.head_chunk,
     )
+    skipped: list[int] = []  # the last steps, in a row, that were not finite
     bar = {"auto": None, "True": True, "False": False}[config.enable_progress_bar]
 
     def make_batch(step: int) -> jax.Array:
@@ -307,12 +309,20 @@ def _loop(
     def report(step: int, metrics: Metrics) -> None:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         lr = float(rates[step - schedule.first_step])
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {step} is {loss}: stopped before saving it; the last checkpoint "
-                "is from before. A lower --lr_init, or --precision fp32, may help"
-            )
-        running.add(loss)
+        if metrics.skipped:
+            skipped.append(step)
+            progress.say(f"step {step}: loss {loss}, gradient norm {norm}: left out")
+            if len(skipped) == PATIENCE:
+                first = data.offsets(np.arange(schedule.batch) + 1 + skipped[0] * schedule.batch)
+                raise UserError(
+                    f"no finite loss or gradient in {PATIENCE} steps from step {skipped[0]} on, "
+                    f"which has the samples at the tokens {', '.join(map(str, first))}: stopped; "
+                    "the last checkpoint is from before. A lower --lr_init, or --precision fp32, "
+                    "may help"
+                )
+        else:
+            skipped.clear()
+            running.add(loss)
         speed = progress.show(step, loss, running.mean, lr, norm)
         values = {
             "loss": loss,
@@ -338,7 +348,7 @@ def _loop(
         stop = stack.enter_context(_stop_signal())
         progress = ProgressLine(first, schedule.last_step, schedule.tokens_per_step, bar)
         stack.enter_context(contextlib.closing(progress))
-        pending = None
+        pending: tuple[int, Metrics] | None = None
         for step in range(first, schedule.last_step):
             state, metrics = run_step(state, next(batches))
             if pending:

@@ -1,6 +1,7 @@
 """`python -m rwkv_jax.train`: what it writes, how it goes on, and its one line for bad input."""
 
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from rwkv_jax import pth, weights
 from rwkv_jax import train as trainer
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.dataset import open_dataset
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
 from rwkv_jax.step import Metrics
@@ -113,7 +116,7 @@ def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
 @pytest.fixture
 def standing_still(monkeypatch):
     """Steps that change nothing and cost nothing: for what happens around them."""
-    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0))
+    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
     monkeypatch.setattr(trainer, "make_step", lambda *_, **__: lambda state, _: (state, metrics))
 
 
@@ -252,18 +255,35 @@ def test_a_run_goes_on_in_the_same_order_only(data, run):
         train(config(data, run[0], micro_bsz=2))
 
 
-def test_a_loss_that_is_no_number_stops_before_saving(data, tmp_path, monkeypatch):
-    metrics = Metrics(jnp.float32(np.nan), jnp.float32(0.0))
-    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: lambda state, _: (state, metrics))
-    with pytest.raises(UserError, match="the loss of step 0 is nan"):
-        train(config(data, tmp_path, save_every_steps=1))
+def stumbling(monkeypatch, finite: Callable[[int], bool]):
+    """Steps that change nothing, of which some are skipped."""
+    steps = itertools.count()
+
+    def step(state, _):
+        ok = finite(next(steps))
+        return state, Metrics(jnp.float32(1 if ok else np.nan), jnp.float32(0.0), jnp.bool(not ok))
+
+    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: step)
+
+
+def test_steps_that_are_not_finite_are_left_out(data, tmp_path, monkeypatch, capsys):
+    stumbling(monkeypatch, lambda step: step % 5 != 1)
+    train(config(data, tmp_path))
+    assert re.findall(r"step (\d+): loss nan", capsys.readouterr().out) == ["1", "6", "11"]
+    assert [words[1] for words in log(tmp_path)] == ["1.000000"] * 3
+
+
+def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
+    stumbling(monkeypatch, lambda step: step < 2)
+    offset = open_dataset(data, T).offsets(np.array([3])).item()
+    with pytest.raises(UserError, match=f"steps from step 2 on, which has .* tokens {offset}: "):
+        train(config(data, tmp_path))
     assert not (tmp_path / "rwkv-final.pth").exists()
-    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path, monkeypatch):
     seen: dict[str, list[np.ndarray]] = {"accumulated": [], "at once": []}
-    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0))
+    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
 
     def listening(name):
         def step(state, batch):

@@ -1,0 +1,64 @@
+"""A step that would ruin the weights is not taken."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax import sharding, step
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.initialisation import init_params
+from rwkv_jax.optimizer import make_optimizer
+
+MODEL = ModelConfig(n_layer=1, n_embd=32, vocab_size=20, head_size=16, dim_v=8)
+DEVICES, MICRO_BATCHES = 4, 2
+GOOD, BAD_GRADIENT, BAD_LOSS = 0, 1, 2
+
+
+def loss_by_token(config, remat, head_chunk, params, tokens):
+    """√Σ mean(p²), times what makes itself or the norm of its gradient infinite."""
+    kind = jnp.max(tokens)
+    squares = sum(jnp.mean(p**2) for p in jax.tree.leaves(params))
+    return jnp.sqrt(squares) * jnp.array([1.0, 1e38, jnp.inf])[kind]
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run(kinds: list[int], rates: list[float], monkeypatch):
+    monkeypatch.setattr(step, "loss_fn", loss_by_token)
+    mesh = sharding.make_mesh(DEVICES)
+    adam = make_optimizer(TrainConfig(), lambda count: jnp.array(rates)[count])
+    where = jax.tree.map(lambda x: x.sharding, step.abstract_state(mesh, MODEL, adam))
+    params = jax.tree.map(jnp.asarray, init_params(MODEL, 0))
+    state = jax.device_put(step.TrainState(params, adam.init(params)), where)
+    stage = sharding.STRATEGIES["deepspeed_stage_2"]
+    skipped = []
+    with jax.numpy_dtype_promotion("standard"):
+        one = step.make_step(MODEL, adam, mesh, stage, jnp.float32, remat=False)
+        for kind in kinds:
+            batch = np.full((MICRO_BATCHES, DEVICES, 9), GOOD, np.int32)
+            batch[-1, -1, 0] = kind  # in the last sample of all
+            state, metrics = one(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            skipped.append(bool(metrics.skipped))
+    return jax.tree.map(np.asarray, state), skipped
+
+
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
+    """Masters, moments and bias correction are as without it; the rate is that of the step."""
+    kinds = [BAD_GRADIENT, GOOD, BAD_LOSS, BAD_GRADIENT, GOOD]
+    disturbed, skipped = run(kinds, [9, 0.1, 9, 9, 0.2], monkeypatch)
+    assert skipped == [kind != GOOD for kind in kinds]
+    alone, none = run([GOOD, GOOD], [0.1, 0.2], monkeypatch)
+    assert none == [False, False]
+    counts = [int(leaf) for leaf in jax.tree.leaves(disturbed.opt_state) if leaf.ndim == 0]
+    assert counts == [2, 5]  # Adam's and the schedule's
+    for ours, expected in zip(*map(jax.tree.leaves, (disturbed, alone)), strict=True):
+        if ours.ndim:
+            assert np.isfinite(ours).all()
+            np.testing.assert_array_equal(ours, expected)
