@@ -160,6 +160,8 @@ class TrainConfig:
         least=0)
     save_every_steps: int = _option(
         0, "output", "write a checkpoint every so many steps as well; 0: never", least=0)
+    plot: int = _option(
+        0, "output", "1: draw the loss as it falls, in proj_dir/loss.html and loss.png", 0, 1)
     wandb: str = _option("", "output", "Weights & Biases project to log to; empty: none")
     tensorboard: int = _option(
         0, "output", "1: write TensorBoard's event files to proj_dir/tensorboard", 0, 1)

@@ -230,5 +230,12 @@ def test_readme_and_help_name_every_option(capsys):
 
 def test_every_option_is_official_or_ours():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    ours = {"size", "lora_dims", "accumulate_grad_batches", "save_every_steps", "tensorboard"}
+    ours = {
+        "size",
+        "lora_dims",
+        "accumulate_grad_batches",
+        "save_every_steps",
+        "tensorboard",
+        "plot",
+    }
     assert fields | MEANINGLESS == set(OFFICIAL) | ours

@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from rwkv_jax import tracking
 from rwkv_jax.errors import UserError
-from rwkv_jax.tracking import COLUMNS, StepLog, TensorBoard, Wandb, read_step_log
+from rwkv_jax.step_log import COLUMNS, STEP_LOG, StepLog, read_step_log
+from rwkv_jax.tracking import TensorBoard, Wandb
 
 WD = 0.001
 
@@ -27,39 +27,39 @@ def write(folder, losses: dict[int, float]) -> None:
 
 def test_step_log_is_read_as_written(tmp_path):
     write(tmp_path, {0: 11.09375, 1: 9.5, 2: float("nan")})
-    log = read_step_log(tmp_path / tracking.STEP_LOG)
+    log = read_step_log(tmp_path / STEP_LOG)
     assert tuple(log) == COLUMNS
     np.testing.assert_array_equal(log["step"], [0, 1, 2])
     np.testing.assert_array_equal(log["loss"], [11.09375, 9.5, np.nan])
     np.testing.assert_allclose(log["Gtokens"], [8.192e-6, 16.384e-6, 24.576e-6], rtol=1e-6)
-    assert (tmp_path / tracking.STEP_LOG).read_text().count("step") == 1
+    assert (tmp_path / STEP_LOG).read_text().count("step") == 1
 
 
 def test_step_log_goes_on_where_a_run_went_on(tmp_path):
     """Died at step 4, went on from the checkpoint before step 2; then once more."""
     write(tmp_path, {step: 5.0 for step in range(5)})
     write(tmp_path, {step: 4.0 for step in range(2, 4)})
-    with (tmp_path / tracking.STEP_LOG).open("a") as log:
+    with (tmp_path / STEP_LOG).open("a") as log:
         log.write("4\t0.1\t3.")  # the power went
         log.write("\n")
     write(tmp_path, {step: 3.0 for step in range(3, 6)})
-    log = read_step_log(tmp_path / tracking.STEP_LOG)
+    log = read_step_log(tmp_path / STEP_LOG)
     np.testing.assert_array_equal(log["step"], range(6))
     np.testing.assert_array_equal(log["loss"], [5, 5, 4, 3, 3, 3])
 
 
 def test_step_log_of_no_step(tmp_path):
     write(tmp_path, {})
-    assert read_step_log(tmp_path / tracking.STEP_LOG)["loss"].shape == (0,)
+    assert read_step_log(tmp_path / STEP_LOG)["loss"].shape == (0,)
 
 
 @pytest.mark.parametrize("text", ["", "loss\n1\n", "\t".join(COLUMNS) + "\n0\ta\tb\tc\td\te\n"])
 def test_what_is_no_step_log_is_refused(tmp_path, text):
-    path = tmp_path / tracking.STEP_LOG
+    path = tmp_path / STEP_LOG
     with pytest.raises(UserError, match="No such file"):
         read_step_log(path)
     path.write_text(text)
-    with pytest.raises(UserError, match=tracking.STEP_LOG):
+    with pytest.raises(UserError, match=STEP_LOG):
         read_step_log(path)
 
 

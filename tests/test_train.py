@@ -318,6 +318,13 @@ def test_wandb_gets_the_official_keys(data, tmp_path, monkeypatch, standing_stil
     assert logged[-1][1]["wd"] == 0.001
 
 
+def test_plot_draws_the_run(data, tmp_path, standing_still):
+    train(config(data, tmp_path, plot=1))
+    page = (tmp_path / "loss.html").read_text("utf-8")
+    assert str(tmp_path) in page and "http-equiv" not in page
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def test_stage_one_writes_the_initialisation_alone(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     arguments = ["--train_stage", "1", "--proj_dir", str(folder), *SHAPE]

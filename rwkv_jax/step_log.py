@@ -1,0 +1,60 @@
+"""step_log.tsv: a run's numbers, a line a step. What curves are drawn from."""
+
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax.errors import UserError
+
+STEP_LOG = "step_log.tsv"
+COLUMNS = ("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s")
+
+
+class StepLog:
+    """step_log.tsv: a header, then a line a step; appended to when a run goes on.
+
+    train_log.txt has one line in 40320 samples; this is what curves are drawn from. After a crash
+    a run goes on from its last checkpoint, so steps can come twice: `read_step_log` takes the later
+    ones.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / STEP_LOG
+        new = not path.exists() or path.stat().st_size == 0
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if new:
+            self._file.write("\t".join(COLUMNS) + "\n")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        numbers = (f"{values[name]:.7g}" for name in COLUMNS[1:])
+        self._file.write("\t".join((str(step), *numbers)) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_step_log(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a step_log.tsv, [steps] float64 each, in the order of steps, each step once.
+
+    Where a line goes back to an earlier step, the run went on from there: what was logged from that
+    step on before is dropped. A line that a crash cut short is passed over.
+
+    Raises:
+        UserError: it is not there, or not such a file.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            names = tuple(next(lines, "").split())
+            rows = [line.split() for line in lines]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if names != COLUMNS:
+        raise UserError(f"{path}: does not begin with the header of a {STEP_LOG}")
+    try:
+        numbers = [[float(word) for word in row] for row in rows if len(row) == len(COLUMNS)]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    table = np.array(numbers, np.float64).reshape(-1, len(COLUMNS))
+    # A row counts if no later one is of the same or an earlier step.
+    later = np.minimum.accumulate(np.append(table[1:, 0], np.inf)[::-1])[::-1]
+    return dict(zip(COLUMNS, table[table[:, 0] < later].T, strict=True))
