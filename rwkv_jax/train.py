@@ -19,6 +19,7 @@ import optax
 
 import rwkv_jax
 from rwkv_jax import pth, sharding, weights
+from rwkv_jax.build import build_step, decide
 from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
@@ -27,12 +28,11 @@ from rwkv_jax.initialisation import init_params
 from rwkv_jax.metrics import MiniepochLoss, ProgressLine, append_train_log
 from rwkv_jax.model import Params
 from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.step import Metrics, TrainState, abstract_state, make_step
+from rwkv_jax.step import Metrics, TrainState, abstract_state
 from rwkv_jax.tracking import open_trackers
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 PATIENCE = 8  # steps in a row without a finite loss and gradient, then the run stops
-PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,10 @@ def train(config: TrainConfig) -> None:
     """
     began = time.monotonic()
     mesh = _choose_devices(config)
-    config = _fill_in(config, on_gpu=mesh.devices.flat[0].platform != "cpu")
+    if not config.data_file and not DEMO.is_file():
+        raise UserError("--data_file is needed: a .jsonl, or the prefix of a .bin and .idx")
+    config = dataclasses.replace(config, data_file=config.data_file or str(DEMO))
+    config = decide(config, on_gpu=mesh.devices.flat[0].platform != "cpu")
     folder = Path(config.proj_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,25 +147,6 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     if on_cpu and config.accelerator == "gpu":
         raise UserError("--accelerator gpu: jax sees no GPU; install the cuda12 or cuda13 extra")
     return mesh
-
-
-def _fill_in(config: TrainConfig, on_gpu: bool) -> TrainConfig:
-    """The options with every default that depends on the machine decided."""
-    if not config.data_file and not DEMO.is_file():
-        raise UserError("--data_file is needed: a .jsonl, or the prefix of a .bin and .idx")
-    config = dataclasses.replace(
-        config,
-        data_file=config.data_file or str(DEMO),
-        micro_bsz=config.micro_bsz or (8 if on_gpu else 1),
-        grad_cp=int(on_gpu) if config.grad_cp == -1 else config.grad_cp,
-        strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
-        precision=("bf16" if on_gpu else "fp32")
-        if config.precision == "auto"
-        else config.precision,
-    )
-    matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(config.precision)
-    jax.config.update("jax_default_matmul_precision", matmul)
-    return config
 
 
 def _start(
@@ -289,15 +273,7 @@ def _loop(
     folder = Path(config.proj_dir)
     rate, optimizer = _optimizer(config, model, schedule)
     rates = np.asarray(rate(jnp.arange(schedule.last_step - schedule.first_step)))
-    run_step = make_step(
-        model,
-        optimizer,
-        mesh,
-        sharding.STRATEGIES[config.strategy],
-        PRECISIONS[config.precision],
-        remat=bool(config.grad_cp),
-        head_chunk=config.head_chunk,
-    )
+    run_step = build_step(config, model, mesh, optimizer)
     skipped: list[int] = []  # the last steps, in a row, that were not finite
     bar = {"auto": None, "True": True, "False": False}[config.enable_progress_bar]
 

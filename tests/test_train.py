@@ -117,7 +117,7 @@ def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
 def standing_still(monkeypatch):
     """Steps that change nothing and cost nothing: for what happens around them."""
     metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
-    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: lambda state, _: (state, metrics))
+    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, metrics))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def stumbling(monkeypatch, finite: Callable[[int], bool]):
         ok = finite(next(steps))
         return state, Metrics(jnp.float32(1 if ok else np.nan), jnp.float32(0.0), jnp.bool(not ok))
 
-    monkeypatch.setattr(trainer, "make_step", lambda *_, **__: step)
+    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: step)
 
 
 def test_steps_that_are_not_finite_are_left_out(data, tmp_path, monkeypatch, capsys):
@@ -292,9 +292,9 @@ def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path,
 
         return lambda *_, **__: step
 
-    monkeypatch.setattr(trainer, "make_step", listening("accumulated"))
+    monkeypatch.setattr(trainer, "build_step", listening("accumulated"))
     train(config(data, tmp_path / "a", accumulate_grad_batches=2))
-    monkeypatch.setattr(trainer, "make_step", listening("at once"))
+    monkeypatch.setattr(trainer, "build_step", listening("at once"))
     train(config(data, tmp_path / "b", micro_bsz=2))
     assert {batch.shape for batch in seen["accumulated"]} == {(2, 1, T + 1)}
     assert {batch.shape for batch in seen["at once"]} == {(1, 2, T + 1)}

@@ -1,0 +1,51 @@
+"""From the options to the step that they mean: what train runs and plan compiles."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rwkv_jax import sharding
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.step import Metrics, TrainState, make_step
+
+PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
+
+
+def decide(config: TrainConfig, on_gpu: bool) -> TrainConfig:
+    """The options with every default that depends on the machine decided.
+
+    Also tells jax how exact float32 products are to be.
+    """
+    config = dataclasses.replace(
+        config,
+        micro_bsz=config.micro_bsz or (8 if on_gpu else 1),
+        grad_cp=int(on_gpu) if config.grad_cp == -1 else config.grad_cp,
+        strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
+        precision=("bf16" if on_gpu else "fp32")
+        if config.precision == "auto"
+        else config.precision,
+    )
+    matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(config.precision)
+    jax.config.update("jax_default_matmul_precision", matmul)
+    return config
+
+
+def build_step(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """`step.make_step` by decided options."""
+    return make_step(
+        model,
+        optimizer,
+        mesh,
+        sharding.STRATEGIES[config.strategy],
+        PRECISIONS[config.precision],
+        remat=bool(config.grad_cp),
+        head_chunk=config.head_chunk,
+    )
