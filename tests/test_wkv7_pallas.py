@@ -34,7 +34,7 @@ def test_refuses_what_it_cannot_serve(monkeypatch, capability):
     inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
     with pytest.raises(NotImplementedError, match="compute capability 8.0"):
         wkv7(*inputs, implementation="pallas_triton")
-    assert api._default_implementation(inputs[3]) == "xla"
+    assert api.choose(inputs[3])[0] == "xla"
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
         wkv7(*(x.astype(jnp.float64) for x in inputs), implementation="pallas_triton")
     huge = [jax.ShapeDtypeStruct((32, 4096, 64, 64), jnp.bfloat16)] * 6

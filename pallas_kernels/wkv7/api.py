@@ -66,7 +66,7 @@ def wkv7(
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
-    run = _load(implementation or _default_implementation(v))
+    run = _load(implementation or choose(v)[0])
     y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
@@ -97,16 +97,18 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
             raise TypeError(f"{name} must have a floating dtype; got {array.dtype}")
 
 
-def _default_implementation(v: jax.Array) -> str:
-    # In float32 the Pallas kernels run, but a core's registers do not hold them.
-    if (
-        jnp.dtype(v.dtype).itemsize == 2
-        and current_compute_capability() is not None
-        and not _is_partitioned()
-    ):
-        refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal
-        return "xla" if refusal(v) else "pallas_triton"
-    return "xla"
+def choose(v: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, str]:
+    """The implementation that `wkv7` picks for v [B,T,H,N] on the present device, and why."""
+    if current_compute_capability() is None:
+        return "xla", "the Pallas kernels need an NVIDIA GPU"
+    if jnp.dtype(v.dtype).itemsize != 2:
+        return "xla", f"a GPU core's registers do not hold the Pallas kernels' {v.dtype} operands"
+    if _is_partitioned():
+        return "xla", "XLA cuts this call over several devices; to it a kernel is opaque"
+    refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal(v)
+    if refusal:
+        return "xla", f"pallas_triton {refusal}"
+    return "pallas_triton", "kernels for tensor cores"
 
 
 def _is_partitioned() -> bool:

@@ -1,0 +1,374 @@
+"""`python -m rwkv_jax.doctor`: what this machine would train on, and what is wrong with it.
+
+Facts are gathered first (jax's in a process of its own, so that a driver that crashes or a GPU
+that is full is something to report); then rules over the facts say what is wrong, in plain words
+and with the way out. At last a small model is trained for a few steps whose losses are known.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax.binidx import BinIdxWriter
+from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.step_log import STEP_LOG, read_step_log
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes")
+PLUGINS = tuple(
+    f"jax-{kind}-{part}" for kind in ("cuda12", "cuda13") for part in ("plugin", "pjrt")
+)
+VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS")
+
+# The oldest driver that a CUDA version runs on, and the oldest GPU that jax's build for it takes.
+OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
+OLDEST_GPU = {"cuda12": (5, 2), "cuda13": (7, 5)}
+
+# Options of the self-test, and the losses of its steps: computed in float64 by the independent
+# implementation in tests/torch_rwkv7.py (tests/test_doctor.py computes them again).
+SELF_TEST = {
+    "n_layer": 1, "n_embd": 64, "vocab_size": 512, "ctx_len": 64, "micro_bsz": 2, "devices": 1,
+    "my_exit_tokens": 768, "warmup_steps": 0, "lr_init": 1e-3, "lr_final": 1e-3, "epoch_save": 0,
+}  # fmt: skip
+KNOWN_LOSSES = (6.301423, 4.167310, 3.703618, 3.596490, 3.507143, 3.417550)
+TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A line of nvidia-smi; memory in MiB."""
+
+    name: str
+    driver: str
+    memory: int
+    used: int
+    capability: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What there is. Rules read nothing else."""
+
+    versions: Mapping[str, str]  # of the packages that are installed
+    variables: Mapping[str, str]  # of the environment, those that are set
+    gpus: tuple[Gpu, ...] = ()  # by nvidia-smi
+    driver_says: str | None = (
+        None  # nvidia-smi's words when it fails; None: there is no such program
+    )
+    platform: str = ""  # jax's: cpu, gpu, tpu; empty when jax does not start
+    kinds: tuple[str, ...] = ()  # a name for each of jax's devices
+    kernels: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    jax_says: str = ""  # its last complaint
+
+    @property
+    def plugins(self) -> list[str]:
+        """Of cuda12 and cuda13, those that are installed."""
+        return [kind for kind in OLDEST_DRIVER if f"jax-{kind}-plugin" in self.versions]
+
+
+# Runs in a process of its own. Prints one line of JSON.
+PROBE = """
+import json, jax, jax.numpy as jnp
+from pallas_kernels.wkv7.api import choose
+devices = jax.devices()
+v = {name: jax.ShapeDtypeStruct((1, 512, 1, 64), name) for name in ("bfloat16", "float32")}
+print(json.dumps({
+    "platform": devices[0].platform,
+    "kinds": [device.device_kind for device in devices],
+    "kernels": {name: choose(v[name]) for name in v},
+}))
+"""
+
+
+def gather_facts() -> Facts:
+    """The facts of this machine."""
+    versions = {}
+    for name in (*PACKAGES, *PLUGINS):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    gpus, driver_says = _ask_nvidia_smi()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=180
+        )
+        complaints = done.stderr.strip().splitlines()
+        probed = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    except subprocess.TimeoutExpired:
+        complaints, probed = ["did not answer within three minutes"], {}
+    return Facts(
+        versions=versions,
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        gpus=gpus,
+        driver_says=driver_says,
+        platform=probed.get("platform", ""),
+        kinds=tuple(probed.get("kinds", ())),
+        kernels=probed.get("kernels", {}),
+        jax_says=complaints[-1].strip() if complaints else "",
+    )
+
+
+def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs; or none, and what nvidia-smi says instead (None: there is no such program)."""
+    if shutil.which("nvidia-smi") is None:
+        return (), None
+    query = "name,driver_version,memory.total,memory.used,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), str(error)
+    gpus = tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 4)
+    return gpus, "" if gpus else (done.stdout + done.stderr).strip()
+
+
+def _parse_gpu(line: str) -> Gpu:
+    name, driver, memory, used, capability = (word.strip() for word in line.split(","))
+    major, minor = ([int(n) for n in re.findall(r"\d+", capability)] + [0, 0])[:2]
+
+    def size(word: str) -> int:
+        return int(word) if word.isdecimal() else 0  # unified memory is "[N/A]"
+
+    return Gpu(name, driver, size(memory), size(used), (major, minor))
+
+
+def problems(facts: Facts) -> Iterator[str]:
+    """What keeps this machine from training as it could; each with the way out."""
+    versions, wanted = facts.versions, _fitting_plugin(facts)
+    if versions.get("jax") != versions.get("jaxlib"):
+        yield (
+            f"jax {versions.get('jax')} with jaxlib {versions.get('jaxlib')}: they belong "
+            "together; pip install --upgrade jax jaxlib"
+        )
+    for name in PLUGINS:
+        if name in versions and versions[name] != versions.get("jaxlib"):
+            yield (
+                f"{name} {versions[name]} with jaxlib {versions.get('jaxlib')}: jax ignores a "
+                f"plugin of another version; pip install --upgrade 'jax[{name.split('-')[1]}]'"
+            )
+    if len(facts.plugins) == 2:
+        yield (
+            "jax's plugins for CUDA 12 and for CUDA 13 are both installed: pip uninstall "
+            + " ".join(x for x in PLUGINS if wanted not in x)
+        )
+    if not facts.platform:
+        yield f"jax does not start: {facts.jax_says}"
+    if facts.driver_says:
+        yield _driver_trouble(facts.driver_says)
+    if not facts.gpus:
+        return
+    driver = int(facts.gpus[0].driver.partition(".")[0])
+    if driver < OLDEST_DRIVER["cuda12"]:
+        yield (
+            f"the NVIDIA driver is {facts.gpus[0].driver}, too old for any jax of today: install "
+            f"{OLDEST_DRIVER['cuda12']} or newer"
+        )
+    elif not facts.plugins:
+        yield (
+            f"there is a GPU ({facts.gpus[0].name}), but jax has no CUDA and runs on the CPU: "
+            f"pip install 'jax[{wanted}]', or this project's extra {wanted}"
+        )
+    for kind in facts.plugins:
+        if OLDEST_DRIVER["cuda12"] <= driver < OLDEST_DRIVER[kind]:
+            yield (
+                f"jax's plugin is for {kind}, which needs driver {OLDEST_DRIVER[kind]}; here is "
+                f"{facts.gpus[0].driver}: update the driver, or pip uninstall "
+                f"{' '.join(x for x in PLUGINS if kind in x)} and pip install 'jax[{wanted}]'"
+            )
+        too_old = [gpu for gpu in facts.gpus if (0, 0) < gpu.capability < OLDEST_GPU[kind]]
+        if too_old:
+            yield (
+                f"{too_old[0].name} has compute capability {_dotted(too_old[0].capability)}; "
+                f"{kind} needs {_dotted(OLDEST_GPU[kind])}: use cuda12, or a newer GPU"
+            )
+    runs_plugin = all(driver >= OLDEST_DRIVER[kind] for kind in facts.plugins)
+    if facts.plugins and facts.platform == "cpu" and runs_plugin:
+        yield from _hidden_gpu(facts)
+
+
+def _hidden_gpu(facts: Facts) -> Iterator[str]:
+    """Why jax does not use a GPU for which it has a driver and a plugin."""
+    if "cpu" in facts.variables.get("JAX_PLATFORMS", ""):
+        yield f"JAX_PLATFORMS={facts.variables['JAX_PLATFORMS']} hides the GPU: unset it"
+    elif facts.variables.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):
+        value = facts.variables["CUDA_VISIBLE_DEVICES"]
+        yield f"CUDA_VISIBLE_DEVICES={value!r} hides every GPU: unset it, or name one (0)"
+    elif "cuda" in facts.variables.get("LD_LIBRARY_PATH", "").lower():
+        yield (
+            f"LD_LIBRARY_PATH ({facts.variables['LD_LIBRARY_PATH']}) puts another CUDA before the "
+            "one that pip installed for jax: unset it"
+        )
+    else:
+        yield f"jax does not use the GPU; it says: {facts.jax_says or 'nothing'}"
+
+
+def _driver_trouble(words: str) -> str:
+    first = words.splitlines()[0]
+    if "version mismatch" in words:
+        return (
+            f"nvidia-smi says {first!r}: the driver was updated under a running kernel module; "
+            "restart the machine"
+        )
+    if "communicate with the NVIDIA driver" in words:
+        return (
+            f"nvidia-smi says {first!r}: the driver is installed but not loaded; modprobe nvidia, "
+            "or install it anew for this kernel"
+        )
+    if "No devices were found" in words:
+        return "nvidia-smi finds no GPU: is it passed into this container or virtual machine?"
+    if "not a valid field" in words:
+        return (
+            "the NVIDIA driver is too old to tell a GPU's compute capability: install "
+            f"{OLDEST_DRIVER['cuda12']} or newer"
+        )
+    return f"nvidia-smi fails: {first!r}"
+
+
+def notes(facts: Facts, free_disk: int) -> Iterator[str]:
+    """What a person may want to know, though it stops nothing. Disk in bytes."""
+    for number, gpu in enumerate(facts.gpus):
+        if gpu.used > 0.1 * gpu.memory > 0:
+            yield (
+                f"GPU {number}: {gpu.used} of {gpu.memory} MiB are in use by other programs "
+                "(nvidia-smi lists them); jax takes three quarters of a GPU when it starts"
+            )
+        if facts.platform == "gpu" and gpu.capability < (8, 0):
+            yield (
+                f"GPU {number}: compute capability {_dotted(gpu.capability)} has no bf16 tensor "
+                "cores; --precision fp32 or fp16 may be faster"
+            )
+    if facts.plugins and facts.driver_says is None:
+        yield (
+            "jax has a CUDA plugin, but there is no NVIDIA driver (no nvidia-smi): to use a GPU, "
+            "install the driver; a container needs to be started with --gpus all"
+        )
+    if facts.platform not in ("", "cpu", "gpu"):
+        yield f"nothing here has been tried on {facts.platform}"
+    if free_disk < 10e9:
+        yield (
+            f"{free_disk / 1e9:.1f} GB are free in this folder: a checkpoint takes 12 bytes a "
+            "parameter, and two are kept"
+        )
+
+
+def _fitting_plugin(facts: Facts) -> str:
+    """cuda12 or cuda13: the newest that driver and GPUs run."""
+    fits = [
+        kind
+        for kind in OLDEST_DRIVER
+        if facts.gpus
+        and int(facts.gpus[0].driver.partition(".")[0]) >= OLDEST_DRIVER[kind]
+        and all(gpu.capability >= OLDEST_GPU[kind] for gpu in facts.gpus)
+    ]
+    return fits[-1] if fits else "cuda12"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def write_self_test_data(prefix: Path) -> None:
+    """2000 tokens with something to learn in them: the squares, modulo 61."""
+    with BinIdxWriter(prefix) as writer:
+        writer.append(np.arange(2000) ** 2 % 61 + 1, [2000])
+
+
+def self_test(precision: str) -> str:
+    """Trains the small model of `SELF_TEST`; says how its losses compare with the known ones.
+
+    Raises:
+        UserError: they differ, or there are none.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        write_self_test_data(Path(folder) / "squares")
+        options = SELF_TEST | {"precision": precision, "proj_dir": out}
+        options["data_file"] = Path(folder) / "squares"
+        arguments = [word for name in options for word in (f"--{name}", str(options[name]))]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "rwkv_jax.train", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"self-test in {precision}: not done after five minutes") from None
+        if done.returncode:
+            words = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise UserError(f"self-test in {precision}: training fails: {' '.join(words)}")
+        losses = read_step_log(out / STEP_LOG)["loss"]
+    apart = float(np.max(np.abs(losses - np.array(KNOWN_LOSSES))))
+    summary = f"{len(losses)} training steps, losses within {apart:.1g} of the known ones"
+    if not apart <= TOLERANCE[precision]:
+        raise UserError(
+            f"self-test in {precision}: {summary}, more than {TOLERANCE[precision]}: this machine "
+            "computes something else; please report it with all of the above"
+        )
+    return f"{precision}: {summary} ({time.monotonic() - began:.1f} s)"
+
+
+def report(facts: Facts) -> Iterator[tuple[str, str]]:
+    """The facts, a heading and a line each."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "system", f"{platform.platform()}, Python {platform.python_version()}, {cpus} CPU cores"
+    yield "packages", ", ".join(f"{x} {facts.versions.get(x, 'missing')}" for x in PACKAGES)
+    plugins = [f"{name} {facts.versions[name]}" for name in PLUGINS if name in facts.versions]
+    yield "CUDA", ", ".join(plugins) or "jax has no CUDA plugin"
+    if not facts.gpus:
+        yield "driver", facts.driver_says or "no NVIDIA driver (no nvidia-smi)"
+    for gpu in facts.gpus:
+        yield (
+            "GPU",
+            f"{gpu.name}, compute capability {_dotted(gpu.capability)}, "
+            f"{gpu.memory / 1024:.1f} GiB, driver {gpu.driver}",
+        )
+    for name, value in facts.variables.items():
+        yield "environment", f"{name}={value}"
+    if facts.platform:
+        yield "jax runs on", f"{len(facts.kinds)} x {facts.kinds[0]} ({facts.platform})"
+    for dtype, (name, why) in facts.kernels.items():
+        yield f"WKV, {dtype}", f"{name}: {why}"
+
+
+def main() -> None:
+    CommandParser(
+        prog="python -m rwkv_jax.doctor",
+        description="Say what this machine would train on, which kernels would run, and what is "
+        "wrong with drivers, packages and settings; then train a small model for some steps whose "
+        "losses are known. Exits with 1 when something is wrong.",
+    ).parse_args()
+    facts = gather_facts()
+    for heading, text in report(facts):
+        print(f"{heading:>14}  {text}", flush=True)
+    wrong = list(problems(facts))
+    for precision in ("fp32", "bf16") if facts.platform == "gpu" else ("fp32",):
+        if facts.platform:
+            try:
+                print(f"{'self-test':>14}  {self_test(precision)}", flush=True)
+            except UserError as error:
+                wrong.append(str(error))
+    for note in notes(facts, shutil.disk_usage(".").free):
+        print(f"note: {note}")
+    for problem in wrong:
+        print(f"problem: {problem}")
+    if wrong:
+        sys.exit(1)
+    print("nothing is wrong")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,226 @@
+"""`python -m rwkv_jax.doctor`: each rule on a machine that has the trouble, and the self-test."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_jax import doctor, weights
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.dataset import open_dataset
+from rwkv_jax.doctor import Facts, Gpu, notes, problems
+from rwkv_jax.errors import UserError
+from rwkv_jax.initialisation import init_params
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", 81559, 4, (9, 0))
+CUDA13 = {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda13-plugin": "0.12.0"}
+CUDA12 = {"jax": "0.10.2", "jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2"}
+HEALTHY = Facts(CUDA13, {}, (H100,), "", "gpu", ("NVIDIA H100 80GB HBM3",))
+ON_CPU = dataclasses.replace(HEALTHY, platform="cpu", kinds=("cpu",))
+
+
+def changed(facts: Facts = HEALTHY, /, gpu: dict | None = None, **fields) -> Facts:
+    if gpu:
+        fields["gpus"] = (dataclasses.replace(H100, **gpu),)
+    return dataclasses.replace(facts, **fields)
+
+
+def without_gpu(**fields) -> Facts:
+    return changed(ON_CPU, gpus=(), driver_says=None, versions=CUDA12, **fields)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (
+            changed(versions=CUDA13 | {"jaxlib": "0.11.0", "jax-cuda13-plugin": "0.11.0"}),
+            "together",
+        ),
+        (changed(versions=CUDA13 | {"jax-cuda13-plugin": "0.11.0"}), "ignores a plugin"),
+        (changed(platform="", jax_says="RuntimeError: boom"), "does not start: RuntimeError: boom"),
+        (changed(ON_CPU, versions={"jax": "0.12.0", "jaxlib": "0.12.0"}), r"jax\[cuda13\]"),
+        (
+            changed(ON_CPU, gpu={"driver": "535.1"}, versions={"jax": "0", "jaxlib": "0"}),
+            r"jax has no CUDA .* pip install 'jax\[cuda12\]'",
+        ),
+        (
+            changed(ON_CPU, gpu={"capability": (7, 0)}, versions={"jax": "0", "jaxlib": "0"}),
+            r"pip install 'jax\[cuda12\]'",
+        ),
+        (changed(ON_CPU, gpu={"driver": "470.1"}), "470.1, too old for any jax"),
+        (
+            changed(ON_CPU, gpu={"driver": "550.54"}),
+            r"needs driver 580; here is 550.54.*uninstall jax-cuda13-plugin jax-cuda13-pjrt and "
+            r"pip install 'jax\[cuda12\]'",
+        ),
+        (
+            changed(gpu={"name": "Tesla V100", "capability": (7, 0)}),
+            "V100 has .* 7.0; cuda13 needs",
+        ),
+        (changed(ON_CPU, variables={"JAX_PLATFORMS": "cpu"}), "JAX_PLATFORMS=cpu hides"),
+        (changed(ON_CPU, variables={"CUDA_VISIBLE_DEVICES": ""}), "VISIBLE_DEVICES='' hides"),
+        (changed(ON_CPU, variables={"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}), "another CUDA"),
+        (changed(ON_CPU, jax_says="cuInit failed"), "it says: cuInit failed"),
+        (
+            changed(
+                ON_CPU,
+                gpus=(),
+                driver_says="Failed to initialize NVML: Driver/library version "
+                "mismatch\nNVML library version: 580.65",
+            ),
+            "NVML: Driver/library version mismatch': .* restart",
+        ),
+        (
+            changed(
+                ON_CPU,
+                gpus=(),
+                driver_says="NVIDIA-SMI has failed because it couldn't "
+                "communicate with the NVIDIA driver.",
+            ),
+            "not loaded; modprobe",
+        ),
+        (
+            changed(ON_CPU, gpus=(), driver_says="No devices were found"),
+            "passed into this container",
+        ),
+        (
+            changed(
+                ON_CPU, gpus=(), driver_says='Field "compute_cap" is not a valid field to query.'
+            ),
+            "too old to tell",
+        ),
+        (changed(ON_CPU, gpus=(), driver_says="out of cheese"), "fails: 'out of cheese'"),
+    ],
+)
+def test_each_trouble_is_said_in_one_line(facts, words):
+    found = list(problems(facts))
+    assert len(found) == 1 and re.search(words, found[0]), found
+    assert "\n" not in found[0]
+
+
+def test_two_cudas_at_once():
+    found = list(problems(changed(versions=CUDA13 | {"jax-cuda12-plugin": "0.12.0"})))
+    assert found == [
+        "jax's plugins for CUDA 12 and for CUDA 13 are both installed: pip uninstall "
+        "jax-cuda12-plugin jax-cuda12-pjrt"
+    ]
+
+
+@pytest.mark.parametrize("facts", [HEALTHY, without_gpu(), changed(versions=CUDA12)])
+def test_nothing_is_said_of_a_healthy_machine(facts):
+    assert list(problems(facts)) == []
+
+
+def test_notes():
+    assert list(notes(HEALTHY, 10**12)) == []
+    full = changed(gpu={"used": 70000, "capability": (7, 5)}, platform="gpu")
+    first, second = notes(full, 10**12)
+    assert "70000 of 81559 MiB are in use" in first and "7.5 has no bf16" in second
+    (disk,) = notes(HEALTHY, 5 * 10**9)
+    assert disk.startswith("5.0 GB are free")
+    (driver,) = notes(without_gpu(), 10**12)
+    assert "--gpus all" in driver
+    (tpu,) = notes(changed(gpus=(), versions={}, platform="tpu"), 10**12)
+    assert "tpu" in tpu
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts a program of that name first on the path, which prints what it is given."""
+
+    def install(words: str, status: int = 0) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{words}\nEND\nexit {status}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_nvidia_smi_is_read(nvidia_smi):
+    nvidia_smi(
+        "NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, 9.0\nNVIDIA GB10, 580.1, [N/A], [N/A], 12.1"
+    )
+    spark = Gpu("NVIDIA GB10", "580.1", 0, 0, (12, 1))
+    assert doctor._ask_nvidia_smi() == ((H100, spark), "")
+    nvidia_smi("No devices were found", 6)
+    assert doctor._ask_nvidia_smi() == ((), "No devices were found")
+
+
+def test_no_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._ask_nvidia_smi() == ((), None)
+
+
+def test_on_this_machine(nvidia_smi, monkeypatch, capsys):
+    """For real: facts, a rule that fires, the self-test, and the exit code."""
+    nvidia_smi("NVIDIA GeForce RTX 4090, 550.54.14, 24564, 300, 8.9")
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    versions = {"jax": "0.10.2", "jaxlib": "0.10.2"}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: versions.get(name, "1"))
+    with pytest.raises(SystemExit) as exit:
+        doctor.main()
+    out = capsys.readouterr().out
+    assert exit.value.code == 1
+    assert "NVIDIA GeForce RTX 4090, compute capability 8.9, 24.0 GiB, driver 550.54.14" in out
+    assert "WKV, bfloat16  xla: the Pallas kernels need an NVIDIA GPU" in out
+    assert "JAX_PLATFORMS=cpu" in out and "problem: " in out
+    within = re.search(r"self-test  fp32: 6 training steps, losses within (\S+) of", out)
+    assert within and float(within[1]) < 1e-4
+
+
+def test_a_machine_that_computes_something_else(monkeypatch):
+    def run(command, **_):
+        folder = Path(command[command.index("--proj_dir") + 1])
+        folder.mkdir()
+        rows = [f"{step}\t1\t{loss}\t1\t1\t1" for step, loss in enumerate(losses)]
+        header = "\t".join(("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s"))
+        (folder / "step_log.tsv").write_text("\n".join([header, *rows]) + "\n")
+        return types.SimpleNamespace(returncode=0, stderr="", stdout="")
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    losses = np.array(doctor.KNOWN_LOSSES)
+    assert "within 0 of" in doctor.self_test("fp32")
+    losses[3] += 0.01
+    assert "within 0.01 of" in doctor.self_test("bf16")
+    with pytest.raises(UserError, match="computes something else"):
+        doctor.self_test("fp32")
+    losses[3] = float("nan")
+    with pytest.raises(UserError, match="computes something else"):
+        doctor.self_test("bf16")
+
+
+def test_a_training_that_fails(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "warning\nXlaRuntimeError: no kernel image")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match="training fails: XlaRuntimeError: no kernel image"):
+        doctor.self_test("fp32")
+
+
+@pytest.mark.torch
+def test_the_known_losses_are_torchs(tmp_path):
+    import torch
+    import torch_rwkv7
+
+    options = TrainConfig(**doctor.SELF_TEST)
+    steps = options.my_exit_tokens // (options.ctx_len * options.micro_bsz)
+    doctor.write_self_test_data(tmp_path / "squares")
+    data = open_dataset(str(tmp_path / "squares"), options.ctx_len, None, options.vocab_size)
+    model = ModelConfig(options.n_layer, options.n_embd, options.vocab_size)
+    weights.save_pth(tmp_path / "init.pth", init_params(model, 0))
+    tensors = torch.load(tmp_path / "init.pth", weights_only=True).items()
+    params = {name: tensor.double().requires_grad_() for name, tensor in tensors}
+    adam = torch_rwkv7.adamw(params, options.weight_decay)
+    losses = []
+    for step in range(steps):
+        batch = torch.from_numpy(data.batch(step, 1, options.micro_bsz).astype(np.int64))
+        loss, _ = torch_rwkv7.train_step(params, adam, batch[:, :-1], batch[:, 1:], options.lr_init)
+        losses.append(loss)
+    np.testing.assert_allclose(losses, doctor.KNOWN_LOSSES, rtol=0, atol=1e-6)
