@@ -14,10 +14,12 @@ import jax.numpy as jnp
 Array = jax.Array
 
 L2WRAP = 1e-4  # pulls each token's largest logit towards zero; enters the gradient alone
-AUTO_CHUNK_BYTES = 256 * 2**20  # float32 logits that exist at once when the chunk is automatic
+AUTO_CHUNK_BYTES = 128 * 2**20  # float32 logits that exist at once when the chunk is automatic
 
 
-def head_loss(hidden: Array, head: Array, targets: Array, chunk: int = 0) -> Array:
+def head_loss(
+    hidden: Array, head: Array, targets: Array, chunk: int = 0, scale: Array | float = 1.0
+) -> Array:
     """Mean next-token cross-entropy, with the gradient of L2Wrap added to its own.
 
     loss = mean over (b, t) of logsumexp(z) − z[target], with z = head · hidden. The gradient of
@@ -27,18 +29,20 @@ def head_loss(hidden: Array, head: Array, targets: Array, chunk: int = 0) -> Arr
         hidden: [B, T, C], any float dtype; the products accumulate in float32.
         head: [V, C], same dtype.
         targets: [B, T] integers in [0, V).
-        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 256 MiB.
+        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 128 MiB.
+        scale: of the gradients, but not of the loss: float16 has no numbers for the unscaled ones.
     Returns:
         A float32 scalar.
     """
     B, T, _ = hidden.shape
     if chunk == 0:
         chunk = max(1, AUTO_CHUNK_BYTES // (4 * B * head.shape[0]))
-    return _head_loss(hidden, head, targets, min(chunk, T))
+    scale = jnp.asarray(scale, jnp.float32)
+    return _head_loss(hidden, head, targets, scale, min(chunk, T))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _head_loss(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_loss(hidden: Array, head: Array, targets: Array, scale: Array, chunk: int) -> Array:
     def step(total: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
         x, y = xs
         return total + jnp.sum(_losses(_logits(x, head), y)), None
@@ -47,14 +51,14 @@ def _head_loss(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
     return total / targets.size
 
 
-def _forward(hidden: Array, head: Array, targets: Array, chunk: int):
-    scale = 1.0 / targets.size
+def _forward(hidden: Array, head: Array, targets: Array, scale: Array, chunk: int):
+    mean = 1.0 / targets.size
 
     def step(carry: tuple[Array, Array], xs: tuple[Array, Array]):
         total, d_head = carry
         x, y = xs
         z = _logits(x, head)
-        d_z = _logit_gradients(z, y, scale).astype(head.dtype)
+        d_z = _logit_gradients(z, y, scale * mean).astype(head.dtype)
         d_x = jnp.einsum("btv,vc->btc", d_z, head, preferred_element_type=jnp.float32)
         d_head += jnp.einsum("btv,btc->vc", d_z, x, preferred_element_type=jnp.float32)
         return (total + jnp.sum(_losses(z, y)), d_head), d_x.astype(hidden.dtype)
@@ -63,12 +67,12 @@ def _forward(hidden: Array, head: Array, targets: Array, chunk: int):
     (total, d_head), d_x = jax.lax.scan(step, start, _chunks(hidden, targets, chunk))
     B, T, C = hidden.shape
     d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, C)[:, :T]
-    return total * scale, (d_hidden, d_head.astype(head.dtype))
+    return total * mean, (d_hidden, d_head.astype(head.dtype))
 
 
 def _backward(chunk: int, residuals: tuple[Array, Array], g: Array):
     d_hidden, d_head = residuals
-    return d_hidden * g.astype(d_hidden.dtype), d_head * g.astype(d_head.dtype), None
+    return d_hidden * g.astype(d_hidden.dtype), d_head * g.astype(d_head.dtype), None, None
 
 
 _head_loss.defvjp(_forward, _backward)
@@ -95,8 +99,8 @@ def _losses(z: Array, targets: Array) -> Array:
     return jnp.where(targets >= 0, jax.nn.logsumexp(z, axis=-1) - picked, 0.0)
 
 
-def _logit_gradients(z: Array, targets: Array, scale: float) -> Array:
-    """[B, t, V]: (softmax − onehot + L2Wrap)/(B·T), zero where the target is padding."""
+def _logit_gradients(z: Array, targets: Array, scale: Array) -> Array:
+    """[B, t, V]: (softmax − onehot + L2Wrap)·scale, zero where the target is padding."""
     index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
     largest = jnp.max(z, axis=-1, keepdims=True)
     # The first of equal maxima, as argmax has it (whose own lowering on a CPU is not vectorised).

@@ -13,6 +13,7 @@ channel mix's inner width.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -196,36 +197,51 @@ class RWKV7(nnx.Module):
         return _forward(graphdef, params, jnp.asarray(tokens), state)
 
     def hidden(
-        self, tokens: Array, state: State | None = None, *, remat: bool = False
+        self,
+        tokens: Array,
+        state: State | None = None,
+        *,
+        remat: bool = False,
+        read: Callable[[Params, Array], Params] | None = None,
     ) -> tuple[Array, State]:
         """The input of the head: tokens [B,T] → ([B,T,C] in the parameters' dtype, state).
 
-        With `remat`, the backward pass recomputes each block from its input (`--grad_cp 1`).
+        Args:
+            remat: the backward pass recomputes each block from its input (`--grad_cp 1`).
+            read: (a block's parameters, the layer's number) → the parameters to compute with, all
+                named "weights" by `checkpoint_name`: made anew for the backward pass in any case.
+                So a layer that is, say, gathered from other devices is there while it is at work.
         """
         x = self.ln0(jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip"))
         if state is None:
             state = self.initial_state(tokens.shape[0])
-        graphdef, blocks = nnx.split(self.blocks)
+        graphdef, split = nnx.split(self.blocks)
+        blocks = nnx.to_pure_dict(split)
+
+        def block_of(params: Params, layer: Array) -> Block:
+            return nnx.merge(graphdef, read(params, layer) if read else params)
 
         # v_first, which every later layer reads, is computed ahead of the scan. As a constant of
         # the scan it is saved once; in the carry it would be saved again for each layer.
-        first: Block = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], blocks))
+        first = block_of(jax.tree.map(lambda p: p[0], blocks), jnp.int32(0))
         v_first = first.att.project_value(first.ln1(x), state.shift_att[0])
 
-        def body(x: Array, layer: tuple) -> tuple[Array, State]:
-            params, is_first, old = layer
-            block: Block = nnx.merge(graphdef, params)
+        def body(x: Array, at: tuple) -> tuple[Array, State]:
+            params, layer, old = at
+            block = block_of(params, layer)
             x_att = block.ln1(x)
-            y, wkv = block.att(x_att, old.shift_att, old.wkv, v_first, is_first)
+            y, wkv = block.att(x_att, old.shift_att, old.wkv, v_first, layer == 0)
             x = x + y
             x_ffn = block.ln2(x)
             x = x + block.ffn(x_ffn, old.shift_ffn)
             return x, State(x_att[:, -1], x_ffn[:, -1], wkv)
 
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        is_first = jnp.arange(self.config.n_layer) == 0
-        x, after = jax.lax.scan(body, x, (blocks, is_first, state))
+        if remat or read:
+            policies = jax.checkpoint_policies
+            keep = None if remat else policies.save_anything_except_these_names("weights")
+            body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+        layers = jnp.arange(self.config.n_layer, dtype=jnp.int32)
+        x, after = jax.lax.scan(body, x, (blocks, layers, state))
         return self.ln_out(x), after
 
     def initial_state(self, batch: int) -> State:

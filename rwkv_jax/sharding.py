@@ -1,35 +1,62 @@
-"""Which device holds what: one axis of devices, and a strategy's table of what is cut along it.
+"""Which device holds what: a mesh, one table of where each tensor is cut, and the strategies.
 
-The strategies carry the names that DeepSpeed gave them. Every one computes the same numbers.
+The mesh has two axes. A batch is split over both; the state of a run is cut along `fsdp` and
+repeated along `data`. The strategies carry the names that DeepSpeed and PyTorch gave them; every
+one computes the same numbers.
 """
 
+import fnmatch
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rwkv_jax.errors import UserError
 
-AXIS = "data"
+DATA, FSDP = "data", "fsdp"
+
+# Where a tensor of the model, and its two moments, are cut. The first pattern that its official
+# path fits counts. The layer axis is never cut: `lax.scan` walks along it.
+TABLE = {
+    "emb.weight": P(FSDP, None),  # [V, C]
+    "head.weight": P(FSDP, None),
+    "blocks.att.[wavg]1": P(None, FSDP, None),  # [L, C, D]
+    "blocks.att.[wavg]2": P(None, None, FSDP),  # [L, D, C]
+    "blocks.att.r_k": P(None, None, FSDP),  # [L, H, N]
+    "blocks.*.ln*": P(None, FSDP),  # [L, C]
+    "blocks.att.*.weight": P(None, FSDP, None),  # [L, C, C]
+    "blocks.ffn.key.weight": P(None, FSDP, None),  # [L, F, C]
+    "blocks.ffn.value.weight": P(None, None, FSDP),  # [L, C, F]
+    "blocks.*": P(None, FSDP),  # [L, C]
+    "*": P(FSDP),  # [C]
+}
 
 
 class Strategy(NamedTuple):
-    """What a device holds only its part of; a batch is always split. The rest is on every one."""
+    """What a device holds only its part of, beside its part of the masters and of Adam's moments.
 
-    gradients: bool  # reduce-scattered instead of all-reduced
-    parameters: bool  # the working copy, gathered a layer at a time where it is used
+    What it holds whole: the gradients, if not cut, until the end of the step; the working copy of
+    the parameters, if not cut, all the time. With cut parameters there is no working copy: a layer
+    is read from the masters, in the precision of the pass, where it is used.
+    """
+
+    gradients: bool  # reduce-scattered layer by layer, each micro batch
+    parameters: bool  # gathered layer by layer, in the forward and in the backward pass
 
 
-# Master weights and Adam's moments are cut in all of them.
 STRATEGIES = {
     "deepspeed_stage_1": Strategy(gradients=False, parameters=False),
     "deepspeed_stage_2": Strategy(gradients=True, parameters=False),
     "deepspeed_stage_3": Strategy(gradients=True, parameters=True),
 }
+for _name, _known in {"zero1": "1", "zero2": "2", "fsdp": "3"}.items():
+    STRATEGIES[_name] = STRATEGIES[f"deepspeed_stage_{_known}"]
 
 
-def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
-    """A mesh of the first `devices` devices (0: all).
+def make_mesh(devices: int = 0) -> Mesh:
+    """A mesh of the first `devices` devices (0: all), all of them along `fsdp`.
 
     Raises:
         UserError: there are fewer.
@@ -37,34 +64,74 @@ def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
     there = jax.devices()
     if devices > len(there):
         raise UserError(f"--devices {devices}: jax sees {len(there)} ({there[0].device_kind})")
-    chosen = there[: devices or len(there)]
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(chosen),), (AXIS,), axis_types=auto, devices=chosen)
+    return mesh_of(there[: devices or len(there)])
 
 
-def replicated(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+def mesh_of(devices: list[jax.Device], data: int = 1) -> Mesh:
+    """A mesh over these devices: `data` groups, each of which holds the whole state once."""
+    grid = np.array(devices).reshape(data, -1)
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
-def cut(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Shardings that split each leaf over the devices, by its path and shape.
+def specs(mesh: Mesh, tree: Any) -> Any:
+    """The `PartitionSpec` of each leaf of a tree of parameters, or of the optimizer's state.
 
-    The longest axis that the devices divide is cut, but never the layer axis of a block's tensor,
-    along which `lax.scan` walks. A leaf without such an axis is whole on every device.
+    `TABLE`'s, or, where `fsdp` does not divide the axis that it names, the first other axis that
+    it does divide (not the layers'); a leaf without one, and a scalar, is whole on every device.
     """
+    size = mesh.shape[FSDP]
 
-    def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        stacked = any(getattr(entry, "key", None) == "blocks" for entry in path)
-        axes = range(1 if stacked else 0, len(leaf.shape))
-        fitting = [axis for axis in axes if leaf.shape[axis] % mesh.size == 0]
-        spec: list[str | None] = [None] * len(leaf.shape)
-        if fitting:
-            spec[max(fitting, key=lambda axis: leaf.shape[axis])] = AXIS
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    def spec(path: tuple, leaf: Any) -> P:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if leaf.ndim == 0:
+            return P()
+        name = ".".join(names)
+        wanted = next(spec for pattern, spec in TABLE.items() if fnmatch.fnmatch(name, pattern))
+        axes = [wanted.index(FSDP), *range(names[0] == "blocks", leaf.ndim)]
+        axis = next((axis for axis in axes if leaf.shape[axis] % size == 0), None)
+        return P(*(FSDP if at == axis else None for at in range(leaf.ndim)))
 
-    return jax.tree.map_with_path(sharding, tree)
+    return jax.tree.map_with_path(spec, tree)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+def cut(mesh: Mesh, tree: Any) -> Any:
+    """`specs` as shardings over the mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, tree))
+
+
+def batch_spec(mesh: Mesh) -> P:
     """Of [A, B, T + 1]: micro batches one after the other, the samples of each over the devices."""
-    return NamedSharding(mesh, PartitionSpec(None, AXIS))
+    return P(None, mesh.axis_names)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """`batch_spec` over the mesh."""
+    return NamedSharding(mesh, batch_spec(mesh))
+
+
+# Inside `jax.shard_map`, where each device sees its own part of what the specs cut:
+
+
+def gather(mesh: Mesh, part: jax.Array, spec: P) -> jax.Array:
+    """The whole tensor of which each device of `fsdp` has a part."""
+    axis = _cut_axis(mesh, spec)
+    return part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+
+
+def scatter(mesh: Mesh, whole: jax.Array, spec: P) -> jax.Array:
+    """This device's part of the sum over `fsdp`; of a tensor that is not cut, what it has."""
+    axis = _cut_axis(mesh, spec)
+    if axis is None:
+        return whole
+    return jax.lax.psum_scatter(whole, FSDP, scatter_dimension=axis, tiled=True)
+
+
+def finish(mesh: Mesh, scattered: jax.Array, spec: P) -> jax.Array:
+    """The sum over all devices, of which `scatter` has done a part."""
+    done = (FSDP,) if _cut_axis(mesh, spec) is not None else ()
+    left = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in done]
+    return jax.lax.psum(scattered, left) if left else scattered
+
+
+def _cut_axis(mesh: Mesh, spec: P) -> int | None:
+    return spec.index(FSDP) if FSDP in spec and mesh.shape[FSDP] > 1 else None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig
@@ -28,15 +30,6 @@ class Metrics(NamedTuple):
     loss: Array  # float32, mean over the batch's tokens, without L2Wrap
     grad_norm: Array  # float32, before clipping
     skipped: Array  # bool: loss or gradient were not finite, so nothing was updated
-
-
-def loss_fn(
-    config: ModelConfig, remat: bool, head_chunk: int, params: Params, tokens: Array
-) -> Array:
-    """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens [B, T + 1]."""
-    model = bind(config, params)
-    hidden, _ = model.hidden(tokens[:, :-1], remat=remat)
-    return head_loss(hidden, model.head.weight[...], tokens[:, 1:], head_chunk)
 
 
 def abstract_state(
@@ -67,37 +60,92 @@ def make_step(
     other and their gradients averaged (in float32 when A > 1). When the loss or the gradient is not
     finite, the masters and the moments stay as they are, to the bit.
 
+    Each device runs the forward and backward pass over its own samples as a program of its own
+    (`jax.shard_map`): nothing is communicated but parameters, their gradients and the loss, where
+    the code below says so. The optimizer is element by element but for the gradient's norm, and
+    works on the part of the state that the device holds.
+
     Args:
-        dtype: of the working copy of the parameters, the activations and the gradients.
+        dtype: in which the parameters are read, of the activations and of the gradients.
         remat: recompute each block in the backward pass.
         head_chunk: as in `loss.head_loss`.
     """
     shapes = abstract_params(config)
-    cut, whole = sharding.cut(mesh, shapes), sharding.replicated(mesh, shapes)
-    grad_fn = jax.value_and_grad(functools.partial(loss_fn, config, remat, head_chunk))
-    constrain = jax.lax.with_sharding_constraint
+    specs = sharding.specs(mesh, shapes)
+    block_specs = jax.tree.map(lambda spec: P(*spec[1:]), specs["blocks"])  # of one layer
 
-    def gradients(params: Params, tokens: Array) -> tuple[Array, Params]:
-        loss, grads = grad_fn(params, tokens)
-        return loss, constrain(grads, cut if strategy.gradients else whole)
+    def gather(part: Array, spec: P) -> Array:
+        """The part that this device holds → the whole tensor, in `dtype`."""
+        part = part.astype(dtype)
+        return sharding.gather(mesh, part, spec)
 
-    def accumulated(params: Params, batch: Array) -> tuple[Array, Params]:
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def use(gradient: Array, weight: Array, spec: P) -> Array:
+        """A whole tensor to compute with; what its gradient is added to is `gradient`, not it.
+
+        So the gradient has the layout and the precision that the strategy says, not the weight's.
+        """
+        whole = gather(weight, spec) if strategy.parameters else weight
+        return checkpoint_name(whole, "weights")
+
+    def use_forward(gradient: Array, weight: Array, spec: P):
+        return use(gradient, weight, spec), None
+
+    def use_backward(spec: P, _: None, g: Array):
+        return (sharding.scatter(mesh, g, spec) if strategy.gradients else g), None
+
+    use.defvjp(use_forward, use_backward)
+
+    def loss_fn(gradients: Params, weights: Params, tokens: Array) -> Array:
+        """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens [B, T + 1]."""
+
+        def read(slots: Params, layer: Array) -> Params:
+            at = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+            return jax.tree.map(use, slots, jax.tree.map(at, weights["blocks"]), block_specs)
+
+        def rest(tree: Params) -> Params:
+            return {name: leaf for name, leaf in tree.items() if name != "blocks"}
+
+        outside = jax.tree.map(use, rest(gradients), rest(weights), rest(specs))
+        model = bind(config, {**outside, "blocks": gradients["blocks"]})
+        hidden, _ = model.hidden(tokens[:, :-1], remat=remat, read=read)
+        head, targets = model.head.weight[...], tokens[:, 1:]
+        return head_loss(hidden, head, targets, head_chunk, scale=1 / mesh.size)
+
+    def local_gradients(params: Params, batch: Array) -> tuple[Array, Params]:
+        """Of the masters' parts and this device's samples: the loss, the gradients' parts."""
+        weights = params if strategy.parameters else jax.tree.map(gather, params, specs)
+        layout = params if strategy.gradients else weights
+
+        def of_micro_batch(tokens: Array) -> tuple[Array, Params]:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), layout)
+            return jax.value_and_grad(loss_fn)(zeros, weights, tokens)
+
         def add(total: tuple[Array, Params], tokens: Array):
-            return jax.tree.map(
-                lambda t, g: t + g.astype(t.dtype), total, gradients(params, tokens)
-            ), None
+            new = of_micro_batch(tokens)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, new), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
-        return jax.tree.map(lambda t: t / batch.shape[0], total)
+        if batch.shape[0] == 1:
+            loss, grads = of_micro_batch(batch[0])
+        else:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), layout)
+            total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
+            loss, grads = jax.tree.map(lambda t: t / batch.shape[0], total)
+        if not strategy.gradients:
+            grads = jax.tree.map(functools.partial(sharding.scatter, mesh), grads, specs)
+        grads = jax.tree.map(functools.partial(sharding.finish, mesh), grads, specs)
+        return jax.lax.pmean(loss, mesh.axis_names), grads
+
+    gradients = jax.shard_map(
+        local_gradients,
+        mesh=mesh,
+        in_specs=(specs, sharding.batch_spec(mesh)),
+        out_specs=(P(), specs),
+        check_vma=False,
+    )
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Metrics]:
-        working = jax.tree.map(lambda p: p.astype(dtype), state.params)
-        working = constrain(working, cut if strategy.parameters else whole)
-        if batch.shape[0] == 1:
-            loss, grads = gradients(working, batch[0])
-        else:
-            loss, grads = accumulated(working, batch)
+        loss, grads = gradients(state.params, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         norm = optax.tree.norm(grads)
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))

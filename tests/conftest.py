@@ -1,4 +1,4 @@
-"""What every test runs under: strict types, and four devices to shard over."""
+"""What every test runs under: strict types, and eight devices to shard over."""
 
 import importlib.util
 import os
@@ -6,12 +6,12 @@ from pathlib import Path
 
 # With fewer threads than a program on several simulated devices has parts that wait for each other,
 # XLA's CPU runtime hangs. Read when jax starts its backend.
-os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("NPROC", "32")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 # Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

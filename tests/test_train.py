@@ -449,7 +449,7 @@ BAD_INPUT = {
     "--n_layr 3": r"--n_layr 3; did you mean --n_layer\?",
     "--n_layer two": r"--n_layer: invalid int value: 'two'",
     "--proj_dir file": r"--proj_dir file: File exists; give another folder",
-    "--devices 5": r"--devices 5: jax sees 4",
+    "--devices 9": r"--devices 9: jax sees 8",
     "--proj_dir half": r"half/rwkv-init.pth: ",
     "--n_embd 100": r"--n_embd 100 is not a multiple of --head_size 64: try 128",
 }
