@@ -172,8 +172,10 @@ class TrainConfig:
     devices: int = _option(0, "machine", "how many of them; 0: all", least=0)
     strategy: str = _option(
         "auto", "machine", "sharded over the devices: Adam's moments and the master weights "
-        "(stage_1), the gradients too (stage_2), the parameters too (stage_3); auto: stage_2",
-        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+        "(stage_1 or zero1), the gradients too (stage_2 or zero2), the parameters too (stage_3 or "
+        "fsdp); auto: stage_2",
+        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "zero1", "zero2",
+        "fsdp")
     # fmt: on
 
     def __post_init__(self) -> None:

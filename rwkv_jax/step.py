@@ -70,14 +70,15 @@ def make_step(
         remat: recompute each block in the backward pass.
         head_chunk: as in `loss.head_loss`.
     """
-    shapes = abstract_params(config)
-    specs = sharding.specs(mesh, shapes)
+    specs = sharding.specs(mesh, abstract_params(config))
     block_specs = jax.tree.map(lambda spec: P(*spec[1:]), specs["blocks"])  # of one layer
+
+    # One device has all that there is to gather: it reads a layer from the masters in any case.
+    from_masters = strategy.parameters or mesh.size == 1
 
     def gather(part: Array, spec: P) -> Array:
         """The part that this device holds → the whole tensor, in `dtype`."""
-        part = part.astype(dtype)
-        return sharding.gather(mesh, part, spec)
+        return sharding.gather(mesh, part.astype(dtype), spec)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def use(gradient: Array, weight: Array, spec: P) -> Array:
@@ -85,7 +86,7 @@ def make_step(
 
         So the gradient has the layout and the precision that the strategy says, not the weight's.
         """
-        whole = gather(weight, spec) if strategy.parameters else weight
+        whole = gather(weight, spec) if from_masters else weight
         return checkpoint_name(whole, "weights")
 
     def use_forward(gradient: Array, weight: Array, spec: P):
@@ -114,7 +115,7 @@ def make_step(
 
     def local_gradients(params: Params, batch: Array) -> tuple[Array, Params]:
         """Of the masters' parts and this device's samples: the loss, the gradients' parts."""
-        weights = params if strategy.parameters else jax.tree.map(gather, params, specs)
+        weights = params if from_masters else jax.tree.map(gather, params, specs)
         layout = params if strategy.gradients else weights
 
         def of_micro_batch(tokens: Array) -> tuple[Array, Params]:
