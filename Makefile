@@ -1,5 +1,5 @@
 # Every target does its own set-up in .venv. `make train [SIZE=0.1b] [ARGS=…]` is the main job,
-# `make test` the proof.
+# `make test` the proof, `make docs` the reference of the Python API, in build/docs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,35 +13,41 @@ DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] && echo cuda13 || echo cuda12))
 comma := ,
 
-.PHONY: train test gpu-test lint clean
+# The stamps hold what they were made for: when a driver comes or goes, what is installed follows.
+INSTALLED = $(VENV)/.installed-$(or $(CUDA),cpu)
+
+.PHONY: train test gpu-test lint docs clean
 
 # On a CPU, large pages under XLA's buffers save a tenth of a step (glibc; ignored elsewhere).
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-train: $(VENV)/.installed
+train: $(INSTALLED)
 	$(BIN)/python -m rwkv_jax.train $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # On a machine with a GPU: the kernels' suite on the real kernels, and their benchmark.
-gpu-test: $(VENV)/.installed-dev
+gpu-test: $(INSTALLED)-dev
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/test_wkv7.py tests/test_wkv7_pallas.py
 	$(BIN)/python -m pallas_kernels.wkv7.bench
 
-lint: $(VENV)/.installed-dev
+lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)-dev
+	$(BIN)/pdoc --docformat google --math --output-directory build/docs rwkv_jax pallas_kernels
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/.installed: pyproject.toml
+$(INSTALLED): pyproject.toml
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.$(if $(CUDA),[$(CUDA)])'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml
+$(INSTALLED)-dev: pyproject.toml
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev$(if $(CUDA),$(comma)$(CUDA))]'
-	touch $@ $(VENV)/.installed
+	touch $(INSTALLED) $@

@@ -18,6 +18,9 @@ class ModelConfig:
 
     Letters as in the shapes throughout: L layers, C width, V vocabulary, H heads of size N,
     F the channel mix's inner width.
+
+    >>> ModelConfig(n_layer=12, n_embd=768).n_head
+    12
     """
 
     n_layer: int
@@ -50,7 +53,11 @@ class ModelConfig:
 
 
 def default_low_rank(n_embd: int) -> dict[str, int]:
-    """The low-rank widths of a fresh model: max(32, round(f·√C/32)·32), half to even."""
+    """The low-rank widths of a fresh model: max(32, round(f·√C/32)·32), half to even.
+
+    >>> default_low_rank(768)
+    {'dim_w': 64, 'dim_a': 64, 'dim_v': 32, 'dim_g': 128}
+    """
 
     def width(factor: float) -> int:
         return max(32, round(factor * math.sqrt(n_embd) / 32) * 32)

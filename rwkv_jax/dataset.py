@@ -42,6 +42,10 @@ def sample_numbers(step: int, world_size: int, micro_bsz: int) -> np.ndarray:
 
     which needs no miniepoch, and so is the order for any batch size: consecutive steps take
     consecutive ranges of n, and none is left out.
+
+    >>> sample_numbers(step=1, world_size=2, micro_bsz=3)
+    array([[ 7,  9, 11],
+           [ 8, 10, 12]])
     """
     batch = world_size * micro_bsz
     first = 1 + step * batch
@@ -49,7 +53,11 @@ def sample_numbers(step: int, world_size: int, micro_bsz: int) -> np.ndarray:
 
 
 def largest_magic_prime(tokens: int, ctx_len: int) -> int | None:
-    """The largest prime p ≡ 2 (mod 3) with p ≤ ⌊tokens/ctx_len⌋ − 1; None below 3 slots."""
+    """The largest prime p ≡ 2 (mod 3) with p ≤ ⌊tokens/ctx_len⌋ − 1; None below 3 slots.
+
+    >>> largest_magic_prime(1498226207, 512), largest_magic_prime(200499, 4096)
+    (2926181, 47)
+    """
     bound = tokens // ctx_len - 1
     for candidate in range(bound - (bound - 2) % 3, 1, -3):
         if _is_prime(candidate):

@@ -127,7 +127,11 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float, float]:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten.
+
+    >>> _ticks(0.7, 11.2, about=6)
+    [2.0, 4.0, 6.0, 8.0, 10.0]
+    """
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(power * m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= about)
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -43,6 +43,9 @@ def _vocabulary() -> list[bytes]:
 def encode(text: str) -> list[int]:
     """Token ids of `text`, without an end-of-document mark. Any text is encodable.
 
+    >>> encode("User: 你好\\n\\n")
+    [24281, 59, 33, 10464, 11685, 261]
+
     Raises:
         UserError: `text` holds half of a surrogate pair, which no bytes stand for.
     """
@@ -74,5 +77,9 @@ def decode_bytes(ids: Iterable[int]) -> bytes:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """`decode_bytes` as text; bytes that are not UTF-8 become U+FFFD."""
+    """`decode_bytes` as text; bytes that are not UTF-8 become U+FFFD.
+
+    >>> decode([10464, 11685]), decode([229])
+    ('你好', '�')
+    """
     return decode_bytes(ids).decode("utf-8", errors="replace")

@@ -103,7 +103,9 @@ def test_all_official_options_at_once():
 
 def test_official_demo_command_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"runs as it is:\n\n +python -m rwkv_jax\.train (.*?)\n\n", text, re.S)
+    command = re.search(
+        r"runs as it is:\n\n```sh\npython -m rwkv_jax\.train (.*?)\n```", text, re.S
+    )
     arguments = [part.strip('"') for part in command[1].replace("\\\n", " ").split()]
     config, ignored = parse_train_options(arguments)
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
@@ -216,11 +218,11 @@ def test_lora_dims_as_a_list_and_of_an_alias():
     assert widths(size="3b", lora_dims="g1") == G1["2.9b"]
 
 
-def test_readme_and_help_name_every_option(capsys):
-    rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "README.md").read_text("utf-8"), re.M)
-    in_readme = set(re.findall(r"--(\w+)", " ".join(rows)))
+def test_tables_and_help_name_every_option(capsys):
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert in_readme == fields | set(WITHOUT_MEANING)
+    for page in ("docs/options.md", "docs/zh-CN/options.md"):
+        rows = re.findall(r"^\| (`--.*?) \|", (ROOT / page).read_text("utf-8"), re.M)
+        assert set(re.findall(r"--(\w+)", " ".join(rows))) == fields | set(WITHOUT_MEANING), page
 
     with pytest.raises(SystemExit) as caught:
         parse_train_options(["--help"])
