@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from wkv7_suite import Case, WKV7Suite, cast, relative_error
+from jax.sharding import PartitionSpec
+from wkv7_suite import (
+    NAMES,
+    Case,
+    WKV7Suite,
+    cast,
+    outputs_and_gradients,
+    relative_error,
+)
 
 from pallas_kernels.wkv7 import api, pallas_triton, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
@@ -25,6 +33,34 @@ def interpret(monkeypatch):
 @pytest.mark.usefixtures("interpret")
 class TestPallasTriton(WKV7Suite):
     implementation = "pallas_triton"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
+def test_sharded_over_batch_and_heads(monkeypatch, implementation):
+    """On simulated devices, each of which has one head of one sequence: values and gradients."""
+    always = functools.partial(pallas_triton.wkv7_pallas_triton, interpret=True)
+    monkeypatch.setitem(globals(), "interpreted", always)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
+    devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    tokens, states = PartitionSpec("data", None, "model"), PartitionSpec("data", "model")
+    inputs = cast(Case("sharded", time=40, size=16, reset=((0, 20), (16, 17))), "float32")
+    op = functools.partial(wkv7, implementation=implementation, return_state=True)
+
+    def sharded(*inputs, reset, return_state):
+        return jax.shard_map(
+            lambda reset, *inputs: op(*inputs, reset=reset),
+            mesh=mesh,
+            in_specs=(PartitionSpec("data"), *[tokens] * 6, states),
+            out_specs=(tokens, states),
+            check_vma=False,  # Pallas' interpreter does not follow what varies over which axis
+        )(reset, *inputs)
+
+    with jax.default_device(devices[0, 0]):
+        whole = outputs_and_gradients(op, *inputs)
+        for name, x, y in zip(NAMES, outputs_and_gradients(sharded, *inputs), whole, strict=True):
+            assert len(x.sharding.device_set) == 4, name
+            assert relative_error(x, np.asarray(y, np.float64)) < 1e-6, name
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5)])

@@ -342,13 +342,14 @@ def _backward_ends_kernel(
         a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
         b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         dy = dy_ref[tokens, :].astype(dtype).T
-        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
-        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
+        # [to, from] here: only their transposes are needed, which cost a trip to shared memory.
+        rb = _only(_causal(same, False).T, dot(r, b, "Xy")).astype(dtype)
+        solve = _inverse(_only(_causal(same, True).T, dot(a, b, "Xy")), dtype, dot)
         end = dstate * exp2(half)[None, :]
         d = end.astype(dtype)
         ends_ref[chunk] = d
-        du = dot(dy, br, "xY") + _only(after, dot(d, b))
-        dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
+        du = dot(dy, rb) + _only(after, dot(d, b))
+        dx = dot(du.astype(dtype), solve).astype(dtype)
         dy, dx = _only(before, dy), _only(before, dx)
         dstate = _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
         return dstate * exp2(half)[None, :]
