@@ -100,12 +100,12 @@ def reference() -> Curve:
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Mean over a hundredth of all points on either side, as far as there are. [points] → same
+    """Mean over a fortieth of all points on either side, as far as there are. [points] → same
 
     Early on, where the loss falls, over no more than a fifth of the points so far.
     """
     at = np.arange(values.size)
-    width = np.minimum(values.size // 100, at // 5)
+    width = np.minimum(values.size // 40, at // 5)
     first, last = at - width, np.minimum(at + width + 1, values.size)
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[last] - total[first]) / (last - first)

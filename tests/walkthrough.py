@@ -117,13 +117,15 @@ def test_the_notebook_runs(checkout, monkeypatch):
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(checkout / "notebooks")}}
     )
-    client.execute()
-    printed = "\n".join(
-        output.get("text", "") + str(output.get("data", ""))
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-    )
-    print(printed)
+    try:
+        client.execute()
+    finally:
+        printed = "\n".join(
+            output.get("text", "") + str(output.get("data", ""))
+            for cell in notebook.cells
+            for output in cell.get("outputs", ())
+        )
+        print(printed)
     # `!` does not stop a notebook when a command fails: look for what each says at its end.
     for words in (
         "nothing is wrong",
