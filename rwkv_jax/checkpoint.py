@@ -1,11 +1,20 @@
 """Checkpoints of a run: all that is needed to go on as if nothing had happened. Orbax is here.
 
 `FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
-wants the model takes that alone, and the model's configuration as metadata.
+wants the model takes that alone, and a `manifest`: what the numbers are (`About`), and the size and
+SHA-256 of every file. It is written as `{step}.partial` and flushed, the manifest last; one rename
+then makes it a checkpoint. So a folder that has a number for a name was complete once, and what has
+happened to it since shows when it is read: nothing is restored that does not match its manifest.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +28,120 @@ from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
 
+MANIFEST = "manifest"
+_FORMAT = 1  # raise it when what is written changes its meaning
+_MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
+_MARGIN = 16 << 20  # bytes of free space beyond the arrays themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What the arrays of a checkpoint are.
+
+    Attributes:
+        model: the architecture.
+        loss: of the miniepoch in which the checkpoint lies.
+        run: what makes the run this run, and the step a place in it; names and values as `train`
+            compares them. Empty: a model alone.
+    """
+
+    model: ModelConfig
+    loss: MiniepochLoss = dataclasses.field(default_factory=MiniepochLoss)
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
+
 
 class Checkpoints:
     """The checkpoints in one folder, the newest `keep` of them; one is written at a time.
+
+    Only one process at a time may write to a folder: `run.lock` is for that.
 
     Args:
         folder: made when the first checkpoint is.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder = folder
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
-        self._pending: Any = None
+        self.folder = folder.absolute()
+        self._keep = keep
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
 
-    def latest(self) -> int | None:
-        """The newest step saved, or None."""
-        newest = self._orbax.latest
-        return None if newest is None else newest.step
+    def steps(self) -> list[int]:
+        """The steps saved, newest first."""
+        with contextlib.suppress(OSError):
+            return sorted((int(path.name) for path in _numbered(self.folder)), reverse=True)
+        return []
 
-    def save(
-        self,
-        step: int,
-        config: ModelConfig,
-        state: TrainState,
-        running: MiniepochLoss,
-        order: dict[str, int] | None = None,
-    ) -> None:
+    def about(self, step: int) -> About:
+        """What the checkpoint of a step is, after every byte of it has been compared.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return _verify(self.folder / str(step))
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of a step, laid out over the devices as `abstract` (with shardings) says.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        return TrainState(**_load(self.folder / str(step), abstract._asdict()))
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a checkpoint, so that it is neither read nor counted nor removed again."""
+        aside = self.folder / f"{step}.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        return aside
+
+    def save(self, step: int, state: TrainState, about: About) -> None:
         """Copies the state off the devices, then writes in the background.
 
-        A checkpoint appears under its name only when it is complete. `order` is what makes the step
-        number a place in the data and in the schedule; a run that goes on has to have the same.
+        What goes wrong there is raised by the next `save`, `check` or `close`. Older checkpoints
+        are removed when the new one is complete, and only then. A step that is there already is
+        left as it is.
+
+        Raises:
+            UserError: the last save failed, or this one cannot begin (no space, no permission).
         """
-        self.wait()
-        self._pending = self._orbax.save_checkpointables_async(
-            step,
-            state._asdict(),
-            custom_metadata={
-                "model": dataclasses.asdict(config),
-                "miniepoch_loss": dataclasses.asdict(running),
-                "order": order or {},
-            },
-            force=True,
-        )
+        self.close()
+        if step in self.steps():
+            return
+        _check_space(self.folder, state)
+        partial = self.folder / f"{step}.partial"
+        try:
+            for leftover in self.folder.glob("*.partial*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            response = _start_writing(partial, state._asdict())
+        except Exception as error:
+            raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+        described = dataclasses.asdict(about)  # as it is now
+        self._pending = self._writer.submit(self._finish, step, partial, response, described)
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, MiniepochLoss]:
-        """The state of a step, laid out over the devices as `abstract` (with shardings) says."""
-        items = self._orbax.load_checkpointables(step, abstract._asdict())
-        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        return TrainState(**items), MiniepochLoss(**metadata["miniepoch_loss"])
-
-    def order(self, step: int) -> dict[str, int]:
-        """What `save` was given as `order`."""
-        return self._orbax.checkpointables_metadata(step).custom_metadata["order"]
-
-    def model_config(self, step: int) -> ModelConfig:
-        """The configuration of the model of a step."""
-        metadata = self._orbax.checkpointables_metadata(step)
-        return ModelConfig(**metadata.custom_metadata["model"])
-
-    def wait(self) -> None:
-        """Returns when the last `save` is on disk; raises what went wrong with it."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+    def check(self) -> None:
+        """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
+        if self._pending is not None and self._pending.done():
+            self.close()
 
     def close(self) -> None:
-        self.wait()
-        self._orbax.close()
+        """Returns when the last `save` is on disk; raises the `UserError` of what went wrong."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _commit(partial, self.folder / str(step), about)
+                for old in self.steps()[self._keep :]:
+                    # Renamed first: half of it under its own name would look damaged.
+                    gone = (self.folder / str(old)).rename(self.folder / f"{old}.partial")
+                    shutil.rmtree(gone)
+        except Exception as error:
+            for leftover in self.folder.glob(f"{partial.name}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
@@ -98,45 +153,208 @@ def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
     Raises:
         UserError: it exists or cannot be written.
     """
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; give a new folder")
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        # Orbax, when it cannot make the folder, has its threads wait minutes for it.
-        folder.mkdir(parents=True)
-        folder.rmdir()
-        ocp.save_checkpointables(
-            folder.absolute(),
-            {"params": params},
-            custom_metadata={"model": dataclasses.asdict(config)},
-        )
-    except FileExistsError:
-        raise UserError(f"{folder}: exists already; give a new folder") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        _check_space(folder.parent, params)
+        _start_writing(partial, {"params": params}).result()
+        _commit(partial, folder, dataclasses.asdict(About(config)))
+    except Exception as error:
+        for leftover in folder.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
 
 
 def load_newest(path: Path) -> tuple[ModelConfig, Params]:
-    """The model of a checkpoint, or of the newest checkpoint in a run's output folder.
+    """The model of a checkpoint, or of the newest good checkpoint in a run's output folder.
 
     Returns:
         The configuration and the tree of float32 NumPy arrays; the optimizer's state is not read.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     folder = path.absolute()
-    # Orbax alone is not strict enough: a folder of checkpoints is one to it, too.
-    if not ((folder / "params").is_dir() and ocp.is_orbax_checkpoint(folder)):
-        newest = None
-        if (folder / "checkpoints").is_dir():  # which orbax would make
-            with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-                newest = checkpoints.latest()
-        if newest is None:
-            raise UserError(
-                f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
-            )
-        folder = folder / "checkpoints" / str(newest)
-    metadata = ocp.checkpointables_metadata(folder).custom_metadata
-    if not metadata or "model" not in metadata:
-        raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax")
-    config = ModelConfig(**metadata["model"])
+    if (folder / MANIFEST).exists():
+        return _load_model(folder)
+    steps = Checkpoints(folder / "checkpoints").steps()
+    for step in steps[:-1]:
+        with contextlib.suppress(UserError):
+            return _load_model(folder / "checkpoints" / str(step))
+    if steps:
+        return _load_model(folder / "checkpoints" / str(steps[-1]))
+    if (folder / "_CHECKPOINT_METADATA").exists():
+        raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
+    raise UserError(
+        f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
+    )
+
+
+def _load_model(folder: Path) -> tuple[ModelConfig, Params]:
+    config = _verify(folder, without="opt_state/").model
     abstract = jax.tree.map(lambda p: np.empty(p.shape, p.dtype), abstract_params(config))
-    return config, ocp.load_checkpointables(folder, {"params": abstract})["params"]
+    return config, _load(folder, {"params": abstract})["params"]
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def _check_space(folder: Path, tree: Any) -> None:
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _MARGIN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    if free < needed:
+        raise UserError(
+            f"{folder}: a checkpoint takes {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} are free"
+        )
+
+
+def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
+    """Orbax's save of `items` as the folder `partial`; returns when the arrays are copied."""
+    context = ocp.Context()
+    # Weights hardly compress; and without it a file bounds the memory that reading it takes.
+    context.array.saving.use_compression = False
+    # Otherwise, where it cannot make the folder, its threads wait minutes for it.
+    context.asynchronous.create_directories_asynchronously = False
+    with context:
+        return ocp.save_checkpointables_async(partial, items, overwrite=True)
+
+
+def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
+    """Flushes `partial`, adds the manifest and gives it its name."""
+    files = sorted(_files(partial))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: _digest(partial / name, flush=True), files)
+        entries = {
+            name: [(partial / name).stat().st_size, digest]
+            for name, digest in zip(files, digests, strict=True)
+        }
+    described = {"format": _FORMAT, **about, "files": entries}
+    body = json.dumps(described, indent=1).encode()
+    with (partial / MANIFEST).open("wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        _flush_folder(folder)
+    partial.rename(final)
+    _flush_folder(final.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes new names survive a power cut, on systems where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def _digest(path: Path, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _verify(folder: Path, without: str = "/") -> About:
+    """Compares the files, but for those whose names begin with `without`, with the manifest.
+
+    Raises:
+        UserError: names the first file that is not as it was written.
+    """
+    try:
+        about, files = _read_manifest(folder)
+        expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
+        for name, (size, _) in expected.items():
+            path = folder / name
+            if not path.is_file() or path.resolve() != folder.resolve() / name:
+                raise UserError(f"{folder}: damaged: {name} is missing")
+            if path.stat().st_size != size:
+                raise UserError(
+                    f"{folder}: damaged: {name} has {path.stat().st_size} bytes, not {size}"
+                )
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            digests = pool.map(lambda name: _digest(folder / name), expected)
+            for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
+                if digest != found:
+                    raise UserError(f"{folder}: damaged: {name} has other content than was written")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    stored = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
+    needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(about.model)))
+    if needed > stored:
+        raise UserError(f"{folder}: {stored} bytes do not hold a model of {needed}")
+    return about
+
+
+def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
+    """The manifest, every value of which has the type that it should."""
+    path = folder / MANIFEST
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_reporting(path))
+        with path.open("rb") as file:
+            content = file.read(_MAX_MANIFEST)
+        digest, _, body = content.partition(b"\n")
+        if digest != hashlib.sha256(body).hexdigest().encode():
+            raise ValueError("cut short or changed")
+        described = json.loads(body)
+        if described["format"] != _FORMAT:
+            raise ValueError(f"format {described['format']!r:.20}; this version reads {_FORMAT}")
+        numbers = described["model"]
+        if not all(type(value) is int and 0 < value < 1 << 31 for value in numbers.values()):
+            raise ValueError("no model")
+        total, steps = described["loss"]["total"], described["loss"]["steps"]
+        about = About(ModelConfig(**numbers), MiniepochLoss(float(total), int(steps)))
+        about = dataclasses.replace(about, run=dict(described["run"]))
+        files = {name: (int(size), str(sha)) for name, (size, sha) in described["files"].items()}
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file outside the folder")
+        return about, files
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turns whatever a file from elsewhere provokes into a `UserError` that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except Exception as error:
+        raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
+
+
+def _load(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    with _reporting(folder):
+        return ocp.load_checkpointables(folder, abstract)
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """The checkpoints in a folder: the directories with a number for a name."""
+    for path in folder.iterdir():
+        if path.name.isascii() and path.name.isdigit() and len(path.name) < 19 and path.is_dir():
+            yield path
+
+
+def _brief(error: Exception) -> str:
+    """One line of an error of any kind."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next(iter(text.splitlines()), "")
+    return f"{type(error).__name__}: {line[:200]}" if not isinstance(error, OSError) else line[:200]

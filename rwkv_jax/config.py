@@ -167,6 +167,15 @@ class TrainConfig:
         least=0)
     save_every_steps: int = _option(
         0, "output", "write a checkpoint every so many steps as well; 0: never", least=0)
+    save_every_minutes: float = _option(
+        30.0, "output", "write a checkpoint every so many minutes as well; 0: never", least=0)
+    keep_last: int = _option(2, "output", "checkpoints that are kept, the newest", least=1)
+    max_minutes: float = _option(
+        0.0, "output", "save and stop after so many minutes, for jobs with a time limit (leave "
+        "time for the save); 0: do not", least=0)
+    resume_anyway: int = _option(
+        0, "output", "1: go on from the checkpoint although the data, ctx_len, the batch or what "
+        "the run began with has changed, at as many tokens as were done", 0, 1)
     plot: int = _option(
         0, "output", "1: draw the loss as it falls, in proj_dir/loss.html and loss.png", 0, 1)
     wandb: str = _option("", "output", "Weights & Biases project to log to; empty: none")

@@ -28,6 +28,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.jsonl import tokenize_jsonl
 
 MINIEPOCH = 40320  # samples; 8!, so that most batch sizes divide it
+STALL_SECONDS = 10.0  # that a step waits for its batch before it is told
 _CACHE_FORMAT = 1  # part of a cached file's name: raise it when tokenize_jsonl's output changes
 _SCAN_TOKENS = 1 << 32  # a file up to this long is checked for stray ids before training
 
@@ -225,22 +226,52 @@ def _cached(path: Path) -> BinIdx:
     return open_binidx(prefix)
 
 
+def fingerprint(tokens: np.ndarray) -> str:
+    """Tells one token file from another: dtype, length, and a hash of 256 places in it.
+
+    A file of up to 16 MiB is hashed whole. The places are spread evenly, the first and last tokens
+    among them, so that a longer, shuffled or otherwise tokenized text is another one.
+    """
+    piece, places = (64 << 10) // tokens.itemsize, 256
+    content = hashlib.blake2b(digest_size=8)
+    for start in np.linspace(0, max(len(tokens) - piece, 0), places).astype(np.int64).tolist():
+        content.update(np.ascontiguousarray(tokens[start : start + piece]).data)
+        if len(tokens) <= piece:
+            break
+    return f"{content.hexdigest()} ({len(tokens)} {tokens.dtype.name})"
+
+
 Batch = TypeVar("Batch")
 
 
 def prefetch(
-    make: Callable[[int], Batch], start: int, depth: int = 2
+    make: Callable[[int], Batch],
+    start: int,
+    depth: int = 2,
+    stalled: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Batch, None, None]:
     """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
 
     An exception of `make` is raised by the `next` that would have returned its batch. Closing the
     iterator (`contextlib.closing`) cancels what is pending and waits for the thread.
+
+    Args:
+        stalled: called with the seconds waited when a batch is late: after `STALL_SECONDS`, and
+            each time that has doubled.
     """
+
+    def wait(batch: concurrent.futures.Future[Batch]) -> Batch:
+        waited, limit = 0.0, STALL_SECONDS
+        while not concurrent.futures.wait([batch], limit - waited).done:
+            stalled(limit)
+            waited, limit = limit, 2 * limit
+        return batch.result()
+
     pool = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
     try:
         pending = deque(pool.submit(make, start + ahead) for ahead in range(depth))
         while True:
-            batch = pending.popleft().result()
+            batch = wait(pending.popleft())
             start += 1
             pending.append(pool.submit(make, start + depth - 1))
             yield batch

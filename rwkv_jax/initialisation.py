@@ -39,6 +39,13 @@ def init_params(config: ModelConfig, seed: int = 0) -> Params:
     return jax.tree.map_with_path(value, abstract_params(config))
 
 
+def is_of_seed(embedding: np.ndarray, seed: int) -> bool:
+    """Whether `init_params` with this seed gives `emb.weight` [V, C], up to its rounding."""
+    rng = np.random.default_rng([seed, zlib.crc32(b"emb.weight")])
+    row = rng.uniform(-1e-4, 1e-4, embedding.shape[1])  # the first to be drawn
+    return bool(np.allclose(np.float64(embedding[0]), row, rtol=0, atol=1e-6))
+
+
 def _gain(name: str, rows: int, cols: int) -> float:
     match name:
         case "att.w2" | "att.a2" | "att.v2" | "att.g2":

@@ -1,13 +1,17 @@
 """What a run tells a person: the progress bar and train_log.txt (numbers: see tracking.py)."""
 
+import collections
 import dataclasses
 import datetime
 import math
+import statistics
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from rwkv_jax.log_file import LogFile
 
 SECONDS_BETWEEN_LINES = 10.0  # when there is no terminal to draw a bar on
 
@@ -93,16 +97,49 @@ class ProgressLine:
             self._bar.stop()
 
 
-def append_train_log(
-    folder: Path, miniepoch: int, mean_loss: float, rate: float, miniepoch_of_run: int
-) -> None:
-    """Adds a miniepoch's line to train_log.txt, in the official format:
+class TrainLog:
+    """train_log.txt, a line a miniepoch in the official format, each miniepoch once:
 
     `{miniepoch} {mean loss:.6f} {exp(loss):.4f} {lr:.8f} {timestamp} {miniepoch of this run}`
+
+    Args:
+        first: the miniepoch that is done next; lines from there on are of a run that was cut short.
+        begin: the run's first.
     """
-    line = (
-        f"{miniepoch} {mean_loss:.6f} {math.exp(mean_loss):.4f} {rate:.8f} "
-        f"{datetime.datetime.now()} {miniepoch_of_run}\n"
-    )
-    with (folder / "train_log.txt").open("a", encoding="utf-8") as log:
-        log.write(line)
+
+    def __init__(self, folder: Path, first: int, begin: int):
+        self._file = LogFile(folder / "train_log.txt", first)
+        self._begin = begin
+
+    def add(self, miniepoch: int, mean_loss: float, rate: float) -> None:
+        perplexity = math.exp(min(mean_loss, 700.0))  # float64 ends soon after
+        self._file.append(
+            f"{miniepoch} {mean_loss:.6f} {perplexity:.4f} {rate:.8f} "
+            f"{datetime.datetime.now()} {miniepoch - self._begin}\n"
+        )
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class LossWatch:
+    """Notices a loss far above those before it: a spike.
+
+    That is one more than `SIGMAS` standard deviations, and more than `LEAST`, above the mean of the
+    last `WINDOW` losses (32 of them at least).
+    """
+
+    WINDOW, SIGMAS, LEAST = 128, 6.0, 0.5
+
+    def __init__(self) -> None:
+        self._last: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
+
+    def add(self, loss: float) -> str:
+        """Takes the next loss; returns a few words if it is a spike, else ""."""
+        words = ""
+        if len(self._last) >= self.WINDOW // 4:
+            mean, deviation = statistics.fmean(self._last), statistics.pstdev(self._last)
+            if loss > mean + max(self.SIGMAS * deviation, self.LEAST):
+                words = f"loss {loss:.4f} after a mean of {mean:.4f}, a spike"
+        self._last.append(loss)
+        return words

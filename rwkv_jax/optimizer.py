@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rwkv_jax.config import TrainConfig
@@ -76,13 +77,25 @@ def keep_if(skip: jax.Array, old: Any, new: Any) -> Any:
     skipped, while Adam's bias correction counts the moments' updates.
     """
 
-    def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
-
     def choose(old: Any, new: Any) -> Any:
-        return new if is_schedule(new) else jnp.where(skip, old, new)
+        return new if _is_schedule(new) else jnp.where(skip, old, new)
 
-    return jax.tree.map(choose, old, new, is_leaf=is_schedule)
+    return jax.tree.map(choose, old, new, is_leaf=_is_schedule)
+
+
+def at_step(opt_state: optax.OptState, steps: int) -> optax.OptState:
+    """The same moments, with the learning rate of a run that has seen so many steps."""
+
+    def moved(node: Any) -> Any:
+        if not _is_schedule(node):
+            return node
+        return node._replace(count=jax.device_put(np.int32(steps), node.count.sharding))
+
+    return jax.tree.map(moved, opt_state, is_leaf=_is_schedule)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

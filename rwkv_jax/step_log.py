@@ -5,32 +5,33 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_jax.errors import UserError
+from rwkv_jax.log_file import LogFile
 
 STEP_LOG = "step_log.tsv"
 COLUMNS = ("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s")
 
 
 class StepLog:
-    """step_log.tsv: a header, then a line a step; appended to when a run goes on.
+    """step_log.tsv: a header, then a line a step, each step once, whatever interrupted the run.
 
-    train_log.txt has one line in 40320 samples; this is what curves are drawn from. After a crash
-    a run goes on from its last checkpoint, so steps can come twice: `read_step_log` takes the later
-    ones.
+    train_log.txt has one line in 40320 samples; this is what curves are drawn from.
+
+    Args:
+        first: the step that is done next; lines from there on are of a run that was cut short.
     """
 
-    def __init__(self, folder: Path):
-        path = folder / STEP_LOG
-        new = not path.exists() or path.stat().st_size == 0
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if new:
-            self._file.write("\t".join(COLUMNS) + "\n")
+    def __init__(self, folder: Path, first: int):
+        self._file = LogFile(folder / STEP_LOG, first, "\t".join(COLUMNS) + "\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         numbers = (f"{values[name]:.7g}" for name in COLUMNS[1:])
-        self._file.write("\t".join((str(step), *numbers)) + "\n")
+        self._file.append("\t".join((str(step), *numbers)) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
 
 
 def read_step_log(path: Path) -> dict[str, np.ndarray]:

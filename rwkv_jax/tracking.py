@@ -1,14 +1,13 @@
-"""Where a run's numbers go, step by step: step_log.tsv always, other trackers when asked for."""
+"""Where a run's numbers go, step by step: the trackers that were asked for."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.plot import LivePlot
-from rwkv_jax.step_log import StepLog
 
 
 class Tracker(Protocol):
@@ -66,12 +65,48 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_trackers(config: TrainConfig, folder: Path) -> Iterator[Tracker]:
-    """Those that the options ask for, one after the other."""
-    yield StepLog(folder)
-    if config.wandb:
-        yield Wandb(config.wandb, folder, dataclasses.asdict(config))
-    if config.tensorboard:
-        yield TensorBoard(folder)
-    if config.plot:
-        yield LivePlot(folder)
+class Guarded:
+    """A tracker that cannot stop a run: what it raises is told, the first time, and no more.
+
+    Args:
+        open_tracker: makes it; a `UserError` of this is raised, as the options are wrong then.
+        say: takes a line for the person who watches.
+    """
+
+    def __init__(self, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
+        self._say, self._told = say, False
+        self._tracker: Tracker | None = None
+        self._guard(lambda: setattr(self, "_tracker", open_tracker()), UserError)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if tracker := self._tracker:
+            self._guard(lambda: tracker.log(step, values))
+
+    def close(self) -> None:
+        if tracker := self._tracker:
+            self._guard(tracker.close)
+
+    def _guard(self, act: Callable[[], None], *passed: type[Exception]) -> None:
+        try:
+            act()
+        except passed:
+            raise
+        except Exception as error:
+            if not self._told:
+                line = next(iter(str(error).splitlines()), type(error).__name__)
+                self._say(f"warning: a tracker failed ({line}); training goes on without it")
+            self._told = True
+
+
+def open_trackers(
+    config: TrainConfig, folder: Path, say: Callable[[str], None]
+) -> Iterator[Tracker]:
+    """Those that the options ask for, one after the other (the step log is the trainer's own)."""
+    openers: dict[str, Callable[[], Tracker]] = {
+        "wandb": lambda: Wandb(config.wandb, folder, dataclasses.asdict(config)),
+        "tensorboard": lambda: TensorBoard(folder),
+        "plot": lambda: LivePlot(folder),
+    }
+    for name, opener in openers.items():
+        if getattr(config, name):
+            yield Guarded(opener, say)

@@ -1,6 +1,9 @@
 """What is saved comes back to the bit; what cannot be used is refused in one line."""
 
 import contextlib
+import re
+import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +13,7 @@ import pytest
 
 import rwkv_jax
 from rwkv_jax import checkpoint, sharding, step
-from rwkv_jax.checkpoint import Checkpoints
+from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import MiniepochLoss
@@ -34,8 +37,8 @@ def random_state(seed: int) -> step.TrainState:
     return jax.tree.map(leaf, abstract())
 
 
-def running(step: int) -> MiniepochLoss:
-    return MiniepochLoss(total=0.1 * step, steps=step)
+def about(step: int) -> About:
+    return About(MODEL, MiniepochLoss(total=0.1 * step, steps=step), {"ctx_len": 16, "data": "x"})
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,9 @@ def run(tmp_path_factory) -> Path:
     """A run's folder after checkpoints at the steps 3, 10 and 200, of states of these seeds."""
     folder = tmp_path_factory.mktemp("run")
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.steps() == []
         for number in (3, 10, 200):
-            checkpoints.save(number, MODEL, random_state(number), running(number))
+            checkpoints.save(number, random_state(number), about(number))
     return folder
 
 
@@ -58,15 +61,25 @@ def assert_same_bits(one, other):
 
 @pytest.mark.parametrize("devices", [4, 1])
 def test_restore_is_exact_on_any_number_of_devices(run, devices):
-    with contextlib.closing(Checkpoints(run / "checkpoints")) as checkpoints:
-        assert checkpoints.latest() == 200
-        assert checkpoints.model_config(200) == MODEL
-        for number in (10, 200):
-            state, loss = checkpoints.restore(number, abstract(devices))
-            assert_same_bits(state, random_state(number))
-            assert loss == running(number)
-            where = jax.tree.map(lambda leaf: leaf.sharding, abstract(devices))
-            assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
+    checkpoints = Checkpoints(run / "checkpoints")
+    assert checkpoints.steps() == [200, 10]
+    for number in (10, 200):
+        assert checkpoints.about(number) == about(number)
+        state = checkpoints.restore(number, abstract(devices))
+        assert_same_bits(state, random_state(number))
+        where = jax.tree.map(lambda leaf: leaf.sharding, abstract(devices))
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
+
+
+def test_the_arrays_may_be_overwritten_while_they_are_written(tmp_path):
+    """As the next step does, which takes its state's memory."""
+    state, expected = random_state(1), random_state(1)
+    overwrite = jax.jit(lambda tree: jax.tree.map(jax.numpy.zeros_like, tree), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, about(1))
+    jax.block_until_ready(overwrite(state))
+    checkpoints.close()
+    assert_same_bits(checkpoints.restore(1, abstract()), expected)
 
 
 def test_the_newest_two_are_kept(run):
@@ -106,3 +119,98 @@ def test_a_checkpoint_of_another_program(tmp_path):
     ocp.save_checkpointables(tmp_path / "other", {"params": {"w": np.zeros(3, np.float32)}})
     with pytest.raises(UserError, match="other: an orbax checkpoint, but not one of rwkv-jax"):
         rwkv_jax.load_params(tmp_path / "other")
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    return [
+        path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()
+    ]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_no_damaged_file_is_read(run, tmp_path, damage):
+    """Each file in turn: the checkpoint is refused, and the model is that of the one before."""
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "200"
+    checkpoints = Checkpoints(folder.parent)
+    before = checkpoint.load_newest(tmp_path / "run")[1]
+    for name in files_of(folder):
+        if name == "orbax.checkpoint" and damage != Path.unlink:
+            continue  # empty: neither can be done to it
+        content = (folder / name).read_bytes()
+        damage(folder / name)
+        with pytest.raises(UserError, match=rf"200.*({MANIFEST}|{re.escape(name)})"):
+            checkpoints.about(200)
+        params = checkpoint.load_newest(tmp_path / "run")[1]
+        of_optimizer = name.startswith("opt_state/")  # which a reader of the model does not need
+        assert_same_bits(params, before if of_optimizer else random_state(10).params)
+        (folder / name).write_bytes(content)
+    checkpoints.about(200)
+
+
+def test_links_out_of_a_checkpoint_are_not_followed(run, tmp_path):
+    shutil.copytree(run / "checkpoints" / "200", tmp_path / "200")
+    array_file = next(tmp_path.glob("200/params/ocdbt*/d/*"))
+    array_file.rename(tmp_path / "elsewhere")
+    array_file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is missing"):
+        rwkv_jax.load_params(tmp_path / "200")
+
+
+@pytest.fixture
+def small_files():
+    """Within it, nothing in this process can write a file of more than 4 kB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextlib.contextmanager
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, random_state(1), about(1))
+    checkpoints.close()
+    with small_files():
+        checkpoints.save(2, random_state(2), about(2))
+        with pytest.raises(UserError, match="2.partial: cannot be written: "):
+            checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert_same_bits(checkpoints.restore(1, abstract()), random_state(1))
+    checkpoints.save(3, random_state(3), about(3))
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_space_is_looked_for_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="a checkpoint takes 17 MB, but 0 are free"):
+        Checkpoints(tmp_path).save(1, random_state(1), about(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):
+    for name in ("5.partial", "5.partial.orbax-checkpoint-tmp-1", "4.aside"):
+        (tmp_path / name / "params").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == []
+    checkpoints.save(6, random_state(1), about(6))
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4.aside", "6"]

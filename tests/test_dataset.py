@@ -18,6 +18,7 @@ from rwkv_jax.binidx import BinIdxWriter, open_binidx
 from rwkv_jax.dataset import (
     Dataset,
     choose_magic_prime,
+    fingerprint,
     largest_magic_prime,
     open_dataset,
     prefetch,
@@ -389,3 +390,28 @@ def test_prefetch_raises_where_the_batch_would_have_come():
     assert [next(steps) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="step 3"):
         next(steps)
+
+
+def test_a_late_batch_is_told(monkeypatch):
+    monkeypatch.setattr(dataset, "STALL_SECONDS", 0.02)
+    release, told = threading.Event(), []
+
+    def stalled(seconds):
+        told.append(seconds)
+        if len(told) == 3:
+            release.set()
+
+    with contextlib.closing(prefetch(lambda step: release.wait(), 0, stalled=stalled)) as steps:
+        assert next(steps)
+    assert told == [0.02, 0.04, 0.08]
+
+
+@pytest.mark.parametrize("at", [0, 500_000, 9_999_999])
+def test_fingerprints_of_data(at):
+    tokens = np.arange(10_000_000).astype(np.uint16)
+    assert fingerprint(tokens) == fingerprint(tokens.copy())
+    assert fingerprint(tokens) != fingerprint(tokens[:-1])
+    assert fingerprint(tokens) != fingerprint(tokens.astype(np.int32))
+    short = tokens[:1_000_000].copy()
+    short[min(at, 999_999)] += 1
+    assert fingerprint(tokens[:1_000_000]) != fingerprint(short)

@@ -5,17 +5,18 @@ import math
 import re
 import types
 
+import numpy as np
 import pytest
 
 from rwkv_jax import metrics
-from rwkv_jax.metrics import MiniepochLoss, ProgressLine, append_train_log
+from rwkv_jax.metrics import LossWatch, MiniepochLoss, ProgressLine, TrainLog
 
 
 def test_train_log_has_the_official_format(tmp_path):
     """The reference curve's first two values, at its rates."""
     before = datetime.datetime.now()
-    append_train_log(tmp_path, 0, 4.875856, 0.00059977, 0)
-    append_train_log(tmp_path, 12, 4.0286206, 6e-5, 3)
+    TrainLog(tmp_path, 0, begin=0).add(0, 4.875856, 0.00059977)
+    TrainLog(tmp_path, 12, begin=9).add(12, 4.0286206, 6e-5)
     first, second = (tmp_path / "train_log.txt").read_text(encoding="utf-8").splitlines()
     head, date, time, of_run = first.rsplit(" ", 3)
     assert head == f"0 4.875856 {math.exp(4.875856):.4f} 0.00059977"
@@ -25,6 +26,20 @@ def test_train_log_has_the_official_format(tmp_path):
     assert second.startswith("12 4.028621 56.1834 0.00006000 ") and second.endswith(" 3")
     # as a program that plots the file reads it
     assert [len(line.split(" ")) for line in (first, second)] == [7, 7]
+
+
+def test_a_mean_loss_beyond_float64_can_be_logged(tmp_path):
+    TrainLog(tmp_path, 0, begin=0).add(0, 1e6, 1e-3)
+    assert (tmp_path / "train_log.txt").read_text().startswith("0 1000000.000000 1014")
+
+
+def test_a_spike_is_noticed_and_noise_is_not():
+    rng, watch = np.random.default_rng(0), LossWatch()
+    assert not any(watch.add(3 + 0.1 * noise) for noise in rng.standard_normal(1000))
+    assert watch.add(9.0).startswith("loss 9.0000 after a mean of ")
+    assert not watch.add(3.0)
+    falling = LossWatch()
+    assert not any(falling.add(11.0 - step / 100) for step in range(800))
 
 
 def test_mean_loss_of_a_miniepoch():

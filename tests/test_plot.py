@@ -30,7 +30,7 @@ def run(tmp_path) -> Path:
     """A run of 500 steps of 8192 tokens whose loss is 3 + 8/√(step + 1); one is no number."""
     folder = tmp_path / "run <a> [6e-4]"
     folder.mkdir()
-    log = StepLog(folder)
+    log = StepLog(folder, 0)
     for step in range(500):
         loss = float("nan") if step == 7 else 3 + 8 / (step + 1) ** 0.5
         tokens = (step + 1) * 8192 / 1e9

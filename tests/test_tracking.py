@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.step_log import COLUMNS, STEP_LOG, StepLog, read_step_log
-from rwkv_jax.tracking import TensorBoard, Wandb
+from rwkv_jax.tracking import Guarded, TensorBoard, Wandb
 
 WD = 0.001
 
@@ -19,7 +19,7 @@ def values(step: int, loss: float) -> dict[str, float]:
 
 
 def write(folder, losses: dict[int, float]) -> None:
-    log = StepLog(folder)
+    log = StepLog(folder, min(losses, default=0))
     for step, loss in losses.items():
         log.log(step, values(step, loss))
     log.close()
@@ -108,3 +108,38 @@ def test_wandb_is_called_with_what_was_given(monkeypatch, tmp_path):
         ("log", 3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
         ("finish",),
     ]
+
+
+class Failing:
+    def __init__(self, where: str):
+        self.where, self.logged = where, []
+        self._fail("open")
+
+    def _fail(self, here: str) -> None:
+        if here == self.where:
+            raise OSError(f"network unreachable in {here}\nat length")
+
+    def log(self, step, values):
+        self._fail("log")
+
+    def close(self):
+        self._fail("close")
+
+
+@pytest.mark.parametrize("where", ["open", "log", "close"])
+def test_a_tracker_cannot_stop_a_run(where):
+    said = []
+    tracker = Guarded(lambda: Failing(where), said.append)
+    for step in range(3):
+        tracker.log(step, {})
+    tracker.close()
+    reason = f"network unreachable in {where}"
+    assert said == [f"warning: a tracker failed ({reason}); training goes on without it"]
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_of_the_options():
+    def missing():
+        raise UserError("not installed")
+
+    with pytest.raises(UserError, match="not installed"):
+        Guarded(missing, print)

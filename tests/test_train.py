@@ -20,13 +20,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import rwkv_jax
-from rwkv_jax import pth, weights
+from rwkv_jax import build, metrics, pth, schedule, weights
 from rwkv_jax import train as trainer
 from rwkv_jax.binidx import BinIdxWriter
+from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import ModelConfig, TrainConfig
-from rwkv_jax.dataset import open_dataset
+from rwkv_jax.dataset import Dataset, open_dataset
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
+from rwkv_jax.optimizer import keep_if
+from rwkv_jax.run import lock
 from rwkv_jax.step import Metrics
 
 V, T, STEPS, MINIEPOCH = 512, 16, 12, 5
@@ -93,7 +96,7 @@ def config(data: Path, folder: Path, **options) -> TrainConfig:
 def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
     """Runs with miniepochs of five samples; returns the losses. A real signal may stop it."""
     losses = []
-    show = trainer.ProgressLine.show
+    show = metrics.ProgressLine.show
 
     def listen(self, step, loss, *more):
         losses.append(loss)
@@ -102,8 +105,8 @@ def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
         return show(self, step, loss, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "MINIEPOCH", MINIEPOCH)
-        patch.setattr(trainer.ProgressLine, "show", listen)
+        patch.setattr(schedule, "MINIEPOCH", MINIEPOCH)
+        patch.setattr(metrics.ProgressLine, "show", listen)
         if stop_after:
             with pytest.raises(SystemExit) as stopped:
                 trainer.train(options)
@@ -135,7 +138,7 @@ def log(folder: Path) -> list[list[str]]:
 
 def test_files_of_a_run(run):
     folder, losses = run
-    names = ["checkpoints", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "rwkv-init.pth"]
+    names = [".lock", "checkpoints", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "rwkv-init.pth"]
     assert sorted(path.name for path in folder.iterdir()) == [
         *names,
         "step_log.tsv",
@@ -143,7 +146,7 @@ def test_files_of_a_run(run):
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
     shapes = weights.official_shapes(MODEL)
-    for name in names[1:]:
+    for name in names[2:]:
         tensors = pth.read(folder / name)
         assert {key: tensor.shape for key, tensor in tensors.items()} == shapes
         assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
@@ -248,11 +251,129 @@ def test_a_final_model_that_got_lost_is_written_again(data, run, tmp_path):
     assert (folder / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
 
-def test_a_run_goes_on_in_the_same_order_only(data, run):
-    with pytest.raises(UserError, match=f"begun with ctx_len {T}, not {2 * T}, magic_prime"):
-        train(config(data, run[0], ctx_len=2 * T))
-    with pytest.raises(UserError, match="begun with samples a step 1, not 2;"):
-        train(config(data, run[0], micro_bsz=2))
+def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
+    """What has changed is named, and refused when it makes another run."""
+    other = tmp_path / "other"
+    with BinIdxWriter(other) as writer:
+        writer.append(np.arange(2000) % 61 + 1, [2000])
+    for options, changed in {
+        ("ctx_len", 2 * T): f"ctx_len {T}, not {2 * T}, magic_prime",
+        ("micro_bsz", 2): "samples a step 1, not 2;",
+        ("data_file", str(other)): r"data \w+ \(2000 uint16\), not \w+ \(2000 uint16\);",
+        ("random_seed", 1): "random_seed unset, not 1;",
+        ("load_model", "other.pth"): "load_model unset, not .*/other.pth;",
+        ("epoch_begin", 1): "epoch_begin unset, not 1;",
+    }.items():
+        with pytest.raises(UserError, match=f"this run was begun with {changed}"):
+            train(config(data, run[0], **dict([options])))
+    assert train(config(data, run[0], weight_decay=0.5)) == []
+    assert (
+        "note: this run went on so far with weight_decay 0.001, not 0.5" in capsys.readouterr().out
+    )
+
+
+def test_resume_anyway_goes_on_at_as_many_tokens(data, stopped, tmp_path, capsys):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    options = config(data, tmp_path, micro_bsz=2, my_exit_tokens=14 * T, resume_anyway=1)
+    assert len(train(options)) == 14 // 2 - 3  # 7 steps of 1 sample are 3 of 2 and a half
+    assert "samples a step 1, not 2" in capsys.readouterr().out
+    rates = [float(words[3]) for words in log(tmp_path)]
+    assert rates[-1] == pytest.approx(0.45 / 64 * (0.01 + 0.99 * 6 / 10), abs=1e-8)
+    (newest,) = Checkpoints(tmp_path / "checkpoints").steps()[:1]
+    assert newest == 7
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    data, run, stopped, tmp_path, capsys
+):
+    """The logs go back with it."""
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    done = len(stopped[1])
+    (array_file,) = (tmp_path / "checkpoints" / str(done)).glob("params/ocdbt*/d/*")
+    content = bytearray(array_file.read_bytes())
+    content[-100] ^= 1
+    array_file.write_bytes(content)
+    with (tmp_path / "step_log.tsv").open("a") as lines:
+        lines.write("9\t0.1")  # the power went
+    assert len(train(config(data, tmp_path))) == STEPS - MINIEPOCH
+    said = capsys.readouterr().out
+    assert (
+        f"{done}: damaged: {array_file.relative_to(tmp_path / 'checkpoints' / str(done))}" in said
+    )
+    assert f"now {done}.aside, going on from step {MINIEPOCH}" in said
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+    assert log(tmp_path) == log(run[0])
+    steps = [line.split()[0] for line in (tmp_path / "step_log.tsv").read_text().splitlines()]
+    assert steps == ["step", *map(str, range(STEPS))]
+
+
+def test_checkpoints_that_are_all_damaged_are_no_reason_to_begin_anew(data, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    for manifest in tmp_path.glob("checkpoints/*/manifest"):
+        manifest.unlink()
+    with pytest.raises(UserError, match="manifest: is missing; no other checkpoint is whole"):
+        train(config(data, tmp_path))
+
+
+def test_two_trainers_do_not_share_a_folder(data, tmp_path):
+    with lock(tmp_path):
+        with pytest.raises(
+            UserError, match=f"another trainer is at work there .process {os.getpid()}"
+        ):
+            train(config(data, tmp_path))
+    with lock(tmp_path):  # and it is let go
+        pass
+
+
+def test_a_failed_save_is_tried_again_and_the_run_goes_on(data, run, tmp_path, monkeypatch, capsys):
+    """No space for the first three checkpoints."""
+    tries, usage = itertools.count(), shutil.disk_usage(tmp_path)
+
+    def free(_):
+        return usage._replace(free=0) if next(tries) < 3 else usage
+
+    monkeypatch.setattr("rwkv_jax.checkpoint.shutil.disk_usage", free)
+    monkeypatch.setattr("rwkv_jax.run.RETRY_SECONDS", 0.0)
+    train(config(data, tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("but 0 are free; the earlier checkpoints are as they were") == 3
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [12, 10]
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+
+
+def test_max_minutes(data, tmp_path, standing_still, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(config(data, tmp_path, max_minutes=1e-9))
+    assert stopped.value.code == 1
+    assert "stopped and saved at step 1: the same command goes on" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+
+
+def test_save_every_minutes(data, tmp_path, standing_still):
+    train(config(data, tmp_path, save_every_minutes=1e-9, keep_last=99, epoch_save=0))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == list(range(STEPS, 0, -1))
+
+
+def test_bad_data_in_the_middle_stops_with_what_was_done(
+    data, tmp_path, monkeypatch, standing_still
+):
+    batch = Dataset.batch
+
+    def damaged(self, step, *shape):
+        if step == 3:
+            raise UserError("token 7 has id 999")
+        return batch(self, step, *shape)
+
+    monkeypatch.setattr(Dataset, "batch", damaged)
+    with pytest.raises(UserError, match="id 999"):
+        train(config(data, tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
+
+
+def test_an_initialisation_of_another_seed_is_refused(data, run, tmp_path):
+    shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
+    with pytest.raises(UserError, match="rwkv-init.pth: is not of --random_seed 3; remove it"):
+        train(config(data, tmp_path, random_seed=3))
 
 
 def stumbling(monkeypatch, finite: Callable[[int], bool]):
@@ -274,11 +395,44 @@ def test_steps_that_are_not_finite_are_left_out(data, tmp_path, monkeypatch, cap
 
 
 def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
+    """With a checkpoint from before them, and none of theirs."""
     stumbling(monkeypatch, lambda step: step < 2)
     offset = open_dataset(data, T).offsets(np.array([3])).item()
-    with pytest.raises(UserError, match=f"steps from step 2 on, which has .* tokens {offset}: "):
-        train(config(data, tmp_path))
+    with pytest.raises(UserError, match=rf"in 8 steps from step 2 on \(.* tokens {offset}\): "):
+        train(config(data, tmp_path, save_every_steps=1, keep_last=9))
     assert not (tmp_path / "rwkv-final.pth").exists()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.steps() == [2, 1]
+    assert checkpoints.about(2).loss == metrics.MiniepochLoss(2.0, 2)
+
+
+def test_a_run_that_was_stopped_so_goes_on_from_before(data, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "build_step", failing_from(7, build.build_step))
+        with pytest.raises(UserError, match="in 3 steps from step 7 on"):
+            patch.setattr(trainer, "PATIENCE", 3)
+            train(config(data, tmp_path))
+    assert len(train(config(data, tmp_path))) == STEPS - 7
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+    assert log(tmp_path) == log(run[0])
+
+
+def failing_from(first: int, build_step):
+    """The true steps, but those from `first` on are skipped as `step` does it."""
+
+    def built(*arguments):
+        run_step, steps = build_step(*arguments), itertools.count()
+
+        def step(state, batch):
+            before = jax.tree.map(jnp.copy, state)
+            state, result = run_step(state, batch)
+            skipped = next(steps) >= first
+            state = keep_if(jnp.bool(skipped), before, state)
+            return state, result._replace(skipped=jnp.bool(skipped))
+
+        return step
+
+    return built
 
 
 def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path, monkeypatch):
@@ -332,7 +486,7 @@ def test_stage_one_writes_the_initialisation_alone(run, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as done:
         run_command(trainer.main)
     assert done.value.code == 0
-    assert [path.name for path in folder.iterdir()] == ["rwkv-init.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "rwkv-init.pth"]
     assert (folder / "rwkv-init.pth").read_bytes() == (run[0] / "rwkv-init.pth").read_bytes()
     note = "note: --my_testing has no effect: every model here is x070\n"
     assert capsys.readouterr().err == note
@@ -395,9 +549,9 @@ def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_sti
 
 
 def test_a_checkpoint_of_another_model(data, run):
-    with pytest.raises(UserError, match="checkpoints: has n_layer 2, not 3, n_embd 64, not 128"):
+    with pytest.raises(UserError, match="12: has n_layer 2, not 3, n_embd 64, not 128"):
         train(config(data, run[0], n_layer=3, n_embd=128))
-    with pytest.raises(UserError, match="checkpoints: has dim_v 32, not 24"):
+    with pytest.raises(UserError, match="12: has dim_v 32, not 24"):
         train(config(data, run[0], lora_dims="32,32,24,64"))
 
 

@@ -1,0 +1,130 @@
+"""Where the numbers of a step go: to the person, the logs and the trackers. Trouble shows here."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax import weights
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.dataset import Dataset
+from rwkv_jax.errors import UserError
+from rwkv_jax.metrics import LossWatch, MiniepochLoss, ProgressLine, TrainLog
+from rwkv_jax.model import Params
+from rwkv_jax.schedule import Schedule
+from rwkv_jax.step import Metrics
+from rwkv_jax.step_log import StepLog
+from rwkv_jax.tracking import open_trackers
+
+PATIENCE = 8  # steps in a row without a finite loss and gradient, then a run stops
+
+
+class Report(contextlib.ExitStack):
+    """Takes the metrics of each step, in order.
+
+    Args:
+        rates: learning rate of each step, from the schedule's first on.
+        first: the step that is done next.
+        running: the mean loss of its miniepoch so far.
+
+    Attributes:
+        running: that mean, kept.
+        skipped: the last steps, in a row, that were left out as not finite.
+        before: `running` as it was before them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        schedule: Schedule,
+        data: Dataset,
+        rates: np.ndarray,
+        first: int,
+        running: MiniepochLoss,
+    ):
+        super().__init__()
+        self._config, self._schedule, self._data, self._rates = config, schedule, data, rates
+        self.running, self.before, self.skipped = running, copy.copy(running), list[int]()
+        folder, bar = Path(config.proj_dir), {"auto": None, "True": True, "False": False}
+        self._watch = LossWatch()
+        self._pending: tuple[int, Metrics] | None = None
+        self._train_log = TrainLog(folder, schedule.miniepoch(first), config.epoch_begin)
+        self._step_log = StepLog(folder, first)
+        self._progress = ProgressLine(
+            first, schedule.last_step, schedule.tokens_per_step, bar[config.enable_progress_bar]
+        )
+        self.say = self._progress.say
+        self.callback(self._progress.close)
+        self._trackers = [
+            self.enter_context(contextlib.closing(tracker))
+            for tracker in open_trackers(config, folder, self.say)
+        ]
+        self.callback(self.flush)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes a step that is under way, and reports the one before, which is done."""
+        self.catch_up()
+        self._pending = step, metrics
+
+    def catch_up(self) -> None:
+        """Waits for the step that is under way, and reports it."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._report(*pending)
+
+    def try_export(self, path: Path, params: Params) -> bool:
+        """Writes a .pth; whether that worked."""
+        try:
+            weights.save_pth(path, params)
+        except UserError as error:
+            self.say(f"warning: {error}; a checkpoint of this step can be converted to it")
+            return False
+        self.say(f"wrote {path}")
+        return True
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        rate = float(self._rates[step - self._schedule.first_step])
+        if metrics.skipped:
+            if not self.skipped:
+                self.before = copy.copy(self.running)
+            self.skipped.append(step)
+            self.say(f"step {step}: loss {loss}, gradient norm {norm}: left out ({self.at(step)})")
+        else:
+            self.skipped.clear()
+            self.running.add(loss)
+            if words := self._watch.add(loss):
+                self.say(f"step {step}: {words} ({self.at(step)})")
+        speed = self._progress.show(step, loss, self.running.mean, rate, norm)
+        values = {
+            "loss": loss,
+            "lr": rate,
+            "wd": self._config.weight_decay,
+            "Gtokens": (step + 1) * self._schedule.tokens_per_step / 1e9,
+            "kt/s": speed / 1000,
+            "grad_norm": norm,
+        }
+        for tracker in (self._step_log, *self._trackers):
+            tracker.log(step, values)
+        ends = self._schedule.ends_miniepoch(step)
+        if ends or step + 1 == self._schedule.last_step:
+            self._train_log.add(self._schedule.miniepoch(step), self.running.mean, rate)
+        if ends:
+            self.running.reset()
+
+    def at(self, step: int) -> str:
+        """Where the samples of a step lie in the data, in words."""
+        batch = self._schedule.batch
+        offsets = self._data.offsets(1 + step * batch + np.arange(batch)).tolist()
+        more = f" and {batch - 8} more" if batch > 8 else ""
+        return f"samples at the tokens {', '.join(map(str, offsets[:8]))}{more}"
+
+    def stalled(self, seconds: float) -> None:
+        """The next batch is late."""
+        self.say(f"warning: waiting for data for {seconds:.0f} s: is the disk slow or gone?")
+
+    def flush(self) -> None:
+        """Makes the logs survive a power cut, before a checkpoint says that the steps are done."""
+        self._train_log.flush()
+        self._step_log.flush()

@@ -1,0 +1,183 @@
+"""A run as a thing with an identity: what makes it this one, who may go on with it, when it stops
+and when it saves.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rwkv_jax.checkpoint import About, Checkpoints
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.dataset import Dataset, fingerprint
+from rwkv_jax.errors import UserError
+from rwkv_jax.step import TrainState
+
+RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+
+# Options that a run may go on with changed; every later step is another for it.
+_CHANGEABLE = (
+    "my_exit_tokens",
+    "lr_init",
+    "lr_final",
+    "warmup_steps",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "weight_decay",
+    "grad_clip",
+    "precision",
+)
+
+
+def identity(config: TrainConfig, data: Dataset, batch: int) -> dict[str, Any]:
+    """What a run is made of besides its model: with the step number, all that a step depends on.
+
+    Nothing is drawn at random but the initial weights, by random_seed: there is no other key.
+    """
+    return {
+        "data": fingerprint(data.tokens),
+        "samples a step": batch,
+        "ctx_len": config.ctx_len,
+        "magic_prime": data.magic_prime,
+        "epoch_begin": config.epoch_begin,
+        "random_seed": config.random_seed,
+        "load_model": str(Path(config.load_model).resolve()) if config.load_model else "",
+        **{name: getattr(config, name) for name in _CHANGEABLE},
+    }
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What has changed, as "name old, not new": what makes it another run, and what may change.
+
+    A run that began with --load_model goes on without it, too.
+    """
+    differing = [
+        name
+        for name in now
+        if then.get(name) != now[name] and not (name == "load_model" and not now[name])
+    ]
+    told = {name: f"{name} {then.get(name) or 'unset'}, not {now[name]}" for name in differing}
+    return (
+        [told[name] for name in differing if name not in _CHANGEABLE],
+        [told[name] for name in differing if name in _CHANGEABLE],
+    )
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds a run's output folder; the system lets go of it when the process ends, however.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    try:
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--proj_dir {folder}: {error.strerror}; give another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip()
+            raise UserError(
+                f"--proj_dir {folder}: another trainer is at work there ({holder}); wait for it, "
+                "or give another folder"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"note: {folder} cannot be locked: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            file.flush()
+        yield
+
+
+class Stop:
+    """True from the moment at which the run should save and end: a signal, or its time is up.
+
+    A second SIGINT ends the process at once. Every file that a run writes appears complete or not
+    at all, so that costs the steps since the last checkpoint and no more.
+
+    Args:
+        at: by `time.monotonic`, or None.
+    """
+
+    def __init__(self, at: float | None):
+        self._at = at
+        self.reason = ""
+
+    def __bool__(self) -> bool:
+        if not self.reason and self._at is not None and time.monotonic() >= self._at:
+            self.reason = "--max_minutes are over"
+        return bool(self.reason)
+
+    def __enter__(self) -> "Stop":
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason:
+            # Not an exception: clean-up would wait for the checkpoint that is being written.
+            os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the bar hides the cursor
+            os._exit(130)
+        if not self.reason:
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        self.reason = signal.Signals(number).name
+
+
+class Saver:
+    """Writes checkpoints when it is time to. What goes wrong is told and tried again, not raised.
+
+    Args:
+        say: takes a line for the person who watches.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, config: TrainConfig, say: Callable[[str], None]):
+        self._checkpoints, self._say = checkpoints, say
+        self._every_steps = config.save_every_steps
+        self._seconds = 60.0 * config.save_every_minutes or float("inf")
+        self._due_at = time.monotonic() + self._seconds
+
+    def due(self, done: int) -> bool:
+        """Whether a checkpoint should be written now that so many steps are done."""
+        self._telling(self._checkpoints.check)
+        on_step = self._every_steps and done % self._every_steps == 0
+        return bool(on_step) or time.monotonic() >= self._due_at
+
+    def save(self, step: int, state: TrainState, about: About) -> None:
+        """Starts a checkpoint; the arrays may be overwritten when this returns."""
+        self._due_at = time.monotonic() + self._seconds
+        self._telling(lambda: self._checkpoints.save(step, state, about))
+
+    def finish(self) -> bool:
+        """Waits for the last checkpoint; whether it is on disk."""
+        return self._telling(self._checkpoints.close)
+
+    def _telling(self, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except UserError as error:
+            self._say(f"warning: {error}; the earlier checkpoints are as they were")
+            self._due_at = time.monotonic() + RETRY_SECONDS
+            return False
+        return True
