@@ -237,6 +237,10 @@ def test_every_option_is_official_or_ours():
         "lora_dims",
         "accumulate_grad_batches",
         "save_every_steps",
+        "save_every_minutes",
+        "keep_last",
+        "max_minutes",
+        "resume_anyway",
         "tensorboard",
         "plot",
     }
