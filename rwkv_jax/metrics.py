@@ -54,7 +54,7 @@ class ProgressLine:
         console = Console()
         self._bar: Progress | None = None
         if console.is_terminal if bar is None else bar:
-            columns = (BarColumn(), TextColumn("{task.description}", markup=False))
+            columns = (BarColumn(16), TextColumn("{task.description}", markup=False))
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("compiling the step …", total=last, completed=first)
             self._bar.start()
@@ -74,14 +74,12 @@ class ProgressLine:
         (old_step, old), done = self._times[0], step + 1
         pace = (step - old_step) / (now - old) if step > old_step else 0.0  # steps a second
         left = str(datetime.timedelta(seconds=round((self.last - done) / pace))) if pace else "?"
-        text = (
-            f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e} "
-            f"norm {norm:.2f} {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
-        )
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
+        text = f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e}"
+        more = f"norm {norm:.2f} {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
+        if self._bar:  # beside which 80 columns hold half of it
+            self._bar.update(self._task, completed=done, description=f"{text}\n{more}")
         elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:
-            print(text, flush=True)
+            print(text, more, flush=True)
             self._printed = now
         return pace * self.tokens
 
