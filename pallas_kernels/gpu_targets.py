@@ -35,6 +35,8 @@ class GpuTarget:
     l2_mb: float
     shared_kb_core: int  # KiB a core; one block may take 1 KiB less
     threads_core: int
+    tensor_tflops: float  # 16-bit operands, float32 sums, nothing sparse
+    fp32_tflops: float  # outside of the tensor cores
     fpus_core: int = 128
 
     @property
@@ -77,18 +79,34 @@ device_description_str: "{self.device_kind}"
 """
 
 
+# fmt: off
 GPU_TARGETS = {
-    "a100": GpuTarget("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 79.2, 2039, 40, 164, 2048, 64),
-    "a6000": GpuTarget("NVIDIA RTX A6000", (8, 6), 84, 1.80, 47.5, 768, 6, 100, 1536),
-    "rtx3090": GpuTarget("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.70, 23.7, 936, 6, 100, 1536),
-    "rtx4090": GpuTarget("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 23.6, 1008, 72, 100, 1536),
-    "l4": GpuTarget("NVIDIA L4", (8, 9), 58, 2.04, 22.0, 300, 48, 100, 1536),
-    "h100": GpuTarget("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 79.1, 3352, 50, 228, 2048),
-    "rtx5090": GpuTarget("NVIDIA GeForce RTX 5090", (12, 0), 170, 2.41, 31.3, 1792, 96, 100, 1536),
+    "t4": GpuTarget(
+        "Tesla T4", (7, 5), 40, 1.59, 14.6, 320, 4, 64, 1024, 65, 8.1, 64),
+    "a100": GpuTarget(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 79.2, 2039, 40, 164, 2048, 312, 19.5, 64),
+    "a100-40": GpuTarget(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 39.4, 1555, 40, 164, 2048, 312, 19.5, 64),
+    "a6000": GpuTarget(
+        "NVIDIA RTX A6000", (8, 6), 84, 1.80, 47.5, 768, 6, 100, 1536, 155, 38.7),
+    "rtx3060": GpuTarget(
+        "NVIDIA GeForce RTX 3060", (8, 6), 28, 1.78, 11.6, 360, 3, 100, 1536, 25.5, 12.7),
+    "rtx3090": GpuTarget(
+        "NVIDIA GeForce RTX 3090", (8, 6), 82, 1.70, 23.7, 936, 6, 100, 1536, 71, 35.6),
+    "rtx4090": GpuTarget(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 23.6, 1008, 72, 100, 1536, 165, 82.6),
+    "l4": GpuTarget(
+        "NVIDIA L4", (8, 9), 58, 2.04, 22.0, 300, 48, 100, 1536, 121, 30.3),
+    "h100": GpuTarget(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 79.1, 3352, 50, 228, 2048, 989, 66.9),
+    "h200": GpuTarget(
+        "NVIDIA H200", (9, 0), 132, 1.98, 139.8, 4800, 50, 228, 2048, 989, 66.9),
+    "rtx5090": GpuTarget(
+        "NVIDIA GeForce RTX 5090", (12, 0), 170, 2.41, 31.3, 1792, 96, 100, 1536, 210, 105),
     "pro6000": GpuTarget(
-        "NVIDIA RTX PRO 6000 Blackwell", (12, 0), 188, 2.60, 94.9, 1792, 128, 100, 1536
-    ),
+        "NVIDIA RTX PRO 6000 Blackwell", (12, 0), 188, 2.60, 94.9, 1792, 128, 100, 1536, 504, 125),
 }
+# fmt: on
 
 
 def current_compute_capability() -> tuple[int, int] | None:

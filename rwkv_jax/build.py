@@ -1,7 +1,9 @@
 """From the options to the step that they mean: what train runs and plan compiles."""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,26 @@ from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.step import Metrics, TrainState, make_step
 
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
+
+# Of a GPU's memory, what jax takes for arrays and programs (its own default is three quarters). The
+# rest is for the CUDA context, the libraries' workspaces and the buffers of communication.
+MEMORY_FRACTION = 0.95
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_jax"
+
+
+def prepare_jax() -> None:
+    """Before the first use of a device: its memory, and a cache of compiled programs on disk.
+
+    What the user has set in the environment (`XLA_PYTHON_CLIENT_MEM_FRACTION`,
+    `JAX_COMPILATION_CACHE_DIR`) stays.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def decide(config: TrainConfig, on_gpu: bool) -> TrainConfig:

@@ -79,6 +79,14 @@ class Checkpoints:
         """
         return _verify(self.folder / str(step))
 
+    def claim(self, step: int) -> About:
+        """What the checkpoint of a step says that it is, without a look at its other files.
+
+        Raises:
+            UserError: it does not say.
+        """
+        return _read_manifest(self.folder / str(step))[0]
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of a step, laid out over the devices as `abstract` (with shardings) says.
 

@@ -90,6 +90,15 @@ G1_LOW_RANK = {
 }
 
 
+AUTO = -1  # what `--micro_bsz auto` becomes
+
+
+def _number_or_auto(text: str) -> int:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return AUTO if text == "auto" else int(text)
+
+
 def _option(default: Any, group: str, text: str, *choices: Any, least: float | None = None) -> Any:
     """A field of `TrainConfig` that becomes `--name`; `least` is the smallest value allowed."""
     return dataclasses.field(
@@ -132,7 +141,8 @@ class TrainConfig:
         "checked", least=0)
 
     micro_bsz: int = _option(
-        0, "training", "samples a device holds at once; 0: 1 on a CPU, 8 on a GPU", least=0)
+        0, "training", "samples a device holds at once; 0: 1 on a CPU, 8 on a GPU; auto: as many "
+        "as fit the device's memory (takes a few compilations to find out)", least=AUTO)
     accumulate_grad_batches: int = _option(
         1, "training", "micro batches whose gradients are averaged into one step", least=1)
     lr_init: float = _option(0.0, "training", "peak learning rate; 0: 0.45/n_embd", least=0)
@@ -272,7 +282,7 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         choices = [str(choice) for choice in field.metadata["choices"] or () if choice != ""]
         groups[group].add_argument(
             f"--{field.name}",
-            type=type(field.default),
+            type=_number_or_auto if field.name == "micro_bsz" else type(field.default),
             default=field.default,
             metavar="|".join(choices) or type(field.default).__name__.upper(),
             help=(field.metadata["help"] + default).replace("%", "%%"),

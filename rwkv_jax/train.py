@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rwkv_jax import sharding, weights
-from rwkv_jax.build import build_step, decide
+from rwkv_jax import plan, sharding, weights
+from rwkv_jax.build import build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
-from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
+from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.metrics import MiniepochLoss
@@ -58,10 +58,13 @@ def train(config: TrainConfig) -> None:
 def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: float) -> None:
     source = config.data_file, config.ctx_len, config.magic_prime or None
     data = open_dataset(*source, config.vocab_size)
-    batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
-    schedule = make_schedule(config, batch, len(data.tokens))
     final = folder / FINAL
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as checkpoints:
+        if config.micro_bsz == AUTO:
+            micro_bsz = _auto_batch(config, mesh, checkpoints)
+            config = dataclasses.replace(config, micro_bsz=micro_bsz)
+        batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
+        schedule = make_schedule(config, batch, len(data.tokens))
         begin = start(
             config,
             mesh,
@@ -84,6 +87,17 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
         f"try it: python -m rwkv_jax.generate --load_model {final} "
         "--prompt $'User: 123+456=?\\n\\nAssistant:'"
     )
+
+
+def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> int:
+    """`--micro_bsz auto`: what the run went on with so far, else the largest that fits."""
+    for step in checkpoints.steps():
+        with contextlib.suppress(UserError):
+            samples = checkpoints.claim(step).run.get("samples a step", 0)
+            micro_bsz, rest = divmod(samples, mesh.size * config.accumulate_grad_batches)
+            if micro_bsz and not rest:
+                return micro_bsz
+    return plan.fitting_batch(config, plan.model_of(config), mesh)
 
 
 def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
@@ -226,6 +240,7 @@ def main() -> None:
     config, ignored = parse_train_options(sys.argv[1:])
     for line in ignored:
         print(f"note: {line}", file=sys.stderr)
+    prepare_jax()
     train(config)
 
 

@@ -19,8 +19,11 @@ from pallas_kernels.gpu_targets import (
     device_mesh,
     shared_memory,
 )
+from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from rwkv_jax import plan
+from rwkv_jax.config import TrainConfig
 
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
@@ -155,3 +158,41 @@ def test_mapped_over_two_axes():
     inputs = [jax.ShapeDtypeStruct((2, 3, 1, 32, 1, 16), jnp.bfloat16)] * 6
     compiled = compile_for(GPU_TARGETS["a100"], jax.vmap(jax.vmap(backward)), *inputs)
     assert "wkv7_backward_chunks" in compiled.executable.as_text()
+
+
+# The whole training step, as train builds it.
+
+
+def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(monkeypatch):
+    """The 0.1b step at micro_bsz 8, ctx_len 4096: for the H100 and the A100."""
+    options = TrainConfig(size="0.1b", ctx_len=4096, micro_bsz=8, devices=1)
+
+    def needs() -> dict[str, plan.Need]:
+        return {
+            gpu: plan.plan(options, GPU_TARGETS[gpu], search=False).needs[8]
+            for gpu in ("h100", "a100")
+        }
+
+    with jax.numpy_dtype_promotion("standard"):
+        kernels = needs()
+        jax.clear_caches()  # what was traced with the kernels
+        monkeypatch.setattr(wkv7_api, "choose", lambda v: ("xla", "for comparison"))
+        xla_form = needs()
+    for gpu, need in kernels.items():
+        assert need.total <= xla_form[gpu].total, (gpu, need, xla_form[gpu])
+    assert kernels["h100"].total <= 6.5e9
+
+
+def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
+    """Its step takes the XLA form of wkv7: no kernel is compiled for compute capability 7.5."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=64, micro_bsz=2)
+    with jax.numpy_dtype_promotion("standard"):
+        first = plan.plan(options, GPU_TARGETS["t4"], search=False)
+        assert capfd.readouterr().err.startswith("compiling, micro_bsz 2 … ")
+        again = plan.plan(options, GPU_TARGETS["t4"], search=False)
+        assert capfd.readouterr().err == ""
+    assert first == again and first.largest == 2
+    need = first.needs[2]
+    assert need.total > need.parameters + need.optimizer > 2 * need.parameters
+    assert need.flops > 0 and need.traffic > 3 * need.parameters

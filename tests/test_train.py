@@ -24,7 +24,7 @@ from rwkv_jax import build, metrics, pth, schedule, weights
 from rwkv_jax import train as trainer
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.checkpoint import Checkpoints
-from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.config import AUTO, ModelConfig, TrainConfig
 from rwkv_jax.dataset import Dataset, open_dataset
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
@@ -433,6 +433,15 @@ def failing_from(first: int, build_step):
         return step
 
     return built
+
+
+def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, standing_still):
+    options = config(data, tmp_path, micro_bsz=AUTO, devices=2, accumulate_grad_batches=2)
+    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 3)
+    assert len(train(options)) == 1  # 12 samples a step
+    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 2)
+    train(dataclasses.replace(options, my_exit_tokens=24 * T))
+    assert train(options) == []
 
 
 def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path, monkeypatch):

@@ -1,0 +1,422 @@
+"""`python -m rwkv_jax.plan`: whether a run fits a GPU that is not here, and how fast it could be.
+
+The very step that `rwkv_jax.train` would run with these options is compiled for the GPU, and XLA's
+own plan of its memory is read. That takes no GPU, only the compiler: the extra `plan`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+import rwkv_jax
+from pallas_kernels.gpu_targets import (
+    GPU_TARGETS,
+    GpuTarget,
+    can_compile,
+    device_mesh,
+    lowering_for,
+)
+from rwkv_jax import cost, pth, weights
+from rwkv_jax.build import MEMORY_FRACTION, build_step, cache_folder, decide
+from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
+from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.optimizer import learning_rate, make_optimizer
+from rwkv_jax.sharding import batch_sharding, mesh_of
+from rwkv_jax.step import abstract_state
+
+GIB = 2**30
+WAYS_OUT = (
+    "try --grad_cp 1, a smaller --ctx_len, or a --strategy that shards more over more devices"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What the compiled step needs of one device, in bytes, and what it does there."""
+
+    parameters: int  # float32 masters
+    optimizer: int  # float32 moments
+    total: int  # at the peak: these, the batch, and all that lives within a step
+    flops: int
+    traffic: int  # bytes to and from the device's memory
+    compile_seconds: float  # of CPU time
+
+    @property
+    def temporary(self) -> int:
+        """Activations, gradients, working copies of parameters."""
+        return self.total - self.parameters - self.optimizer
+
+
+def measure(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    target: GpuTarget | None = None,
+) -> Need:
+    """Compiles the step of decided options and reads what it needs.
+
+    Says on standard error what is being compiled. What was found for a `target` is kept on disk,
+    under a hash of the program.
+
+    Args:
+        config: of `build.decide`.
+        mesh: of devices that are there, or of `gpu_targets.device_mesh`.
+        target: the GPU that the latter stands for.
+    """
+    optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
+    state = abstract_state(mesh, model, optimizer)
+    shape = config.accumulate_grad_batches, mesh.size * config.micro_bsz, config.ctx_len + 1
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    began, cpu_began = time.monotonic(), _cpu_seconds()
+    with lowering_for(target, mesh) if target else contextlib.nullcontext():
+        step: Any = build_step(config, model, mesh, optimizer)
+        traced = step.trace(state, batch)
+        lowered = traced.lower()
+    kept = None
+    if target:
+        program = "\n".join((lowered.as_text(), target.text(), jax.__version__))
+        kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
+        if kept.exists():
+            return Need(**json.loads(kept.read_text()))
+
+    print(f"compiling, micro_bsz {config.micro_bsz} … ", end="", file=sys.stderr, flush=True)
+    with _without_the_compilers_words():
+        compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    need = Need(
+        parameters=_bytes(state.params),
+        optimizer=_bytes(state.opt_state),
+        total=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        flops=cost.flops(traced.jaxpr.jaxpr),
+        traffic=cost.memory_traffic(compiled.as_text()),
+        compile_seconds=_cpu_seconds() - cpu_began,
+    )
+    seconds = time.monotonic() - began
+    print(f"{seconds:.0f} s: {need.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _write(kept, json.dumps(dataclasses.asdict(need)))
+    return need
+
+
+def largest_batch(need: Callable[[int], int], limit: int, start: int = 1) -> int:
+    """The largest batch whose need is within the limit; 0 if not even one sample's is.
+
+    A need is nearly affine in the batch, and costs a compilation to know: so two are measured, a
+    line is drawn through them, and where it meets the limit is measured; if the line was wrong,
+    it is drawn anew. What comes within 2 % of the largest will do.
+
+    Args:
+        need: batch → bytes.
+        limit: bytes.
+        start: the batch to measure first.
+    """
+    known: dict[int, int] = {}
+    batch = start
+    while True:
+        known[batch] = need(batch)
+        best = max((b for b in known if known[b] <= limit), default=0)
+        too_large = min((b for b in known if known[b] > limit), default=64 * batch)
+        if best + 1 == too_large:
+            return best
+        if len(known) == 1:
+            batch = 2 * batch if best else batch // 2
+            continue
+        b0, b1 = sorted(known, key=lambda b: abs(known[b] - limit))[:2]
+        slope = max((known[b1] - known[b0]) / (b1 - b0), 1.0)
+        meets = int(b0 + (limit - known[b0]) // slope)
+        if best and min(meets, too_large - 1) <= 1.02 * best:
+            return best
+        batch = max(best + 1, min(meets, too_large - 1))
+
+
+def fitting_batch(
+    config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, limit: int | None = None
+) -> int:
+    """The largest micro_bsz that fits the devices of a mesh, which are there: `--micro_bsz auto`.
+
+    Args:
+        limit: bytes of a device; None: what jax's allocator has of it.
+
+    Raises:
+        UserError: not even 1 fits, or the device does not tell how much memory it has.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if limit is None:
+        stats = [device.memory_stats() or {} for device in mesh.local_devices]
+        limit = min(each.get("bytes_limit", 0) for each in stats)
+        if not limit:
+            raise UserError(f"--micro_bsz auto: {kind} does not tell its memory; give a number")
+        if jax.process_count() > 1:  # all compile the same; in MiB, for int32
+            limit = 2**20 * int(np.min(process_allgather(np.int32(limit // 2**20))))
+
+    def need(batch: int) -> int:
+        return measure(dataclasses.replace(config, micro_bsz=batch), model, mesh).total
+
+    batch = largest_batch(need, limit)
+    if not batch:
+        raise UserError(
+            f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {WAYS_OUT}"
+        )
+    return batch
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device's part."""
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+def _cpu_seconds() -> float:
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _without_the_compilers_words() -> Iterator[None]:
+    """Standard error of the process held back; shown if what is inside fails."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(before, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def model_of(config: TrainConfig) -> ModelConfig:
+    """The model that a run of these options begins with: a --load_model decides its shape.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    if not config.load_model or config.load_partial:
+        return config.model_config()
+    if Path(config.load_model).is_dir():
+        return rwkv_jax.load_params(config.load_model)[0]
+    return weights.infer_config(pth.read(config.load_model))
+
+
+def available(target: GpuTarget) -> int:
+    """Bytes of a GPU that `build.prepare_jax` leaves to arrays and programs."""
+    return int(MEMORY_FRACTION * target.memory_gb * GIB)
+
+
+def find_target(gpu: str) -> GpuTarget:
+    """The GPU of that name.
+
+    Raises:
+        UserError: it is not known, or the compiler is not installed.
+    """
+    if gpu not in GPU_TARGETS:
+        what = f"--gpu {gpu}: not known" if gpu else "--gpu is needed"
+        raise UserError(f"{what}: give one of {', '.join(GPU_TARGETS)}")
+    if not can_compile():
+        raise UserError(
+            "the compiler for GPUs is not installed: pip install -e '.[plan]', or 'rwkv-jax[plan]'"
+        )
+    return GPU_TARGETS[gpu]
+
+
+class Plan(NamedTuple):
+    """Steps for one GPU and one set of options, by their micro_bsz; the largest that fits, or 0."""
+
+    target: GpuTarget
+    config: TrainConfig
+    model: ModelConfig
+    needs: dict[int, Need]
+    largest: int
+
+
+def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
+    """Measures micro_bsz (-1, or 0: 1) and, to `search`, what it takes to know the largest."""
+    devices = config.devices or 1
+    start = max(config.micro_bsz, 1)
+    config = decide(dataclasses.replace(config, devices=devices, micro_bsz=start), on_gpu=True)
+    with _without_the_compilers_words():
+        mesh = mesh_of(list(device_mesh(target, devices).devices.flat))
+    model, needs = model_of(config), {}
+
+    def need(batch: int) -> int:
+        options = dataclasses.replace(config, micro_bsz=batch)
+        needs[batch] = measure(options, model, mesh, target)
+        return needs[batch].total
+
+    limit = available(target)
+    if search:
+        largest = largest_batch(need, limit, start)
+    else:
+        largest = start if need(start) <= limit else 0
+    return Plan(target, config, model, needs, largest)
+
+
+def report(result: Plan, micro_bsz: int, command: str) -> str:
+    """What `main` prints of a plan, at one of its micro_bsz."""
+    target, config, model, needs, largest = result
+    need = needs[micro_bsz]
+    count = sum(math.prod(shape) for shape in weights.official_shapes(model).values())
+    remat = "blocks recomputed in the backward pass" if config.grad_cp else "no recomputation"
+    fits = need.total <= available(target)
+    a, b = sorted(needs)[0], sorted(needs)[-1]
+    per_sample = (needs[b].total - needs[a].total) / max(b - a, 1)
+    in_16_bits = config.precision in ("bf16", "fp16")
+    rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
+    seconds = need.flops / (rate * 1e12), need.traffic / (target.bandwidth_gb_s * 1e9)
+    tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * config.devices
+    rows = {
+        "model": f"RWKV-7, {model.n_layer} layers of width {model.n_embd}, "
+        f"{count / 1e6:,.1f} M parameters",
+        "devices": f"{config.devices} x {target.device_kind}, {config.precision}, {remat}"
+        + (f", {config.strategy}" if config.devices > 1 else ""),
+        "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
+        "parameters": f"{_gib(need.parameters)} float32 masters",
+        "optimizer": f"{_gib(need.optimizer)} Adam's moments",
+        "activations": f"{_gib(per_sample * micro_bsz)} {per_sample / GIB:.2f} GiB a sample",
+        "gradients": f"{_gib(need.temporary - per_sample * micro_bsz)} and working copies",
+        "peak": f"{_gib(need.total)} a device; of its {target.memory_gb} GiB jax has "
+        f"{available(target) / GIB:.1f}, the rest is the CUDA context's and libraries': "
+        + ("fits" if fits else "DOES NOT FIT"),
+        "largest": f"micro_bsz {largest} fits: {_gib(needs[largest].total).strip()}"
+        if largest
+        else f"not even micro_bsz 1 fits; {WAYS_OUT}",
+        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * seconds[0]:,.0f} ms at "
+        f"{rate:,g} TFLOP/s; {need.traffic / 1e9:,.0f} GB of memory traffic, "
+        f"{1e3 * seconds[1]:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
+        "speed": f"at most {tokens / max(seconds):,.0f} tokens/s by these two limits of the card",
+        "train": command,
+    }
+    return "\n".join(f"{name:>12}  {value}" for name, value in rows.items())
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:6.2f} GiB"
+
+
+# The rows of the README's table: GPU, micro_bsz, options; what the tutorial says of them, in GB.
+TABLE: list[tuple[str, int, str, str]] = [
+    ("h100", 1, "--size 0.1b", "6.39"),
+    ("h100", 8, "--size 0.1b", "23.08"),
+    ("h100", 1, "--size 0.4b", "12.12"),
+    ("h100", 6, "--size 0.4b", "22.51"),
+    ("h100", 1, "--size 1.5b", "41.12"),
+    ("h100", 1, "--size 2.9b", "89.21"),
+    ("h100", 1, "--size 13.3b --devices 8 --strategy deepspeed_stage_3", ""),
+]
+MARKERS = "<!-- python -m rwkv_jax.plan --table -->", "<!-- end of the table -->"
+
+
+def table_row(result: Plan, options: str, tutorial: str) -> str:
+    """A row of the README's table."""
+    need = result.needs[result.config.micro_bsz]
+    return (
+        f"| {options} | {result.config.micro_bsz} | {result.target.device_kind} | "
+        f"{need.total / GIB:.1f} | {tutorial or '–'} | {need.compile_seconds:.0f} s |"
+    )
+
+
+def write_table(readme: Path, results: Path) -> None:
+    """Plans every row; puts the table between the markers of the README, or prints it."""
+    lines = [
+        "| options | micro_bsz | GPU | planned peak, GiB a device | the tutorial's, GB "
+        "| to compile, CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    records = []
+    for gpu, micro_bsz, options, tutorial in TABLE:
+        print(f"{gpu} {options}: ", end="", file=sys.stderr)
+        arguments = [*options.split(), "--ctx_len", "4096", "--micro_bsz", str(micro_bsz)]
+        config, _ = parse_train_options(arguments)
+        result = plan(config, find_target(gpu), search=False)
+        lines.append(table_row(result, options, tutorial))
+        record = dataclasses.asdict(result.needs[micro_bsz])
+        records.append({"gpu": gpu, "options": shlex.join(arguments), **record})
+    results.parent.mkdir(parents=True, exist_ok=True)
+    _write(results, json.dumps(records, indent=1) + "\n")
+    table = "\n".join(lines)
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    before, start, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if end:
+        _write(readme, f"{before}{start}\n{table}\n{end}{after}")
+        print(f"wrote the table of {readme}")
+    else:
+        print(table)
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="python -m rwkv_jax.plan",
+        usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
+        description="Whether a run fits a GPU, how large a batch does, and how fast a step could "
+        "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run.",
+        epilog="Every option of python -m rwkv_jax.train is taken; those that matter are --size, "
+        "--n_layer, --n_embd, --ctx_len, --micro_bsz, --accumulate_grad_batches, --grad_cp, "
+        "--head_chunk, --precision, --devices, --num_nodes and --strategy.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="", help=f"one of {', '.join(GPU_TARGETS)}")
+    parser.add_argument(
+        "--table", action="store_true", help="plan the rows of the README's table and write them"
+    )
+    options, rest = parser.parse_known_args()
+    jax.config.update("jax_platforms", "cpu")
+    if options.table:
+        write_table(Path("README.md"), Path("benchmarks/results/plan.json"))
+        return
+    config, _ = parse_train_options(rest)
+    result = plan(config, find_target(options.gpu))
+    micro_bsz = config.micro_bsz if config.micro_bsz > 0 else result.largest or 1
+    given = _without(rest, "--micro_bsz")
+    command = shlex.join(["python", "-m", "rwkv_jax.train", *given, "--micro_bsz", str(micro_bsz)])
+    print(report(result, micro_bsz, command))
+    if micro_bsz > result.largest:
+        sys.exit(1)
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    """The command line less one option and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument.partition("=")[0] != option:
+            kept.append(argument)
+        skip = argument == option
+    return kept
+
+
+if __name__ == "__main__":
+    run_command(main)

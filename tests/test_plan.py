@@ -1,0 +1,349 @@
+"""The planner without a GPU compiler: its arithmetic, its search, its words.
+
+What it compiles for real GPUs is in test_gpu_compile.py.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels.gpu_targets import GPU_TARGETS, current_compute_capability
+from rwkv_jax import cost, plan, sharding
+from rwkv_jax.build import decide
+from rwkv_jax.config import AUTO, TrainConfig, parse_train_options
+from rwkv_jax.errors import UserError
+from rwkv_jax.plan import GIB, Need, Plan
+
+TINY = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=32, micro_bsz=1, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def as_outside_of_tests():
+    """optax promotes types; deciding the options sets the precision of products globally."""
+    precision = jax.config.jax_default_matmul_precision
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_default_matmul_precision", precision)
+
+
+# The cards.
+
+
+def test_cards_are_told_apart_by_their_device_kind():
+    kinds = [target.device_kind for target in GPU_TARGETS.values()]
+    assert len(set(kinds)) == len(kinds)
+    for name, capability in {"t4": (7, 5), "rtx3090": (8, 6), "h100": (9, 0)}.items():
+        target = GPU_TARGETS[name]
+        device = AbstractDevice(target.device_kind, num_cores=target.core_count, platform="gpu")
+        mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert current_compute_capability() == capability
+
+
+@pytest.mark.parametrize("name", GPU_TARGETS)
+def test_a_cards_figures_agree_with_each_other(name):
+    target = GPU_TARGETS[name]
+    # Two operations a clock in each arithmetic unit; boost clocks are rounded in data sheets.
+    fp32 = 2 * target.core_count * target.fpus_core * target.clock_ghz / 1e3
+    assert target.fp32_tflops == pytest.approx(fp32, rel=0.06)
+    assert 1.9 < target.tensor_tflops / target.fp32_tflops < 17
+    sold_as = [12, 16, 24, 32, 40, 48, 80, 96, 141]
+    nearest = min(sold_as, key=lambda size: abs(size - target.memory_gb))
+    assert 0.9 * nearest < target.memory_gb < nearest
+
+
+# The largest batch.
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_of_an_affine_need_the_largest_batch_takes_three_measurements(seed):
+    draw = random.Random(seed)
+    fixed, each, limit = draw.randint(1, 10**10), draw.randint(10**8, 10**9), 2 * 10**10
+    measured = []
+
+    def need(batch):
+        measured.append(batch)
+        return fixed + each * batch
+
+    largest = (limit - fixed) // each
+    found = plan.largest_batch(need, limit, draw.choice([1, 3, 8]))
+    assert found in measured and largest / 1.02 <= found <= largest
+    assert len(measured) <= 3 and len(set(measured)) == len(measured)
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.002, 0.05, 0.2])
+def test_a_bent_need_is_measured_again(bend):
+    limit, measured = 10_000, {}
+
+    def need(batch):
+        measured[batch] = int(100 + 40 * batch + bend * batch * batch)
+        return measured[batch]
+
+    found = plan.largest_batch(need, limit)
+    assert measured[found] <= limit
+    assert need(int(found * 1.03) + 1) > limit
+    assert len(measured) <= 7  # the line above measures one of them
+
+
+def test_nothing_fits():
+    assert plan.largest_batch(lambda batch: 10 + batch, 10) == 0
+    assert plan.largest_batch(lambda batch: 10 + batch, 10, start=8) == 0
+    assert plan.largest_batch(lambda batch: 10 + batch, 11, start=8) == 1
+
+
+# Measuring.
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[int, Need]:
+    """The tiny step on one simulated device and on two, compiled without optimisation."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    config = decide(TINY, on_gpu=False)
+    with jax.numpy_dtype_promotion("standard"):
+        found = {
+            devices: plan.measure(config, config.model_config(), sharding.make_mesh(devices))
+            for devices in (1, 2)
+        }
+    jax.config.update("jax_disable_most_optimizations", before)
+    return found
+
+
+def test_what_is_measured(measured):
+    one, two = measured[1], measured[2]
+    assert one.optimizer - 2 * one.parameters in range(1, 64)  # and the counts of steps
+    assert two.parameters == pytest.approx(one.parameters / 2, rel=0.02)
+    assert one.temporary > one.parameters / 4 and two.total < one.total
+    tokens, C, F, V, L = TINY.ctx_len, 64, 256, 512, 2
+    weights = L * (4 * C * C + 2 * C * F + 2 * C * (32 * 3 + 32)) + V * C
+    assert 6 * weights * tokens < one.flops < 12 * weights * tokens  # and the WKV operation
+    assert two.flops == one.flops  # of a device, whose batch is the same
+    assert one.traffic > 3 * one.parameters
+
+
+def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys):
+    config = decide(TINY, on_gpu=False)
+    model, mesh = config.model_config(), sharding.make_mesh(1)
+    need = Need(parameters=1, optimizer=2, total=0, flops=0, traffic=0, compile_seconds=0.0)
+
+    def measure(config, *_):
+        return dataclasses.replace(need, total=100 + 10 * config.micro_bsz)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    assert plan.fitting_batch(config, model, mesh, limit=155) == 5
+    with pytest.raises(UserError, match="not even 1 fits the 0.0 GiB of cpu; try "):
+        plan.fitting_batch(config, model, mesh, limit=109)
+    with pytest.raises(UserError, match="cpu does not tell its memory; give a number"):
+        plan.fitting_batch(config, model, mesh)
+
+
+# What is printed.
+
+
+def some_plan(total: float, largest: int = 4, **options) -> Plan:
+    config = decide(
+        TrainConfig(size="0.1b", ctx_len=4096, devices=2, micro_bsz=2, **options), on_gpu=True
+    )
+    need = Need(GIB, 2 * GIB, int(total * GIB), 10**13, 67 * 10**9, 30.0)
+    larger = dataclasses.replace(need, total=need.total + GIB)
+    return Plan(
+        GPU_TARGETS["h100"], config, config.model_config(), {2: need, largest or 1: larger}, largest
+    )
+
+
+def test_the_report():
+    text = plan.report(some_plan(5), 2, "python -m rwkv_jax.train")
+    lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
+    assert lines["model"].endswith("191.1 M parameters")
+    assert lines["devices"].startswith("2 x NVIDIA H100 80GB HBM3, bf16, blocks recomputed")
+    assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens a step"
+    assert lines["parameters"].strip() == "1.00 GiB float32 masters"
+    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["gradients"].strip() == "1.00 GiB and working copies"
+    assert lines["peak"].strip().startswith("5.00 GiB a device; of its 79.1 GiB jax has 75.1,")
+    assert lines["peak"].endswith("fits") and "NOT" not in lines["peak"]
+    assert lines["largest"] == "micro_bsz 4 fits: 6.00 GiB"
+    assert lines["step"] == (
+        "10.0 TFLOP a device, 10 ms at 989 TFLOP/s; 67 GB of memory traffic, 20 ms at 3,352 GB/s"
+    )
+    assert lines["speed"].startswith("at most 819,689 tokens/s")
+    assert lines["train"] == "python -m rwkv_jax.train"
+
+
+def test_the_report_of_what_does_not_fit():
+    text = plan.report(some_plan(90, largest=0), 2, "")
+    assert "DOES NOT FIT" in text and "not even micro_bsz 1 fits; try --grad_cp 1" in text
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fake(config, target, search):
+        asked.append((config, target.device_kind, search))
+        return some_plan(5)._replace(config=dataclasses.replace(config, micro_bsz=2), target=target)
+
+    monkeypatch.setattr(plan, "plan", fake)
+    monkeypatch.setattr(plan, "can_compile", lambda: True)
+    monkeypatch.setattr(plan, "TABLE", [("t4", 2, "--size 0.1b", "6.39")])
+    readme, results = tmp_path / "README.md", tmp_path / "results" / "plan.json"
+    plan.write_table(readme, results)
+    row = "| --size 0.1b | 2 | Tesla T4 | 5.0 | 6.39 | 30 s |"
+    assert capsys.readouterr().out.splitlines()[-1] == row
+    readme.write_text("\n".join(("above", plan.MARKERS[0], "old", plan.MARKERS[1], "below")))
+    plan.write_table(readme, results)
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[1], lines[4]) == ("above", plan.MARKERS[0], row)
+    assert lines[5:] == [plan.MARKERS[1], "below"]
+    record = json.loads(results.read_text())[0]
+    assert record["gpu"] == "t4" and record["total"] == 5 * GIB
+    config, kind, search = asked[0]
+    assert (config.size, config.ctx_len, config.micro_bsz) == ("0.1b", 4096, 2)
+    assert kind == "Tesla T4" and not search
+
+
+def test_the_rows_of_the_table_are_options_of_train():
+    for gpu, micro_bsz, options, _ in plan.TABLE:
+        assert gpu in GPU_TARGETS and micro_bsz >= 1
+        parse_train_options(options.split())
+
+
+def command(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    plan.main()
+
+
+def test_the_command_ends_with_the_command_to_train(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "can_compile", lambda: True)
+    monkeypatch.setattr(plan, "plan", lambda *_: some_plan(5))
+    command(
+        monkeypatch, "--gpu", "h100", "--size", "0.1b", "--micro_bsz", "auto", "--data_file", "my x"
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("python -m rwkv_jax.train --size 0.1b --data_file 'my x' --micro_bsz 4")
+    monkeypatch.setattr(plan, "plan", lambda *_: some_plan(90, largest=0))
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, "--gpu", "h100", "--micro_bsz=2")
+    assert left.value.code == 1
+    assert "--micro_bsz=2" not in capsys.readouterr().out
+
+
+def test_bad_input_gets_one_line(monkeypatch):
+    monkeypatch.setattr(plan, "can_compile", lambda: False)
+    for arguments, line in {
+        (): "--gpu is needed: give one of t4, a100",
+        ("--gpu", "gtx9"): "--gpu gtx9: not known: give one of t4, a100",
+        ("--gpu", "h100"): r"the compiler for GPUs is not installed: pip install -e '.\[plan\]'",
+        ("--gpu", "h100", "--micro_bsz", "many"): "'many' is neither a number nor auto",
+        ("--gpu", "h100", "--ctx_lem", "1"): "did you mean --ctx_len",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            command(monkeypatch, *arguments)
+
+
+def test_auto_is_an_option_of_train():
+    assert parse_train_options(["--micro_bsz", "auto"])[0].micro_bsz == AUTO
+    with pytest.raises(UserError, match="neither a number nor auto"):
+        parse_train_options(["--micro_bsz", "-3"])
+
+
+# Counting.
+
+
+def test_flops_of_loops_branches_and_kernels():
+    x = jnp.ones((8, 16))
+    w = jnp.ones((16, 16))
+    product = 2 * 8 * 16 * 16
+
+    def count(function, *arguments):
+        return cost.flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    def loop(x, w):
+        return jax.lax.scan(lambda c, _: (jax.jit(jnp.dot)(c, w), None), x, length=5)[0]
+
+    def branches(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    def kernel(x_ref, w_ref, o_ref):
+        o_ref[...] = jnp.dot(x_ref[...], w_ref[...])
+
+    def grid(x, w):
+        whole = pl.BlockSpec((16, 16), lambda i: (0, 0))
+        rows = pl.BlockSpec((2, 16), lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct((8, 16), x.dtype)
+        return pl.pallas_call(
+            kernel, grid=(4,), in_specs=[rows, whole], out_specs=rows, out_shape=shape
+        )(x, w)
+
+    assert count(jnp.dot, x, w) == product
+    assert count(jax.checkpoint(loop), x, w) == 5 * product
+    assert count(branches, x, w) == 2 * product
+    assert count(grid, x, w) == product
+
+
+def test_memory_traffic_is_xlas_own_count_where_nothing_loops():
+    def f(x, y):
+        z = jnp.tanh(x @ y)
+        return z.sum(0), z.T
+
+    compiled = jax.jit(f).lower(jnp.ones((512, 256)), jnp.ones((256, 128))).compile()
+    own = compiled.cost_analysis()["bytes accessed"]
+    assert cost.memory_traffic(compiled.as_text()) == pytest.approx(own, rel=1e-3)
+
+
+HLO = """
+HloModule m
+
+%slice_of (p0: f32[10,256], p1: s32[]) -> f32[256] {
+  %p0 = f32[10,256]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %c = s32[] constant(0)
+  %s = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %c), dynamic_slice_sizes={1,256}
+  ROOT %b = f32[256]{0} bitcast(%s)
+}
+
+%update (p0: bf16[10,256], p1: f32[256], p2: s32[]) -> bf16[10,256] {
+  %p0 = bf16[10,256]{1,0} parameter(0)
+  %p1 = f32[256]{0} parameter(1)
+  %n = bf16[256]{0} convert(%p1)
+  %b = bf16[1,256]{1,0} bitcast(%n)
+  %p2 = s32[] parameter(2)
+  %c = s32[] constant(0)
+  ROOT %u = bf16[10,256]{1,0} dynamic-update-slice(%p0, %b, %p2, %c)
+}
+
+%body (t: (s32[], f32[10,256], bf16[10,256])) -> (s32[], f32[10,256], bf16[10,256]) {
+  %t = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[10,256]{1,0} get-tuple-element(%t), index=1
+  %y = bf16[10,256]{1,0} get-tuple-element(%t), index=2
+  %row = f32[256]{0} fusion(%x, %i), kind=kLoop, calls=%slice_of
+  %new = bf16[10,256]{1,0} fusion(%y, %row, %i), kind=kLoop, calls=%update
+  ROOT %r = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) tuple(%i, %x, %new)
+}
+
+%condition (t: (s32[], f32[10,256], bf16[10,256])) -> pred[] {
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[10,256], y: bf16[10,256]) -> bf16[10,256] {
+  %x = f32[10,256]{1,0} parameter(0)
+  %y = bf16[10,256]{1,0} parameter(1)
+  %z = s32[] constant(0)
+  %t = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) tuple(%z, %x, %y)
+  %w = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  ROOT %o = bf16[10,256]{1,0} get-tuple-element(%w), index=2
+}
+"""  # noqa: E501
+
+
+def test_memory_traffic_of_slices_in_a_loop():
+    row, index = 4 * 256, 4
+    assert cost.memory_traffic(HLO) == 10 * (row + row + index + row + row // 2 + index)
