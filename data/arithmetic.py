@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -375,21 +376,58 @@ class Chat:
         return (question.format(**fields), reply.format(**fields)), x
 
 
-def write_corpus(path: Path, count: int, seed: int) -> None:
-    """Writes `count` chats; the file appears when it is complete.
+# Plain sums ---------------------------------------------------------------------------------------
+
+HELD_OUT = 10  # a problem in so many is kept for the test
+
+
+class Sums:
+    """Draws "1 2 + 3 4 = 4 6": one sum or difference of whole numbers, no words.
+
+    Digits stand apart so that each is a token, and all tokens are below 512: with `--vocab_size
+    512` most of a small model's work is arithmetic, and a CPU is enough. The number of digits of an
+    operand is uniform from 1 to `digits`. Whether a problem is held out depends on the problem
+    alone, so the two parts share none, whatever their seeds.
+    """
+
+    def __init__(self, digits: int, held_out: bool, seed: int) -> None:
+        self._digits, self._held_out = digits, held_out
+        self._random = random.Random(seed).random
+
+    def draw(self) -> str:
+        while True:
+            left, right = self._number(), self._number()
+            sign = "+" if self._random() < 0.5 else "-"
+            problem = f"{left} {sign} {right} ="
+            if (zlib.crc32(problem.encode()) % HELD_OUT == 0) == self._held_out:
+                break
+        return self._apart(f"{problem} {left + right if sign == '+' else left - right}")
+
+    def _number(self) -> int:
+        length = 1 + int(self._random() * self._digits)
+        return int(self._random() * 10**length)
+
+    @staticmethod
+    def _apart(text: str) -> str:
+        """12 + 34 = 46 as 1 2 + 3 4 = 4 6."""
+        return " ".join(text.replace(" ", ""))
+
+
+def write_corpus(path: Path, count: int, seed: int, draw: Callable[[], str] | None = None) -> None:
+    """Writes `count` texts, by default chats; the file appears when it is complete.
 
     Raises:
         UserError: `count` is below 1, or `path` cannot be written.
     """
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1")
-    chat = Chat(seed)
+    draw = draw or Chat(seed).draw
     temporary = beside(path, f".{os.getpid()}.tmp")
     with reporting_os_errors(path, "write"):
         try:
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 for _ in range(count):
-                    file.write(json.dumps({"text": chat.draw()}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"text": draw()}, ensure_ascii=False) + "\n")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -403,11 +441,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example: python -m data.arithmetic --count 20000 --seed 1 arithmetic.jsonl",
     )
     parser.add_argument("output", metavar="OUT.jsonl", type=Path, help="the file to write")
-    parser.add_argument("--count", type=int, required=True, help="how many chats, one a line")
+    parser.add_argument("--count", type=int, required=True, help="how many texts, one a line")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same bytes (0)")
+    parser.add_argument(
+        "--sums",
+        metavar="DIGITS",
+        type=int,
+        help="instead of chats, plain sums and differences of whole numbers with at most so many "
+        "digits, 1 2 + 3 4 = 4 6, but for a tenth of all problems, which are held out",
+    )
+    parser.add_argument(
+        "--held_out", action="store_true", help="with --sums: only the problems that are held out"
+    )
     args = parser.parse_args(argv)
-    write_corpus(args.output, args.count, args.seed)
-    print(f"{args.output}: {args.count} chats, {args.output.stat().st_size} bytes")
+    draw = None
+    if args.sums is not None:
+        if not 1 <= args.sums <= 9:
+            raise UserError(f"--sums {args.sums}: give a number of digits from 1 to 9")
+        draw = Sums(args.sums, args.held_out, args.seed).draw
+    elif args.held_out:
+        raise UserError("--held_out goes with --sums: chats are held out by another --seed")
+    write_corpus(args.output, args.count, args.seed, draw)
+    print(f"{args.output}: {args.count} {'chats' if draw is None else 'sums'}, {args.output.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
