@@ -1,139 +1,272 @@
-"""`python -m rwkv_jax.generate`: continues a text with a model.
+"""`python -m rwkv_jax.generate`: continues texts, or chats, with a model.
 
 The prompt is read in parallel, a piece at a time. Then each token is made from the one before and
 the state alone, so memory and time a token stay the same however long the text gets. Several tokens
-are made a call, sampling included: the host only sees the ids.
+are made a call, sampling included: the host only sees the ids (decoding.py).
 """
 
 import codecs
-import functools
-import math
+import json
+import os
+import re
 import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import rwkv_jax
 from rwkv_jax import tokenizer
+from rwkv_jax.binidx import reporting_os_errors
+from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.model import RWKV7, State
+from rwkv_jax.model import State
+from rwkv_jax.sampling import Sampling
 
-Array = jax.Array
+BATCH = 16  # prompts of a file that are continued at once
+PATIENCE = 0.1  # seconds: while calls are shorter than this, more tokens are made a call
+END_OF_TURN = "\n\nUser:"
+THINK = {  # what is added to the user's message, and what the reply is begun with
+    "off": ("", ""),
+    "on": (" think", " <think"),
+    "short": (" think a bit", " <think"),
+    "long": (" think a lot", " <think"),
+    "fake": ("", " <think>\n</think"),
+}
 
-PROMPT_PIECE = 256  # tokens read a call: bounds the logits, and two shapes are compiled at most
-TOKENS_PER_CALL = 16
+
+class Read(NamedTuple):
+    """A text that a model has read, but for the last tokens of it: what can be gone on from."""
+
+    states: list[State] | None  # None: nothing was read
+    unread: list[int]
+
+    def then(self, text: str) -> "Read":
+        return Read(self.states, self.unread + tokenizer.encode(text))
+
+
+class Reply:
+    """The text of one sequence, as it is made: whole characters, up to a stop string."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.ids: list[int] = []
+        self.text = ""  # what was given out so far
+        self.ended = False
+        self._stop = [text for text in stop if text]
+        self._held = ""  # made, but perhaps the beginning of a stop string
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Takes the next ids, as far as they count; returns what can be shown now.
+
+        A character that several tokens make up comes with its last; bytes that are not UTF-8 become
+        U+FFFD. Nothing follows an end of document or a stop string, which is left out itself.
+        """
+        shown = ""
+        for token in ids:
+            if self.ended:
+                break
+            if token == tokenizer.END_OF_DOCUMENT:
+                shown += self.end()
+                break
+            self.ids.append(token)
+            shown += self._show(self._decoder.decode(tokenizer.decode_bytes([token])))
+        return shown
+
+    def end(self) -> str:
+        """No more ids come: what was held back."""
+        if self.ended:
+            return ""
+        shown = self._show(self._decoder.decode(b"", final=True)) + self._held
+        self.text += self._held
+        self._held, self.ended = "", True
+        return shown
+
+    def _show(self, text: str) -> str:
+        self._held += text
+        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        if found:
+            keep, self.ended = min(found), True
+        else:
+            begun = (
+                n
+                for stop in self._stop
+                for n in range(len(stop) - 1, 0, -1)
+                if self._held.endswith(stop[:n])
+            )
+            keep = len(self._held) - max(begun, default=0)
+        shown, self._held = self._held[:keep], "" if found else self._held[keep:]
+        self.text += shown
+        return shown
+
+    def kept_ids(self) -> list[int]:
+        """The ids of `text`: those made, less a stop string that may begin inside a token."""
+        text, kept, size = self.text.encode(), [], 0
+        for token in self.ids:
+            piece = tokenizer.decode_bytes([token])
+            if not text.startswith(piece, size):
+                break
+            kept.append(token)
+            size += len(piece)
+        return kept + tokenizer.encode(text[size:].decode("utf-8", errors="ignore"))
 
 
 def generate(
-    model: RWKV7,
-    prompt: Sequence[int],
+    decoder: Decoder,
+    texts: Sequence[Read],
+    replies: Sequence[Reply],
     length: int,
-    temperature: float = 1.0,
-    top_p: float = 0.85,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> Iterator[int]:
-    """Yields the ids that follow `prompt`: at most `length`, ending before an end of document.
+) -> Iterator[list[str]]:
+    """Continues texts together; yields what each reply gained, a call's tokens at a time.
 
     Args:
-        model: from `rwkv_jax.load`.
-        prompt: token ids in [0, V); when empty, a new document is begun.
-        temperature, top_p: see `sampling_logits`; at temperature 0 the likeliest token is taken.
-        seed: the same seed on the same kind of device gives the same ids.
+        texts: what each reply follows, read one after the other. A document is begun where there
+            is nothing at all.
+        replies: one a text, filled in place; each ends after `length` tokens, at the model's end of
+            document, or at a stop string.
+        seed: the same seed on the same kind of device draws the same.
+
+    Raises:
+        UserError: a token of a text is outside the model's vocabulary.
     """
-    tokens, state = np.asarray(prompt or [tokenizer.END_OF_DOCUMENT], np.int32)[None], None
-    for start in range(0, tokens.size, PROMPT_PIECE):
-        piece, state = model.forward(jnp.asarray(tokens[:, start : start + PROMPT_PIECE]), state)
-    logits, key = piece[0, -1], jax.random.key(seed)
-    graphdef, params = nnx.split(model)
-    while length > 0:
-        count = min(length, TOKENS_PER_CALL)
-        made, logits, state, key = _decode(
-            graphdef, params, logits, state, key, count, temperature, top_p
+    V = decoder.config.vocab_size
+    for text in texts:
+        if max(text.unread, default=0) >= V:
+            raise UserError(f"a token of the text is {max(text.unread)}; the model knows {V}")
+    batch = decoder.batch([decoder.read(text.unread, text.states) for text in texts], seed)
+    count = 1
+    while length > 0 and not all(reply.ended for reply in replies):
+        began = time.monotonic()
+        ids, batch = decoder.make(batch, min(count, length), sampling)
+        length -= ids.shape[1]
+        yield [reply.add(row.tolist()) for reply, row in zip(replies, ids, strict=True)]
+        if time.monotonic() - began < PATIENCE:
+            count = min(2 * count, TOKENS_PER_CALL)
+    yield [reply.end() for reply in replies]
+
+
+def complete(
+    decoder: Decoder,
+    prompts: Sequence[str],
+    length: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """What follows each prompt (see `generate`), as text."""
+    replies = [Reply(stop) for _ in prompts]
+    texts = [Read(None, tokenizer.encode(prompt)) for prompt in prompts]
+    for _ in generate(decoder, texts, replies, length, sampling, seed):
+        pass
+    return [reply.text for reply in replies]
+
+
+def chat_turn(message: str, think: str = "off", first: bool = True) -> str:
+    """What is read when a user has spoken, up to where the reply begins.
+
+    No space follows "Assistant:": the reply brings its own. Empty lines end a turn in the data that
+    such models are trained on, so there are none inside a message.
+    """
+    added, begin = THINK[think]
+    message = re.sub(r"\n\s*\n", "\n", message.strip())
+    return f"{'' if first else END_OF_TURN[:2]}User: {message}{added}\n\nAssistant:{begin}"
+
+
+def save_state(path: Path, text: Read, decoder: Decoder) -> None:
+    """Writes what `load_state` reads: the state before the last token, and that token.
+
+    The file, NumPy's `.npz`, holds shift_att and shift_ffn [L, C], wkv [L, H, N, N] (value row, key
+    column), float32, and `unread`, the ids that the state has not taken in.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    states = text.states
+    if len(text.unread) > 1:
+        _, states = decoder.read(text.unread[:-1], states)
+    stacked = jax.tree.map(
+        lambda *rows: np.stack([np.asarray(row[0], np.float32) for row in rows]),
+        *(states or decoder.initial_state()),
+    )
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with reporting_os_errors(path, "write"):
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, unread=np.array(text.unread[-1:], np.int32), **stacked._asdict())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_state(path: Path, decoder: Decoder) -> Read:
+    """The text that a state stands for, to go on from.
+
+    Raises:
+        UserError: no such file, or the state of another model.
+    """
+    with reporting_os_errors(path, "read"):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            stacked = State(arrays["shift_att"], arrays["shift_ffn"], arrays["wkv"])
+            unread = [int(token) for token in arrays["unread"]]
+        except (ValueError, KeyError, TypeError, EOFError, AttributeError):
+            raise UserError(f"{path}: is not a state that --save_state wrote") from None
+        except Exception as error:
+            if type(error).__name__ != "BadZipFile":
+                raise
+            raise UserError(f"{path}: is not a state that --save_state wrote") from None
+    states = decoder.initial_state()
+    for name, array in stacked._asdict().items():
+        row = getattr(states[0], name)
+        if array.shape != (len(states), *row.shape[1:]) or array.dtype != np.float32:
+            raise UserError(
+                f"{path}: is another model's state: {name} is {array.dtype} {list(array.shape)}, "
+                f"not float32 {[len(states), *row.shape[1:]]}"
+            )
+    dtype = decoder.dtype
+    return Read(
+        [
+            State(
+                jnp.asarray(att[None], dtype), jnp.asarray(ffn[None], dtype), jnp.asarray(wkv[None])
+            )
+            for att, ffn, wkv in zip(*stacked, strict=True)
+        ],
+        unread,
+    )
+
+
+def load_decoder(path: str, precision: str | None = None) -> Decoder:
+    """A model for World text, from all that `rwkv_jax.load` takes.
+
+    Raises:
+        UserError: it cannot be loaded, or is another tokenizer's.
+    """
+    decoder = Decoder(*rwkv_jax.load_params(path), precision)
+    V = decoder.config.vocab_size
+    if V > tokenizer.VOCAB_SIZE:
+        raise UserError(
+            f"{path}: has a vocabulary of {V}, so it is not for the World tokenizer, whose is "
+            f"{tokenizer.VOCAB_SIZE}"
         )
-        for token in made[:count].tolist():
-            if token == tokenizer.END_OF_DOCUMENT:
-                return
-            yield token
-        length -= count
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3, 4))
-def _decode(
-    graphdef, params, logits: Array, state: State, key: Array, count: int, temperature, top_p
-) -> tuple[Array, Array, State, Array]:
-    """Makes `count` tokens, or fewer when one ends the document.
-
-    Args:
-        logits: [V] float32 of the first of them.
-        state: with B = 1.
-        count: TOKENS_PER_CALL or less.
-    Returns:
-        The ids, [TOKENS_PER_CALL]; then logits, state and key to go on from.
-    """
-    model: RWKV7 = nnx.merge(graphdef, params)
-
-    def unfinished(carry) -> Array:
-        made, tokens, *_ = carry
-        return (made < count) & (tokens[made - 1] != tokenizer.END_OF_DOCUMENT)
-
-    def step(carry):
-        made, tokens, logits, state, key = carry
-        key, draw = jax.random.split(key)
-        token = jax.lax.cond(
-            temperature == 0,
-            lambda: jnp.argmax(logits),
-            lambda: jax.random.categorical(draw, sampling_logits(logits, temperature, top_p)),
-        ).astype(jnp.int32)
-        after, state = model.forward(token[None, None], state)
-        return made + 1, tokens.at[made].set(token), after[0, 0], state, key
-
-    # The place before the first token is the last: any id but that of an end of document.
-    tokens = jnp.full(TOKENS_PER_CALL, -1, jnp.int32)
-    carry = (0, tokens, logits, state, key)
-    _, tokens, logits, state, key = jax.lax.while_loop(unfinished, step, carry)
-    return tokens, logits, state, key
-
-
-def sampling_logits(logits: Array, temperature: float | Array, top_p: float | Array) -> Array:
-    """The logits of the distribution that a token is drawn from, -inf where that is 0.
-
-    As in the `rwkv` package, top_p cuts first: kept are the fewest of the likeliest tokens whose
-    probabilities reach top_p together (and others just as likely as the last of them); what is kept
-    is then raised to 1/temperature and normalised. In logarithms, so that nothing underflows.
-
-    Args:
-        logits: [V] float32.
-        temperature: above 0.
-        top_p: in [0, 1]; 0 keeps the likeliest, 1 keeps all.
-    """
-    p = jax.nn.softmax(logits)
-    falling = jnp.sort(p, descending=True)
-    last = jnp.minimum(jnp.sum(jnp.cumsum(falling) < top_p), p.size - 1)
-    cut = (p < falling[last]) & (top_p < 1)  # rounded, a sum may reach 1 too early
-    return jnp.where(cut, -jnp.inf, (logits - jnp.max(logits)) / temperature)
-
-
-def decode_stream(ids: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is whole: a character that several tokens make up comes with its last.
-
-    Bytes that are not UTF-8 become U+FFFD.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        yield decoder.decode(tokenizer.decode_bytes([token]))
-    yield decoder.decode(b"", final=True)
+    if V < tokenizer.VOCAB_SIZE - 6:
+        print(f"note: {path} knows the first {V} ids of the World tokenizer only", file=sys.stderr)
+    return decoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m rwkv_jax.generate",
-        description="Continue a text with an RWKV-7 model. The continuation goes to standard "
-        "output; it ends after --length tokens or where the model ends the document.",
+        description="Continue a text with an RWKV-7 model, or chat with it. A text goes to "
+        "standard output; it ends after --length tokens, where the model ends the document, or "
+        "before a --stop string.",
         epilog="example: python -m rwkv_jax.generate --load_model out/rwkv-final.pth "
         "--prompt $'User: 123+456=?\\n\\nAssistant:'",
     )
@@ -143,65 +276,192 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="X",
         help="a .pth, the output folder of a run, or a checkpoint",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--prompt",
         metavar="TEXT",
         help="taken as it is: in bash, $'…\\n…' makes the line breaks; without --prompt the text "
         "is read from standard input, less one line break at its end",
     )
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help='continue each line of a text file, or each {"prompt": "…"} of a .jsonl, several at a '
+        'time; writes {"prompt": …, "text": …} lines',
+    )
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk: a line is a message, Ctrl-D ends; the model keeps in mind what was said",
+    )
+    parser.add_argument(
+        "--think",
+        choices=THINK,
+        default="off",
+        help="with --chat, for models that can (G1): begin replies with <think, ask for a short or "
+        "long one, or with an empty thought (fake)",
+    )
     parser.add_argument("--length", type=int, default=200, help="most tokens to make (200)")
+    default = Sampling()
     parser.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
+        default=default.temperature,
         help="below 1 keeps to what is likely, 0 takes the likeliest token each time (1.0)",
     )
     parser.add_argument(
         "--top_p",
         type=float,
-        default=0.85,
+        default=default.top_p,
         help="choose among the likeliest tokens that have this probability together (0.85)",
     )
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=default.top_k,
+        help="and among so many at most; 0: no limit (0)",
+    )
+    parser.add_argument(
+        "--alpha_presence",
+        type=float,
+        default=default.alpha_presence,
+        help="lower the logit of a token once it was made (0.2)",
+    )
+    parser.add_argument(
+        "--alpha_frequency",
+        type=float,
+        default=default.alpha_frequency,
+        help="… and each time it was; not for blanks and digits (0.2)",
+    )
+    parser.add_argument(
+        "--alpha_decay",
+        type=float,
+        default=default.alpha_decay,
+        help="what is left of such a count a token later (0.996)",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+    )
     parser.add_argument("--seed", type=int, help="of the choices (a new one each time)")
+    parser.add_argument(
+        "--save_state", metavar="FILE", type=Path, help="write the state after the text"
+    )
+    parser.add_argument(
+        "--load_state", metavar="FILE", type=Path, help="go on from such a state of this model"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of the weights; bf16 takes half the memory (default: fp32 on a CPU, else bf16)",
+    )
     args = parser.parse_args(argv)
+    sampling = Sampling(
+        *(getattr(args, name) for name in Sampling._fields)  # the options have their names
+    )
+    sampling.checked()
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if args.length < 1:
         raise UserError(f"--length {args.length}: give 1 or more")
-    if not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature}: give a finite number, 0 or more")
-    if not 0 <= args.top_p <= 1:
-        raise UserError(f"--top_p {args.top_p}: give a number from 0 to 1")
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed {seed}: give a number from 0 to {2**31 - 1}")
+    if args.prompts and (args.save_state or args.load_state):
+        raise UserError("--prompts: its texts have no one state; leave --save_state and --load out")
+    if args.think != "off" and not args.chat:
+        raise UserError("--think goes with --chat")
 
-    on_cpu = jax.default_backend() == "cpu"
-    model = rwkv_jax.load(args.load_model, "float32" if on_cpu else "bfloat16")
-    V = model.config.vocab_size
-    if not tokenizer.VOCAB_SIZE - 6 <= V <= tokenizer.VOCAB_SIZE:
-        raise UserError(
-            f"{args.load_model}: has a vocabulary of {V}, so it was not trained on the World "
-            f"tokenizer's text, which takes {tokenizer.VOCAB_SIZE}"
-        )
-    prompt = tokenizer.encode(_read_stdin() if args.prompt is None else args.prompt)
+    prompts = _read_prompts(args.prompts) if args.prompts else []
+    decoder = load_decoder(args.load_model, args.precision)
+    if args.prompts:
+        for start in range(0, len(prompts), BATCH):
+            group = prompts[start : start + BATCH]
+            made = complete(decoder, group, args.length, sampling, seed + start, args.stop)
+            for prompt, text in zip(group, made, strict=True):
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        return
 
-    count, first = 0, math.nan
+    text = load_state(args.load_state, decoder) if args.load_state else Read(None, [])
+    if args.chat:
+        text = _chat(decoder, text, args.think, args.length, sampling, seed, args.stop)
+    else:
+        text = text.then(_read_stdin() if args.prompt is None else args.prompt)
+        reply = Reply(args.stop)
+        _stream(decoder, text, reply, args.length, sampling, seed)
+        text = Read(text.states, text.unread + reply.kept_ids())
+    if args.save_state:
+        save_state(args.save_state, text, decoder)
 
-    def counted(ids: Iterable[int]) -> Iterator[int]:
-        nonlocal count, first
-        for token in ids:
-            first = time.monotonic() if count == 0 else first
-            count += 1
-            yield token
 
-    ids = generate(model, prompt, args.length, args.temperature, args.top_p, seed)
-    for text in decode_stream(counted(ids)):
-        print(text, end="", flush=True)
+def _stream(
+    decoder: Decoder, text: Read, reply: Reply, length: int, sampling: Sampling, seed: int
+) -> None:
+    """Shows a reply as it is made, then how fast it was."""
+    calls = []
+    for (piece,) in generate(decoder, [text], [reply], length, sampling, seed):
+        print(piece, end="", flush=True)
+        calls.append((time.monotonic(), len(reply.ids)))
     print()
     # The first call's tokens are not counted in the speed: it is also what compiles.
-    steady = count - TOKENS_PER_CALL
-    speed = f", {steady / (time.monotonic() - first):.1f} tokens/s" if steady > 0 else ""
-    chosen = f", --seed {seed}" if args.temperature > 0 else ""
+    (began, before), (now, count) = calls[0], calls[-1]
+    speed = f", {(count - before) / (now - began):.1f} tokens/s" if count > before else ""
+    chosen = f", --seed {seed}" if sampling.temperature > 0 else ""
     print(f"[{count} tokens{speed}{chosen}]", file=sys.stderr)
+
+
+def _chat(
+    decoder: Decoder,
+    text: Read,
+    think: str,
+    length: int,
+    sampling: Sampling,
+    seed: int,
+    stop: Sequence[str],
+) -> Read:
+    """Turn after turn to the end of standard input; returns all that was said, to be saved.
+
+    A reply is read again before the next message, in parallel: what the model made after the stop
+    string is then not in its mind.
+    """
+    ask = "> " if sys.stdin.isatty() else ""
+    first = text.states is None
+    for turn in range(sys.maxsize):
+        try:
+            message = input(ask)
+        except EOFError:
+            return text
+        if not message.strip():
+            continue
+        text = text.then(chat_turn(message, think, first))
+        print(THINK[think][1].lstrip(), end="")
+        reply = Reply([END_OF_TURN, *stop])
+        _stream(decoder, text, reply, length, sampling, (seed + turn) % 2**31)
+        _, states = decoder.read(text.unread, text.states)
+        text, first = Read(states, reply.kept_ids()), False
+    return text
+
+
+def _read_prompts(path: Path) -> list[str]:
+    with reporting_os_errors(path, "read"):
+        try:
+            lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        prompt: object = line
+        if path.suffix == ".jsonl" and line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: is no JSON: {error}") from None
+            prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str):
+            raise UserError(f'{path}:{number}: has no string "prompt"')
+        if prompt.strip():
+            prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts")
+    return prompts
 
 
 def _read_stdin() -> str:

@@ -13,6 +13,7 @@ channel mix's inner width.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +46,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
-        return jnp.einsum("...i,oi->...o", x, self.weight[...])
+        weight = self.weight[...]
+        if weight.dtype != x.dtype:
+            return _narrow_product(x, weight)
+        return jnp.einsum("...i,oi->...o", x, weight)
 
 
 class LayerNorm(nnx.Module):
@@ -290,6 +294,18 @@ def _row(param: nnx.Param) -> Array:
 def _shift(x: Array, before: Array) -> Array:
     """x [B,T,C] delayed by one token; `before` [B,C] is the token ahead of the first."""
     return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+
+
+def _narrow_product(x: Array, weight: Array) -> Array:
+    """x Wᵀ in x's dtype, float32, for a W that is kept narrower: on CPUs, to read less.
+
+    XLA's CPU runs a bf16 product of one row at a tenth of the speed of float32; multiplied and
+    summed as one fused loop instead, it reads half the bytes in about the same time.
+    """
+    rows = x.astype(weight.dtype)
+    if math.prod(x.shape[:-1]) <= 3:
+        return jnp.sum(rows[..., None, :].astype(x.dtype) * weight.astype(x.dtype), axis=-1)
+    return jnp.einsum("...i,oi->...o", rows, weight, preferred_element_type=x.dtype)
 
 
 def _low_rank(x: Array, down: nnx.Param, up: nnx.Param, activation=lambda z: z) -> Array:

@@ -49,7 +49,8 @@ def wkv7(
       reset: [B,T] bool; where true, the state is set to zero before that token (the first token
         of a document in a packed row).
       return_state: also return the state after the last token.
-      implementation: a name in `IMPLEMENTATIONS`; None picks by device: pallas_triton for
+      implementation: a name in `IMPLEMENTATIONS`; None picks by device: reference for a single
+        token; pallas_triton for
         16-bit inputs on one NVIDIA GPU of compute capability 8.0 or more, or inside
         `jax.shard_map` over several; else xla.
 
@@ -99,6 +100,8 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
 
 def choose(v: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, str]:
     """The implementation that `wkv7` picks for v [B,T,H,N] on the present device, and why."""
+    if v.shape[1] == 1:
+        return "reference", "one token leaves nothing to do at once"
     if current_compute_capability() is None:
         return "xla", "the Pallas kernels need an NVIDIA GPU"
     if jnp.dtype(v.dtype).itemsize != 2:

@@ -1,0 +1,174 @@
+"""Recurrent decoding: a token is made from the one before and a state of constant size.
+
+`Decoder` holds a model laid out for this. Training stacks the layers' tensors and scans over them,
+which compiles fast; but a scan copies each layer's matrices out of the stack before it multiplies,
+and decoding does little else than read matrices. So here the layers are apart and the program
+spells them out.
+
+On a CPU "bf16" says how the matrices are kept: products accumulate in float32 and everything else
+is float32. There are no bf16 units to use there, and this reads half of what float32 matrices take.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rwkv_jax import tokenizer
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.model import Block, LayerNorm, Linear, Params, State
+from rwkv_jax.sampling import Made, Sampling, choose
+
+Array = jax.Array
+
+PROMPT_PIECES = (256, 16, 1)  # tokens read a call, so that three programs read any prompt
+TOKENS_PER_CALL = 16  # tokens made a call, at most: the host sees ids, never logits
+
+
+class Layers(nnx.Module):
+    """RWKV7 with the layers apart: `blocks[l]` holds one layer's tensors, of official shape."""
+
+    def __init__(self, config: ModelConfig):
+        V, C = config.vocab_size, config.n_embd
+        self.emb = Linear(V, C)
+        self.ln0 = LayerNorm(C)
+        self.blocks = nnx.List([Block(config) for _ in range(config.n_layer)])
+        self.ln_out = LayerNorm(C)
+        self.head = Linear(V, C)
+
+    def __call__(self, tokens: Array, states: list[State]) -> tuple[Array, list[State]]:
+        """tokens [B, T] → the logits after the last, [B, V] float32; a layer's state is one row
+        of `State`'s arrays: shifts [B, C] (whose dtype is that of the computation), wkv [B,H,N,N].
+        """
+        rows = jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip")
+        x = self.ln0(rows.astype(states[0].shift_att.dtype))
+        v_first, after = None, []
+        for layer, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            x_att = block.ln1(x)
+            if v_first is None:
+                v_first = block.att.project_value(x_att, state.shift_att)
+            y, wkv = block.att(x_att, state.shift_att, state.wkv, v_first, jnp.array(layer == 0))
+            x = x + y
+            x_ffn = block.ln2(x)
+            x = x + block.ffn(x_ffn, state.shift_ffn)
+            after.append(State(x_att[:, -1], x_ffn[:, -1], wkv))
+        return self.head(self.ln_out(x[:, -1:]))[:, 0].astype(jnp.float32), after
+
+
+class Batch(NamedTuple):
+    """B sequences between two calls of `Decoder.make`."""
+
+    logits: Array  # [B, V] float32, of each sequence's next token
+    states: list[State]  # a layer
+    keys: Array  # [B], of each sequence's draws
+    made: Made
+
+
+class Decoder:
+    """A model laid out for decoding.
+
+    Args:
+        config, params: from `rwkv_jax.load_params`; float32 or bf16, NumPy or JAX arrays.
+        precision: "fp32" or "bf16"; None: fp32 on a CPU, bf16 elsewhere.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, precision: str | None = None):
+        on_cpu = jax.default_backend() == "cpu"
+        kept = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[
+            precision or ("fp32" if on_cpu else "bf16")
+        ]
+        self.config = config
+        self.dtype = jnp.float32 if on_cpu else kept
+
+        def place(path: tuple, leaf: Any) -> Array:
+            matrix = path[-1].key == "weight" and leaf.ndim == 2
+            return jnp.asarray(leaf, kept if matrix else self.dtype)
+
+        def layer(index: int) -> Params:
+            rows = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+            return jax.tree.map_with_path(place, rows)
+
+        top = {name: part for name, part in params.items() if name != "blocks"}
+        self._params = jax.tree.map_with_path(place, top)
+        self._params["blocks"] = {index: layer(index) for index in range(config.n_layer)}
+        self._graphdef = nnx.split(nnx.eval_shape(lambda: Layers(config)))[0]
+
+    def initial_state(self) -> list[State]:
+        """Of one sequence, before its first token."""
+        c = self.config
+        shift = jnp.zeros((1, c.n_embd), self.dtype)
+        wkv = jnp.zeros((1, c.n_head, c.head_size, c.head_size), jnp.float32)
+        return [State(shift, shift, wkv) for _ in range(c.n_layer)]
+
+    def read(
+        self, tokens: Sequence[int], states: list[State] | None = None
+    ) -> tuple[Array, list[State]]:
+        """Reads one sequence's tokens, in pieces: logits [1, V] after the last, and the state.
+
+        Without tokens and state, a new document is begun.
+        """
+        if states is None:
+            states = self.initial_state()
+        rest = np.asarray(tokens or [tokenizer.END_OF_DOCUMENT], np.int32)[None]
+        while rest.size:
+            piece = next(piece for piece in PROMPT_PIECES if piece <= rest.size)
+            logits, states = _read(self._graphdef, self._params, rest[:, :piece], states)
+            rest = rest[:, piece:]
+        return logits, states
+
+    def batch(self, sequences: Sequence[tuple[Array, list[State]]], seed: int) -> Batch:
+        """Sequences that were read, to go on from together; each draws by the seed and its place
+        alone, whatever the others are.
+        """
+        logits, states = jax.tree.map(lambda *rows: jnp.concatenate(rows), *sequences)
+        places = jnp.arange(len(sequences))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places)
+        return Batch(logits, states, keys, Made.none(*logits.shape))
+
+    def make(self, batch: Batch, count: int, sampling: Sampling) -> tuple[np.ndarray, Batch]:
+        """Makes `count` tokens (at most TOKENS_PER_CALL) of each sequence: ids [B, count].
+
+        Ends early, with fewer, when every sequence has made an end of document in this call. What a
+        sequence makes after its own end means nothing.
+        """
+        made, tokens, batch = _make(
+            self._graphdef, self._params, batch, np.int32(count), sampling.checked()
+        )
+        return np.asarray(tokens)[:, : int(made)], batch
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(graphdef, params, tokens: Array, states: list[State]) -> tuple[Array, list[State]]:
+    return nnx.merge(graphdef, params)(tokens, states)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _make(
+    graphdef, params, batch: Batch, count: Array, sampling: Sampling
+) -> tuple[Array, Array, Batch]:
+    model: Layers = nnx.merge(graphdef, params)
+    B = batch.logits.shape[0]
+
+    def unfinished(carry) -> Array:
+        made, _, ended, _ = carry
+        return (made < count) & ~jnp.all(ended)
+
+    def step(carry):
+        made, tokens, ended, (logits, states, keys, penalties) = carry
+        keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        chosen = choose(logits, penalties, draws, sampling)
+        logits, states = model(chosen[:, None], states)
+        penalties = penalties.add(chosen, sampling.alpha_decay)
+        ended |= chosen == tokenizer.END_OF_DOCUMENT
+        return made + 1, tokens.at[:, made].set(chosen), ended, Batch(
+            logits, states, keys, penalties
+        )  # fmt: skip
+
+    tokens = jnp.zeros((B, TOKENS_PER_CALL), jnp.int32)
+    start = (jnp.int32(0), tokens, jnp.zeros(B, bool), batch)
+    made, tokens, _, batch = jax.lax.while_loop(unfinished, step, start)
+    return made, tokens, batch
