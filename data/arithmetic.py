@@ -462,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.held_out:
         raise UserError("--held_out goes with --sums: chats are held out by another --seed")
     write_corpus(args.output, args.count, args.seed, draw)
-    print(f"{args.output}: {args.count} {'chats' if draw is None else 'sums'}, {args.output.stat().st_size} bytes")
+    kind = "chats" if draw is None else "sums"
+    print(f"{args.output}: {args.count} {kind}, {args.output.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

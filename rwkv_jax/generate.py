@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from rwkv_jax.binidx import reporting_os_errors
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.model import State
-from rwkv_jax.sampling import Sampling
+from rwkv_jax.sampling import DEFAULT, Sampling
 
 BATCH = 16  # prompts of a file that are continued at once
 PATIENCE = 0.1  # seconds: while calls are shorter than this, more tokens are made a call
@@ -121,7 +122,7 @@ def generate(
     texts: Sequence[Read],
     replies: Sequence[Reply],
     length: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     seed: int = 0,
 ) -> Iterator[list[str]]:
     """Continues texts together; yields what each reply gained, a call's tokens at a time.
@@ -156,7 +157,7 @@ def complete(
     decoder: Decoder,
     prompts: Sequence[str],
     length: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> list[str]:
@@ -213,15 +214,11 @@ def load_state(path: Path, decoder: Decoder) -> Read:
     """
     with reporting_os_errors(path, "read"):
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+                arrays = dict(members)
             stacked = State(arrays["shift_att"], arrays["shift_ffn"], arrays["wkv"])
             unread = [int(token) for token in arrays["unread"]]
-        except (ValueError, KeyError, TypeError, EOFError, AttributeError):
-            raise UserError(f"{path}: is not a state that --save_state wrote") from None
-        except Exception as error:
-            if type(error).__name__ != "BadZipFile":
-                raise
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             raise UserError(f"{path}: is not a state that --save_state wrote") from None
     states = decoder.initial_state()
     for name, array in stacked._asdict().items():
@@ -303,41 +300,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         "long one, or with an empty thought (fake)",
     )
     parser.add_argument("--length", type=int, default=200, help="most tokens to make (200)")
-    default = Sampling()
     parser.add_argument(
         "--temperature",
         type=float,
-        default=default.temperature,
+        default=DEFAULT.temperature,
         help="below 1 keeps to what is likely, 0 takes the likeliest token each time (1.0)",
     )
     parser.add_argument(
         "--top_p",
         type=float,
-        default=default.top_p,
+        default=DEFAULT.top_p,
         help="choose among the likeliest tokens that have this probability together (0.85)",
     )
     parser.add_argument(
         "--top_k",
         type=int,
-        default=default.top_k,
+        default=DEFAULT.top_k,
         help="and among so many at most; 0: no limit (0)",
     )
     parser.add_argument(
         "--alpha_presence",
         type=float,
-        default=default.alpha_presence,
+        default=DEFAULT.alpha_presence,
         help="lower the logit of a token once it was made (0.2)",
     )
     parser.add_argument(
         "--alpha_frequency",
         type=float,
-        default=default.alpha_frequency,
+        default=DEFAULT.alpha_frequency,
         help="… and each time it was; not for blanks and digits (0.2)",
     )
     parser.add_argument(
         "--alpha_decay",
         type=float,
-        default=default.alpha_decay,
+        default=DEFAULT.alpha_decay,
         help="what is left of such a count a token later (0.996)",
     )
     parser.add_argument(
@@ -376,8 +372,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for start in range(0, len(prompts), BATCH):
             group = prompts[start : start + BATCH]
             made = complete(decoder, group, args.length, sampling, seed + start, args.stop)
-            for prompt, text in zip(group, made, strict=True):
-                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+            for pair in zip(group, made, strict=True):
+                record = dict(zip(("prompt", "text"), pair, strict=True))
+                print(json.dumps(record, ensure_ascii=False), flush=True)
         return
 
     text = load_state(args.load_state, decoder) if args.load_state else Read(None, [])

@@ -304,7 +304,8 @@ def _narrow_product(x: Array, weight: Array) -> Array:
     """
     rows = x.astype(weight.dtype)
     if math.prod(x.shape[:-1]) <= 3:
-        return jnp.sum(rows[..., None, :].astype(x.dtype) * weight.astype(x.dtype), axis=-1)
+        flat = rows.reshape(-1, 1, x.shape[-1]).astype(x.dtype)
+        return jnp.sum(flat * weight[None].astype(x.dtype), axis=-1).reshape(*x.shape[:-1], -1)
     return jnp.einsum("...i,oi->...o", rows, weight, preferred_element_type=x.dtype)
 
 

@@ -8,7 +8,7 @@ on the probabilities, found by bisection.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ Array = jax.Array
 class Sampling(NamedTuple):
     """How tokens are chosen: the fields of the `rwkv` package's `PIPELINE_ARGS`."""
 
-    temperature: float | Array = 1.0  # 0: the likeliest token each time
-    top_p: float | Array = 0.85
-    top_k: int | Array = 0  # 0: no limit
-    alpha_presence: float | Array = 0.2
-    alpha_frequency: float | Array = 0.2
-    alpha_decay: float | Array = 0.996
+    temperature: float = 1.0  # 0: the likeliest token each time
+    top_p: float = 0.85
+    top_k: int = 0  # 0: no limit
+    alpha_presence: float = 0.2
+    alpha_frequency: float = 0.2
+    alpha_decay: float = 0.996
 
     def checked(self) -> "Sampling":
         """The same as NumPy scalars: to a compiled loop they are arguments, not constants.
@@ -46,10 +46,11 @@ class Sampling(NamedTuple):
         for name in ("alpha_presence", "alpha_frequency"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"--{name} {getattr(self, name)}: give a finite number")
-        floats = {name: np.float32(value) for name, value in self._asdict().items()}
-        return Sampling(**{**floats, "top_k": np.int32(self.top_k)})
+        values: dict[str, Any] = {name: np.float32(x) for name, x in self._asdict().items()}
+        return Sampling(**{**values, "top_k": np.int32(self.top_k)})
 
 
+DEFAULT = Sampling()
 GREEDY = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0)
 
 
@@ -57,7 +58,7 @@ class Made(NamedTuple):
     """What penalties depend on: the tokens that each sequence has made (its prompt is not)."""
 
     seen: Array  # [B, V] bool
-    count: Array  # [B, V] float32, decaying; blanks and digits do not count
+    counts: Array  # [B, V] float32, decaying; blanks and digits do not count
 
     @staticmethod
     def none(batch: int, vocab_size: int) -> "Made":
@@ -67,10 +68,10 @@ class Made(NamedTuple):
     def add(self, tokens: Array, decay: Array) -> "Made":
         """With tokens [B], one a sequence."""
         rows = jnp.arange(tokens.size)
-        weight = jnp.asarray(_count_weights()[: self.count.shape[1]])
+        weight = jnp.asarray(_count_weights()[: self.counts.shape[1]])
         return Made(
             self.seen.at[rows, tokens].set(True),
-            (self.count * decay).at[rows, tokens].add(weight[tokens]),
+            (self.counts * decay).at[rows, tokens].add(weight[tokens]),
         )
 
 
@@ -83,7 +84,7 @@ def _count_weights() -> np.ndarray:
 
 def choose(logits: Array, made: Made, keys: Array, sampling: Sampling) -> Array:
     """The next token of each sequence: logits [B, V] float32, keys [B] → [B] int32."""
-    penalty = sampling.alpha_presence + made.count * sampling.alpha_frequency
+    penalty = sampling.alpha_presence + made.counts * sampling.alpha_frequency
     logits = logits - jnp.where(made.seen, penalty, 0.0)
     tokens = jax.lax.cond(
         sampling.temperature == 0,

@@ -124,11 +124,12 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     return {
         name: tuple(sizes[letter] for letter in dims)
-        for name, dims in _official_dims(config.n_layer).items()
+        for name, dims in official_dims(config.n_layer).items()
     }
 
 
-def _official_dims(n_layer: int) -> dict[str, str]:
+def official_dims(n_layer: int) -> dict[str, str]:
+    """Name → dimensions, a letter each (see `official_shapes`), in the official order."""
     blocks = {
         f"blocks.{layer}.{name}": dims
         for layer in range(n_layer)
@@ -148,14 +149,14 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
       UserError: not an RWKV-7 model (saying which kind it looks like), or tensors are missing or
         of the wrong shape.
     """
-    tensors = _without_prefix(tensors)
+    tensors = without_prefix(tensors)
     _check_architecture(tensors)
     layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
     n_layer = max(layers) + 1
     if len(layers) != n_layer:
         raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
     sizes: dict[str, int] = {}
-    for name, dims in _official_dims(n_layer).items():
+    for name, dims in official_dims(n_layer).items():
         shape = tensors[name].shape if name in tensors else ()
         if len(shape) == len(dims):
             for letter, size in zip(dims, shape, strict=True):
@@ -204,7 +205,7 @@ def from_official(
     Warns:
       UserWarning: names tensors that RWKV-7 does not have, which are left out.
     """
-    tensors = _without_prefix(tensors)
+    tensors = without_prefix(tensors)
     if expect is not None:
         _check_architecture(tensors)
         differences = _differences(tensors, expect)
@@ -244,7 +245,7 @@ def to_official(params: Params) -> dict[str, pth.Array]:
     """
     n_layer = params["blocks"]["ln1"]["weight"].shape[0]
     tensors: dict[str, pth.Array] = {}
-    for name, dims in _official_dims(n_layer).items():
+    for name, dims in official_dims(n_layer).items():
         place = _place(name)
         leaf: Any = params
         for key in place.path:
@@ -298,7 +299,8 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[2:] if len(shape) == 3 and shape[:2] == (1, 1) else shape
 
 
-def _without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Names as the official trainer writes them, without what DeepSpeed puts in front."""
     plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if len(plain) != len(tensors):
         raise UserError(f"has the same tensors with and without the prefix {_PREFIX}")

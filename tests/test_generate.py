@@ -1,5 +1,6 @@
 """Generation: the tokens that a model's logits dictate, drawn as the rwkv package draws them."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,19 +13,30 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from rwkv_jax import generate as generation
-from rwkv_jax import tokenizer, weights
+from rwkv_jax import decoding, generate, tokenizer, weights
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.decoding import Decoder
 from rwkv_jax.errors import UserError
+from rwkv_jax.generate import Read, Reply
 from rwkv_jax.initialisation import init_params
+from rwkv_jax.sampling import DEFAULT, GREEDY, Made, Sampling, choose, sampling_logits
 
 ORACLE = Path(__file__).parent / "data" / "oracles" / "tiny_v512_rand_fp32.pth"
-PROMPT = "User: 今天天气怎么样?\n\nAssistant:"
+PROMPTS = [
+    "User: 今天天气怎么样?\n\nAssistant:",
+    "The Eiffel tower is in the city of",
+    "从前有座山，",
+]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """An fp32 .pth with the World vocabulary whose every tensor matters."""
+def tiny() -> Decoder:
+    return Decoder(*rwkv_jax.load_params(ORACLE))
+
+
+@pytest.fixture(scope="module")
+def world_file(tmp_path_factory) -> Path:
+    """An fp32 .pth with the World vocabulary whose every tensor matters, and which ends no text."""
     rng = np.random.default_rng(1)
 
     def lively(leaf: np.ndarray) -> np.ndarray:
@@ -34,18 +46,23 @@ def world(tmp_path_factory) -> Path:
 
     params = jax.tree.map(lively, init_params(ModelConfig(n_layer=2, n_embd=64)))
     params["emb"]["weight"] = rng.normal(0, 1, params["emb"]["weight"].shape).astype(np.float32)
+    params["head"]["weight"][0] = 0
     path = tmp_path_factory.mktemp("world") / "model.pth"
     weights.save_pth(path, params, np.float32)
     return path
 
 
-def command(*arguments, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "rwkv_jax.generate", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+@pytest.fixture(scope="module")
+def world(world_file) -> Decoder:
+    return generate.load_decoder(str(world_file))
+
+
+def make_ids(decoder: Decoder, prompts: list[list[int]], length: int, sampling=GREEDY, seed=0):
+    replies = [Reply() for _ in prompts]
+    texts = [Read(None, prompt) for prompt in prompts]
+    for _ in generate.generate(decoder, texts, replies, length, sampling, seed):
+        pass
+    return [reply.ids for reply in replies]
 
 
 # ---------------------------------------------------------------------------------- which tokens
@@ -55,42 +72,62 @@ def plain_greedy(model, prompt: list[int], length: int) -> list[int]:
     """No state: the whole text anew for each token (padded at the end, so as to compile once)."""
     tokens = list(prompt)
     for _ in range(length):
-        padded = np.zeros((1, len(prompt) + length), np.int32)
+        padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
         logits, _ = model.forward(jnp.asarray(padded))
         tokens.append(int(np.argmax(logits[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
 
 
-def test_greedy_is_the_plain_loop_whatever_the_pieces(monkeypatch):
-    model = rwkv_jax.load(ORACLE)
-    model.head.weight[...] = model.head.weight[...].at[0].set(0)  # so that no document ends
+def test_greedy_is_the_plain_loop_and_ends_before_an_end_of_document(tiny, monkeypatch):
     prompt = np.random.default_rng(0).integers(1, 512, 22).tolist()
+    model = rwkv_jax.load(ORACLE)
     expected = plain_greedy(model, prompt, 40)
-    assert 0 not in expected and len(set(expected)) > 20
-    for piece in (256, 11):
-        monkeypatch.setattr(generation, "PROMPT_PIECE", piece)
-        assert list(generation.generate(model, prompt, 40, temperature=0)) == expected
+    assert len(set(expected)) > 20
+    end = expected.index(0) if 0 in expected else 40
+    assert make_ids(tiny, [prompt], 40) == [expected[:end]]
+    monkeypatch.setattr(decoding, "PROMPT_PIECES", (7, 1))
+    assert make_ids(tiny, [prompt], 40) == [expected[:end]]
 
-
-def test_it_ends_before_an_end_of_document():
-    model = rwkv_jax.load(ORACLE)
-    prompt = [5, 6, 7]
-    ids = plain_greedy(model, prompt, 40)
-    last = max(range(20, 40), key=lambda i: (ids[i] not in ids[:i], -i))
-    assert ids[last] not in ids[:last]
     # Swap the rows of 0 and of a token made late (in a later call): then that place is the end.
-    swap = jnp.arange(512).at[0].set(ids[last]).at[ids[last]].set(0)
-    for table in (model.head, model.emb):
-        table.weight[...] = table.weight[...][swap]
-    expected = [ids[last] if token == 0 else token for token in ids[:last]]
-    assert list(generation.generate(model, prompt, 40, temperature=0)) == expected
+    last = max(range(20, end), key=lambda i: (expected[i] not in expected[:i], -i))
+    swap = np.arange(512)
+    swap[[0, expected[last]]] = swap[[expected[last], 0]]
+    config, params = rwkv_jax.load_params(ORACLE)
+    for name in ("head", "emb"):
+        params[name]["weight"] = params[name]["weight"][swap]
+    prompt = [swap[token] for token in prompt]
+    wanted = [int(swap[token]) for token in expected[:last]]
+    assert make_ids(Decoder(config, params), [prompt], 40) == [wanted]
 
 
-def test_an_empty_prompt_begins_a_document():
+def test_a_batch_of_ragged_prompts_is_each_alone(world):
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    alone = [make_ids(world, [prompt], 24)[0] for prompt in prompts]
+    assert make_ids(world, prompts, 24) == alone
+    drawn = make_ids(world, prompts, 24, DEFAULT, seed=5)
+    assert drawn[0] == make_ids(world, prompts[:1], 24, DEFAULT, seed=5)[0]
+    assert make_ids(world, prompts, 24, DEFAULT)[0] != drawn[0]
+
+
+def test_an_empty_prompt_begins_a_document(tiny):
+    ids = make_ids(tiny, [[]], 5)
+    assert ids[0] and ids == make_ids(tiny, [[0]], 5)
+
+
+def test_decoding_is_the_model_and_bf16_is_near(tiny):
+    """The state goes on where `RWKV7.forward` does; matrices kept in bf16 lose what bf16 loses."""
+    tokens = np.random.default_rng(2).integers(1, 512, 20)
     model = rwkv_jax.load(ORACLE)
-    ids = list(generation.generate(model, [], 5, temperature=0))
-    assert ids and ids == list(generation.generate(model, [0], 5, temperature=0))
+    expected, _ = model.forward(jnp.asarray(tokens[None]))
+    got, states = tiny.read(tokens[:-1].tolist())
+    np.testing.assert_allclose(got[0], expected[0, -2], rtol=0, atol=2e-5)
+    got, _ = tiny.read(tokens[-1:].tolist(), states)
+    np.testing.assert_allclose(got[0], expected[0, -1], rtol=0, atol=2e-5)
+    narrow = Decoder(*rwkv_jax.load_params(ORACLE), "bf16")
+    rounded, _ = narrow.read(tokens.tolist())
+    scale = float(jnp.std(expected[0, -1]))
+    assert 1e-4 * scale < float(jnp.abs(rounded[0] - expected[0, -1]).max()) < 0.1 * scale
 
 
 THEIRS = """
@@ -99,91 +136,136 @@ import numpy as np
 from rwkv.model import RWKV
 from rwkv.utils import PIPELINE, PIPELINE_ARGS
 pipeline = PIPELINE(RWKV(model=sys.argv[1], strategy="cpu fp32"), "rwkv_vocab_v20230424")
-args = PIPELINE_ARGS(temperature=0, alpha_frequency=0, alpha_presence=0, token_stop=[0])
-made = []
-pipeline.decode = lambda ids: (made.clear(), made.extend(ids), "\\ufffd")[-1]
-pipeline.generate(sys.argv[2], token_count=int(sys.argv[3]), args=args)
+job = json.loads(sys.stdin.read())
+greedy = []
+for prompt, presence, frequency in job["greedy"]:
+    args = PIPELINE_ARGS(temperature=0, alpha_frequency=frequency, alpha_presence=presence)
+    made = []
+    sample = pipeline.sample_logits
+    def record(*a, **k):
+        token = sample(*a, **k)
+        made.append(token)
+        return token
+    pipeline.sample_logits = record
+    pipeline.generate(prompt, token_count=job["length"], args=args)
+    pipeline.sample_logits = sample
+    greedy.append(made)
 drawn = []
 def choice(a, p):
     drawn.append(p)
     return 0
 np.random.choice = choice
 import torch
-for logits, T, top_p in json.loads(sys.stdin.read()):
-    pipeline.sample_logits(torch.tensor(logits), temperature=T, top_p=top_p)
-json.dump({"made": made, "drawn": [p.tolist() for p in drawn]}, sys.stdout)
+for logits, T, top_p, top_k in job["logits"]:
+    pipeline.sample_logits(torch.tensor(logits), temperature=T, top_p=top_p, top_k=top_k)
+json.dump({"greedy": greedy, "drawn": [p.tolist() for p in drawn]}, sys.stdout)
 """
-CASES = [(1.0, 0.85), (0.7, 0.85), (1.5, 0.3), (2.0, 0.999), (1.0, 0.0), (0.05, 0.5), (0, 0.85)]
+CASES = [  # temperature, top_p, top_k
+    (1.0, 0.85, 0),
+    (0.7, 0.85, 0),
+    (1.5, 0.3, 0),
+    (2.0, 0.999, 0),
+    (1.0, 0.0, 0),
+    (0.05, 0.5, 0),
+    (1.2, 0.9, 5),
+    (1.0, 0.3, 200),
+    (0, 0.85, 0),
+]
 
 
 def sample_cases() -> np.ndarray:
     return np.random.default_rng(3).normal(0, 3, (len(CASES), 300)).astype(np.float32)
 
 
-def exact(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+def exact(logits: np.ndarray, temperature: float, top_p: float, top_k: int = 0) -> np.ndarray:
     """The distribution in float64: cut, then raise to 1/T."""
     p = np.exp(logits.astype(np.float64) - logits.max())
     p /= p.sum()
     order = np.argsort(-p)
     kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
+    kept = kept[: top_k or None]
     q = np.zeros_like(p)
     q[kept] = (p[kept] / p.max()) ** (1 / temperature)
     return q / q.sum()
 
 
 @pytest.mark.torch
-def test_the_rwkv_package_makes_the_same_choices(world):
-    """Its greedy continuation of 60 tokens, and the probabilities that it hands to its dice."""
+def test_the_rwkv_package_makes_the_same_choices(world, world_file):
+    """Its greedy continuations of 200 tokens, penalties or not, and the probabilities that it hands
+    to its dice."""
     rows = sample_cases()
-    cases = [(row.tolist(), *case) for row, case in zip(rows, CASES, strict=True)]
+    greedy = [(prompt, 0.0, 0.0) for prompt in PROMPTS] + [(PROMPTS[0], 0.2, 0.2)]
+    job = {
+        "length": 200,
+        "greedy": greedy,
+        "logits": [(row.tolist(), *case) for row, case in zip(rows, CASES, strict=True)],
+    }
     done = subprocess.run(
-        [sys.executable, "-c", THEIRS, str(world.with_suffix("")), PROMPT, "60"],
-        input=json.dumps(cases).encode(),
-        env={**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0"},
+        [sys.executable, "-c", THEIRS, str(world_file.with_suffix(""))],
+        input=json.dumps(job).encode(),
+        env={**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()
-    theirs = json.loads(done.stdout[done.stdout.index(b'{"made"') :])
-    prompt = tokenizer.encode(PROMPT)
-    ours = list(generation.generate(rwkv_jax.load(world), prompt, 60, temperature=0))
-    assert ours == theirs["made"] and len(ours) == 60 and len(set(ours)) > 20
-    for row, (temperature, top_p), p in zip(rows, CASES, theirs["drawn"], strict=True):
-        if temperature == 0:
+    theirs = json.loads(done.stdout[done.stdout.index(b'{"greedy"') :])
+
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert make_ids(world, prompts, 200) == theirs["greedy"][:3]
+    penalised = make_ids(world, prompts[:1], 200, Sampling(temperature=0))
+    assert penalised == theirs["greedy"][3:] and penalised[0] != theirs["greedy"][0]
+    assert all(len(set(ids)) > 20 for ids in theirs["greedy"])
+    for row, case, p in zip(rows, CASES, theirs["drawn"], strict=True):
+        if case[0] == 0:
             assert np.flatnonzero(p).tolist() == [row.argmax()]
         else:
-            q = jax.nn.softmax(generation.sampling_logits(jnp.asarray(row), temperature, top_p))
+            q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).checked()))
             np.testing.assert_allclose(q, p, rtol=1e-5, atol=1e-7)
 
 
 # -------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("case", range(len(CASES) - 1))
-def test_probabilities_are_exact(case):
-    row, (temperature, top_p) = sample_cases()[case], CASES[case]
-    q = jax.nn.softmax(generation.sampling_logits(jnp.asarray(row), temperature, top_p))
-    np.testing.assert_allclose(q, exact(row, temperature, top_p), rtol=1e-5, atol=1e-9)
+def test_probabilities_are_exact():
+    rows = sample_cases()
+    for row, case in zip(rows[:-1], CASES, strict=False):
+        q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).checked()))
+        np.testing.assert_allclose(q, exact(row, *case), rtol=1e-5, atol=1e-9)
+    both = sampling_logits(jnp.asarray(rows[:2]), Sampling(*CASES[0]).checked())
+    np.testing.assert_allclose(jax.nn.softmax(both)[1], exact(rows[1], *CASES[0]), rtol=1e-5)
 
 
 def test_top_p_of_1_keeps_all_and_a_low_temperature_does_not_underflow():
     row = jnp.asarray(sample_cases()[0])
-    assert jnp.isfinite(generation.sampling_logits(row, 1.0, 1.0)).all()
-    cold = jax.nn.softmax(generation.sampling_logits(row - 50.0, 1e-4, 1.0))
+    assert jnp.isfinite(sampling_logits(row, Sampling(1.0, 1.0).checked())).all()
+    cold = jax.nn.softmax(sampling_logits(row - 50.0, Sampling(1e-4, 1.0).checked()))
     assert cold[jnp.argmax(row)] == 1 and jnp.sum(cold) == 1
 
 
-def test_draws_follow_the_distribution_and_the_seed():
-    model = rwkv_jax.load(ORACLE)
-    prompt, options = [5, 6, 7], {"temperature": 0.3, "top_p": 0.6}
-    first = [next(generation.generate(model, prompt, 1, seed=s, **options), 0) for s in range(200)]
-    logits, _ = model.forward(jnp.asarray([prompt]))
-    p = exact(np.asarray(logits[0, -1]), 0.3, 0.6)
+def test_penalties_decay_and_do_not_count_digits():
+    word, digit = tokenizer.encode("city")[0], tokenizer.encode("12")[0]
+    made = Made.none(1, 65536)
+    for token in (word, digit, word):
+        made = made.add(jnp.array([token]), np.float32(0.5))
+    assert made.counts[0, word] == 1 + 0.25 and made.counts[0, digit] == 0
+    logits = np.zeros((1, 65536), np.float32)
+    logits[0, [word, digit, 700]] = 3.0, 2.5, 2.0
+    keys = jax.random.split(jax.random.key(0), 1)
+    for presence, frequency, best in [(0, 0, word), (0, 0.5, digit), (1.5, 0, 700), (-1, 0, word)]:
+        sampling = Sampling(0, 1, 0, presence, frequency, 0.5).checked()
+        assert choose(jnp.asarray(logits), made, keys, sampling) == best
+
+
+def test_draws_follow_the_distribution_and_the_seed(tiny):
+    prompt, sampling = [5, 6, 7], Sampling(0.3, 0.6, 0, 0, 0)
+    first = [ids[0] for ids in make_ids(tiny, [prompt] * 200, 1, sampling)]
+    logits, _ = tiny.read(prompt)
+    p = exact(np.asarray(logits[0]), 0.3, 0.6)
     assert (p[first] > 0).all()
     likely = np.argsort(p)[-8:]
     seen = np.bincount(first, minlength=512)[likely] / 200
     assert 0.2 < p[likely].sum() < 0.99
     assert (np.abs(seen - p[likely]) < 5 * np.sqrt(p[likely] * (1 - p[likely]) / 200)).all()
-    again = [list(generation.generate(model, prompt, 40, seed=s, **options)) for s in (1, 1, 2)]
+    again = [make_ids(tiny, [prompt], 40, sampling, seed) for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
 
 
@@ -193,49 +275,132 @@ def test_draws_follow_the_distribution_and_the_seed():
 def test_a_character_is_never_broken():
     text = "naïve 龘𠮷 👩‍🚀!"
     ids = [byte + 1 for byte in text.encode()]  # a token a byte
-    pieces = list(generation.decode_stream(ids))
-    assert "".join(pieces) == text and len(pieces) == len(ids) + 1
-    assert "\ufffd" not in "".join(pieces)
-    cut = list(generation.decode_stream([*ids[:6], 0xE9 + 1]))  # ends inside a character
-    assert "".join(cut) == "naïve\ufffd"
-    assert "".join(generation.decode_stream([0xFF + 1, ord("x") + 1, 65535])) == "\ufffdx"
+    reply = Reply()
+    pieces = [reply.add([token]) for token in ids]
+    assert "".join(pieces) == text == reply.text and "\ufffd" not in text
+    cut = Reply()
+    assert cut.add([*ids[:6], 0xE9 + 1]) + cut.end() == "naïve\ufffd" == cut.text
+    odd = Reply()
+    assert odd.add([0xFF + 1, ord("x") + 1, 65535]) + odd.end() == "\ufffdx"
+    assert odd.add([70]) == "" and odd.text == "\ufffdx"
 
 
-def test_the_command(world):
-    options = ("--load_model", world, "--length", 20)
-    greedy = command(*options, "--temperature", 0, "--prompt", PROMPT)
-    assert greedy.returncode == 0, greedy.stderr.decode()
-    ids = generation.generate(rwkv_jax.load(world), tokenizer.encode(PROMPT), 20, temperature=0)
-    assert greedy.stdout.decode() == tokenizer.decode(list(ids)) + "\n"
-    report = greedy.stderr.decode()
-    assert report.startswith("[20 tokens, ") and report.endswith(" tokens/s]\n")
+def test_stop_strings_are_held_back_and_left_out():
+    ids = tokenizer.encode("one two\n") + tokenizer.encode("\n") + tokenizer.encode("User: x")
+    reply = Reply(["\n\nUser:", "three"])
+    pieces = [reply.add([token]) for token in ids]
+    assert "".join(pieces) == "one two" == reply.text and reply.ended
+    assert tokenizer.decode(reply.kept_ids()) == "one two"
+    near = Reply(["\n\nUser:"])
+    shown = near.add(tokenizer.encode("a\n\nUse"))
+    assert shown == "a" and near.end() == "\n\nUse" and near.text == "a\n\nUse"
+    inside = Reply(["ity"])  # begins inside the token "city"
+    inside.add(tokenizer.encode("my city"))
+    assert inside.text == "my c" and tokenizer.decode(inside.kept_ids()) == "my c"
+    ended = Reply(["x"])
+    assert ended.add([66, 0, 67]) == "A" and ended.ended and ended.kept_ids() == [66]
 
-    drawn = command(*options, stdin=PROMPT.encode() + b"\n")
-    assert drawn.returncode == 0 and drawn.stdout != greedy.stdout
-    seed = int(drawn.stderr.decode().split("--seed ")[1].rstrip("]\n"))
-    ids = generation.generate(rwkv_jax.load(world), tokenizer.encode(PROMPT), 20, seed=seed)
-    assert drawn.stdout.decode() == tokenizer.decode(list(ids)) + "\n"
+
+def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys):
+    """Its second reply is that to the whole conversation in the published form."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\n \nWhat is\t2?\n"))
+    options = ["--load_model", str(world_file), "--temperature", "0", "--length", "7"]
+    generate.main([*options, "--chat", "--think", "short"])
+    out = capsys.readouterr().out
+    text, replies = "", []
+    for message in ("你好", "What is\t2?"):
+        text += f"User: {message} think a bit\n\nAssistant: <think"
+        replies += generate.complete(world, [text], 7, Sampling(temperature=0))
+        text += f"{replies[-1]}\n\n"
+    assert out == "".join(f"<think{reply}\n" for reply in replies)
+    assert generate.chat_turn(" a\n\n\nb\n") == "User: a\nb\n\nAssistant:"
+    assert generate.chat_turn("a", "fake", False).endswith("\n\nAssistant: <think>\n</think")
+
+
+def test_a_state_is_gone_on_from(world_file, tmp_path, capsys):
+    def run(*options) -> str:
+        generate.main(["--load_model", str(world_file), *GREEDILY, *map(str, options)])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    state = tmp_path / "a.npz"
+    whole = run("--prompt", PROMPTS[1], "--length", 12)
+    first = run("--prompt", PROMPTS[1], "--length", 5, "--save_state", state)
+    assert first + run("--load_state", state, "--prompt", "", "--length", 7) == whole
+    more = run("--load_state", state, "--prompt", " and", "--length", 7)
+    assert more == run("--prompt", PROMPTS[1] + first + " and", "--length", 7)
+    other = Decoder(*rwkv_jax.load_params(ORACLE))
+    with pytest.raises(UserError, match="is another model's state: shift_att is float32 .2, 64."):
+        generate.load_state(state, other)
+    for content in (b"", b"PK\3\4", b"x" * 100):
+        (tmp_path / "b.npz").write_bytes(content)
+        with pytest.raises(UserError, match="^[^\n]*b.npz: is not a state"):
+            generate.load_state(tmp_path / "b.npz", other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+GREEDILY = ["--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0"]
+
+
+def test_prompts_of_a_file(world, world_file, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[1:]) + "\n\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt}) for prompt in PROMPTS]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name, prompts in (("p.txt", PROMPTS[1:]), ("p.jsonl", PROMPTS)):
+        options = ["--prompts", str(tmp_path / name), "--length", "6", *GREEDILY]
+        generate.main(["--load_model", str(world_file), *options])
+        made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [record["prompt"] for record in made] == prompts
+        assert [record["text"] for record in made] == generate.complete(world, prompts, 6, GREEDY)
+
+
+def test_the_command(world, world_file):
+    """In a process of its own: what it writes where, and a seed that brings a text back."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv_jax.generate", "--load_model", world_file, "--length", "20"],
+        input=PROMPTS[0].encode() + b"\n",
+        capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    report = done.stderr.decode()
+    assert done.returncode == 0 and report.startswith("[20 tokens, "), report
+    seed = int(report.split(" tokens/s, --seed ")[1].rstrip("]\n"))
+    expected = generate.complete(world, PROMPTS[:1], 20, seed=seed)
+    assert done.stdout.decode() == expected[0] + "\n"
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--load_model", "no.pth"], "no.pth: cannot be read: No such file or directory"),
-        (["--load_model", str(ORACLE)], "has a vocabulary of 512, so it was not trained on"),
+        ([], "no.pth: cannot be read: No such file or directory"),
         (["--length", "0"], "--length 0: give 1 or more"),
         (["--temperature", "nan"], "--temperature nan: give a finite number"),
         (["--temperature", "inf"], "--temperature inf: give a finite number"),
         (["--top_p", "1.5"], "--top_p 1.5: give a number from 0 to 1"),
+        (["--top_k", "-1"], "--top_k -1: give 0 (no limit) or more"),
+        (["--alpha_presence", "inf"], "--alpha_presence inf: give a finite number"),
+        (["--alpha_decay", "2"], "--alpha_decay 2.0: give a number from 0 to 1"),
         (["--seed", "-1"], "--seed -1: give a number from 0 to 2147483647"),
+        (["--think", "on"], "--think goes with --chat"),
+        (["--load_state", "no.npz", "--load_model", str(ORACLE)], "no.npz: cannot read: No such"),
+        (["--prompt", "今", "--load_model", str(ORACLE)], "a token of the text is 10"),
     ],
 )
 def test_bad_input(options, complaint):
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
-        generation.main(["--load_model", "no.pth", "--prompt", "x", *options])
+        generate.main(["--load_model", "no.pth", "--prompt", "x", *options])
     assert complaint in str(caught.value)
 
 
-def test_bad_input_ends_the_command_with_one_line(world):
-    done = command("--load_model", world, stdin=b"abc\xff")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"error: standard input: is not UTF-8 at byte 3\n"
+def test_bad_files_of_prompts(tmp_path):
+    for content, complaint in [
+        (b"\n \n", "holds no prompts"),
+        (b"a\xff", "byte 1 is not UTF-8"),
+        (b'{"prompt": "a"}\n{"text": "b"}', ':2: has no string "prompt"'),
+        (b"{", ":1: is no JSON"),
+    ]:
+        (tmp_path / "p.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="^[^\n]*$") as caught:
+            generate.main(["--load_model", "no.pth", "--prompts", str(tmp_path / "p.jsonl")])
+        assert complaint in str(caught.value)
+    with pytest.raises(UserError, match="have no one state"):
+        generate.main(["--load_model", "x", "--prompts", "p", "--save_state", "s"])

@@ -1,0 +1,32 @@
+"""Turns an official .pth into a Hugging Face folder: python -m convert.pth_to_hf IN.pth OUT_DIR"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from convert.hf import write_hf
+from rwkv_jax import pth
+from rwkv_jax.errors import CommandParser, UserError, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        "python -m convert.pth_to_hf",
+        description="Turn an RWKV-7 .pth into the folder that flash-linear-attention's "
+        "RWKV7ForCausalLM.from_pretrained loads: config.json and model.safetensors, of the same "
+        "dtype. A tokenizer is not among it.",
+        epilog="example: python -m convert.pth_to_hf out/rwkv-final.pth hf-model",
+    )
+    parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")
+    parser.add_argument("target", metavar="OUT_DIR", type=Path, help="must not exist")
+    args = parser.parse_args(argv)
+    tensors = pth.read(args.source)
+    try:
+        write_hf(args.target, tensors)
+    except UserError as error:
+        about_target = str(error).startswith(str(args.target))
+        raise error if about_target else UserError(f"{args.source}: {error}") from None
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    run_command(main)
