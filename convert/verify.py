@@ -1,0 +1,158 @@
+"""Says which programs a .pth is ready for, and why not: python -m convert.verify FILE.pth
+
+Each reader takes official files, and each stumbles over something else: the container, the order
+of the tensors, a shape. Their demands are known from reading and running them.
+"""
+
+import pickletools
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rwkv_jax import pth
+from rwkv_jax.config import ModelConfig, default_low_rank
+from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.tokenizer import VOCAB_SIZE
+from rwkv_jax.weights import infer_config, official_shapes, without_prefix
+
+MIXES = "rwkvag"  # att.x_*, in the order in which rwkv.cpp's converter takes them to come
+
+
+class Model(NamedTuple):
+    """What the checks look at."""
+
+    path: Path
+    tensors: Mapping[str, pth.Array]  # as named in the file, in its order
+    config: ModelConfig
+
+
+def rwkv_package(model: Model) -> str:
+    """The `rwkv` pip package: maps the zip, so it wants plain records and plain names."""
+    if model.path.suffix != ".pth":
+        return "its name has to end in .pth, which the package appends"
+    if not zipfile.is_zipfile(model.path):
+        return "it is in the old container; the package maps a zip"
+    with zipfile.ZipFile(model.path) as file:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
+            return "its records are compressed; the package maps them"
+        names = file.namelist()
+        if not any(name.endswith("/version") for name in names):
+            return "it has no version record"
+        pickled = file.read(next(name for name in names if name.endswith("/data.pkl")))
+    keys = {argument for _, argument, _ in pickletools.genops(pickled) if type(argument) is str}
+    nested = keys & {"state_dict", "module", "model"}
+    if nested:
+        return f"its tensors are nested under {min(nested)!r}"
+    if without_prefix(model.tensors).keys() != model.tensors.keys():
+        return "its names begin with _forward_module."
+    if len(model.tensors["blocks.0.att.r_k"].shape) != 2:
+        return "blocks.0.att.r_k is not [H, N], which tells the head size"
+    return ""
+
+
+def rwkv_runner(model: Model) -> str:
+    """RWKV Runner: knows a model by its tensors' order, and loads it by the package."""
+    seen_ln_x = False
+    for name in model.tensors:
+        if ".att.r_k" in name and seen_ln_x:
+            break
+        seen_ln_x |= ".att.ln_x." in name
+    else:
+        return "no att.r_k after an att.ln_x: it needs the official order and 2 layers"
+    if model.config.vocab_size != VOCAB_SIZE:
+        return (
+            f"{model.config.vocab_size} rows of emb.weight: {VOCAB_SIZE} mean the World tokenizer"
+        )
+    return rwkv_package(model)
+
+
+def rwkv_cpp(model: Model) -> str:
+    """rwkv.cpp's converter: joins att.x_* in file order, and keeps shapes."""
+    for layer in range(model.config.n_layer):
+        mark = f"blocks.{layer}.att.x_"
+        order = "".join(name.rpartition("_")[2] for name in model.tensors if mark in name)
+        if order != MIXES:
+            return f"att.x_* come as {','.join(order)}; it takes them for {','.join(MIXES)}"
+    flat = _other_shape(model, lambda name: ".x_" in name or name.endswith(("_k", "_a")))
+    return flat and f"{flat}: it turns out another tensor"
+
+
+def web_rwkv(model: Model) -> str:
+    """web-rwkv and Ai00, through safetensors: know version 7 by layer 1."""
+    if "blocks.1.att.v1" in model.tensors:
+        return ""
+    return "no blocks.1.att.v1, by which it knows version 7: it needs 2 layers and plain names"
+
+
+def official_trainer(model: Model) -> str:
+    """The official trainer: a strict load into a module of its own formula."""
+    names = official_shapes(model.config)
+    missing = [name for name in names if name not in model.tensors]
+    extra = [name for name in model.tensors if name not in names]
+    if missing or extra:
+        what = f"{missing[0]} is missing" if missing else f"{extra[0][:80]!a} is not in its module"
+        return f"{what}; it loads strictly"
+    other = _other_shape(model, lambda name: True)
+    if other:
+        return f"{other}; it loads strictly"
+    formula = default_low_rank(model.config.n_embd)
+    widths = {name: getattr(model.config, name) for name in formula}
+    if widths != formula:
+        given, own = (",".join(map(str, sizes.values())) for sizes in (widths, formula))
+        return f"its source has to be given the low-rank widths w,a,v,g {given} instead of {own}"
+    return ""
+
+
+def _other_shape(model: Model, chosen: Callable[[str], bool]) -> str:
+    for name, shape in official_shapes(model.config).items():
+        there = model.tensors.get(name)
+        if there is not None and chosen(name) and tuple(there.shape) != shape:
+            return f"{name} is {list(there.shape)}, not {list(shape)}"
+    return ""
+
+
+READERS: dict[str, Callable[[Model], str]] = {
+    "rwkv package": rwkv_package,
+    "RWKV Runner": rwkv_runner,
+    "rwkv.cpp": rwkv_cpp,
+    "web-rwkv, Ai00": web_rwkv,
+    "official trainer": official_trainer,
+}
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Reader → why it would not take the file; empty if it would.
+
+    Raises:
+        UserError: it is no .pth of a whole RWKV-7 model.
+    """
+    tensors = pth.read(path)
+    try:
+        model = Model(path, tensors, infer_config(without_prefix(tensors)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {reader: check(model) for reader, check in READERS.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        "python -m convert.verify",
+        description="Check whether a .pth is ready for each program that reads RWKV-7 models: "
+        + ", ".join(READERS)
+        + ". Ends with 0 if it is for all of them. To make a file ready: convert.pth_to_orbax, "
+        "then convert.orbax_to_pth.",
+        epilog="example: python -m convert.verify out/rwkv-final.pth",
+    )
+    parser.add_argument("file", metavar="FILE.pth", type=Path, help="an RWKV-7 (x070) model")
+    args = parser.parse_args(argv)
+    reasons = verify(args.file)
+    for reader, reason in reasons.items():
+        print(f"{reader:16}  {f'no: {reason}' if reason else 'yes'}")
+    refusing = [reader for reader, reason in reasons.items() if reason]
+    if refusing:
+        raise UserError(f"{args.file}: not ready for {', '.join(refusing)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

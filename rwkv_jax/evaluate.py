@@ -1,0 +1,302 @@
+"""`python -m rwkv_jax.evaluate`: measures a model on text, LAMBADA or the arithmetic task.
+
+All three are one question to the model: how likely is each token of a document, given its own
+beginning, and is it the model's first choice? A greedy continuation is an answer exactly if every
+token of the answer is the first choice after those before it, so nothing has to be generated.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import rwkv_jax
+from rwkv_jax import tokenizer
+from rwkv_jax.binidx import beside, open_binidx, prefix_of, reporting_os_errors
+from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.jsonl import progress_bar, read_text
+from rwkv_jax.model import RWKV7, State
+
+Array = jax.Array
+
+BATCH = 8  # documents at once
+PIECE = 256  # tokens of each a call; one shape, so one compilation
+HEAD_CHUNK = 32  # tokens of each whose logits exist at once
+DOCUMENTS = 1024  # in memory at once; of these, such of like length go together
+
+
+class Document(NamedTuple):
+    """Tokens, which of them count, and what they are: all that a task asks about."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]  # of tokens that are an answer each; for text, the whole
+    nbytes: int  # of the text that the spans hold
+
+
+class Score(NamedTuple):
+    """What the model made of the tokens of one document."""
+
+    nats: np.ndarray  # [n] -log p of each, after token 0 and those before it
+    first: np.ndarray  # [n] bool: the model's first choice
+
+
+def score(model: RWKV7, documents: Sequence[Sequence[int]]) -> Iterator[tuple[int, Score]]:
+    """(number of the document, its score), in whatever order suits.
+
+    Each document begins with the state of none and, as in training, after a token 0. Memory does
+    not depend on their lengths.
+
+    Raises:
+        UserError: an id that the model does not know.
+    """
+    V = model.config.vocab_size
+    order = sorted(range(len(documents)), key=lambda number: len(documents[number]))
+    graphdef, params = nnx.split(model)
+    for start in range(0, len(order), BATCH):
+        group = order[start : start + BATCH]
+        longest = len(documents[group[-1]])
+        rows = np.zeros((BATCH, 1 + longest + -longest % PIECE), np.int32)
+        for place, number in enumerate(group):
+            rows[place, 1 : 1 + len(documents[number])] = documents[number]
+        if rows.max() >= V:
+            raise UserError(f"a token of the text is {rows.max()}; the model knows {V}")
+        state, nats, first = model.initial_state(BATCH), [], []
+        for at in range(0, longest, PIECE):
+            piece = rows[:, at : at + PIECE + 1]
+            *result, state = _score(graphdef, params, piece, state)
+            nats.append(np.asarray(result[0]))
+            first.append(np.asarray(result[1]))
+        for place, number in enumerate(group):
+            n = len(documents[number])
+            yield number, Score(_row(nats, place)[:n], _row(first, place)[:n])
+
+
+def _row(pieces: list[np.ndarray], place: int) -> np.ndarray:
+    return np.concatenate([piece[place] for piece in pieces]) if pieces else np.zeros(0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graphdef, params, rows: Array, state: State) -> tuple[Array, Array, State]:
+    """rows [B, T+1], each token but the first asked for: nats [B, T], first [B, T], state."""
+    model: RWKV7 = nnx.merge(graphdef, params)
+    x, state = model.hidden(rows[:, :-1], state)
+    B, T, C = x.shape
+
+    def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, targets = part  # [B, HEAD_CHUNK, C], [B, HEAD_CHUNK]
+        z = jnp.einsum("btc,vc->btv", x, model.head.weight[...], preferred_element_type=jnp.float32)
+        wanted = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(z, axis=-1) - wanted
+        return nats, jnp.argmax(z, axis=-1).astype(targets.dtype) == targets
+
+    split = (
+        jnp.moveaxis(x.reshape(B, T // HEAD_CHUNK, HEAD_CHUNK, C), 1, 0),
+        jnp.moveaxis(rows[:, 1:].reshape(B, T // HEAD_CHUNK, HEAD_CHUNK), 1, 0),
+    )
+    nats, first = jax.lax.map(chunk, split)  # [T / HEAD_CHUNK, B, HEAD_CHUNK]
+    return jnp.moveaxis(nats, 0, 1).reshape(B, T), jnp.moveaxis(first, 0, 1).reshape(B, T), state
+
+
+# Tasks: a file → documents ------------------------------------------------------------------------
+
+
+def text_documents(path: Path) -> Iterator[Document]:
+    """Of a jsonl each line, of a binidx each item, of any other file all of it."""
+    prefix = prefix_of(path)
+    if path.suffix == ".jsonl" or not beside(prefix, ".idx").exists():
+        whole = path.suffix != ".jsonl"
+        for text in [_read_whole(path)] if whole else _lines(path):
+            ids = tokenizer.encode(text)
+            yield Document(ids, [(0, len(ids))], len(text.encode()))
+        return
+    data = open_binidx(prefix)
+    for item in range(len(data)):
+        ids = data[item].tolist()
+        if ids and ids[-1] == tokenizer.END_OF_DOCUMENT:
+            ids.pop()
+        yield Document(ids, [(0, len(ids))], len(tokenizer.decode_bytes(ids)))
+
+
+def lambada_documents(path: Path) -> Iterator[Document]:
+    """The last word of each text, with the blank before it, is the answer."""
+    for text in _lines(path):
+        begin, blank, word = text.rpartition(" ")
+        if not blank or not word:
+            raise UserError(f"{path}: a text of one word, {text[:40]!a}: is it LAMBADA's?")
+        before, answer = tokenizer.encode(begin), tokenizer.encode(blank + word)
+        ids = before + answer
+        yield Document(ids, [(len(before), len(ids))], len((blank + word).encode()))
+
+
+def arithmetic_documents(path: Path) -> Iterator[Document]:
+    """What follows each "Assistant:", or "=" where a text is no chat, and the token that ends it.
+
+    In the middle of a chat that is the blank line, at the end of a text the end of the document.
+    """
+    for text in _lines(path):
+        data = text.encode()
+        marks, stop = (b"Assistant:", b"\n\nUser:") if b"Assistant:" in data else (b"=", data)
+        answers, at = [], 0
+        while (found := data.find(marks, at)) >= 0:
+            begin = found + len(marks)
+            end = data.find(stop, begin)
+            at = end = len(data) if end < 0 else end
+            answers.append((begin, end))
+        if not answers:
+            raise UserError(f'{path}: no "Assistant:" and no "=" in {text[:40]!a}')
+        ids = [*tokenizer.encode(text), tokenizer.END_OF_DOCUMENT]
+        ends = np.cumsum([len(tokenizer.decode_bytes([token])) for token in ids])
+        ends[-1] += 1  # the end of the document comes after the last byte
+        starts = np.concatenate([[0], ends[:-1]])
+        spans = []
+        for begin, end in answers:
+            touched = np.flatnonzero((ends > begin) & (starts <= end))
+            spans.append((int(touched[0]), int(touched[-1]) + 1))
+        yield Document(ids, spans, sum(end - begin for begin, end in answers))
+
+
+TASKS = {
+    "text": text_documents,
+    "lambada": lambada_documents,
+    "arithmetic": arithmetic_documents,
+}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with reporting_os_errors(path, "read"), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield read_text(line, f"{path}:{number}")
+
+
+def _read_whole(path: Path) -> str:
+    with reporting_os_errors(path, "read"):
+        try:
+            return path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, Any]:
+    """The numbers of one task on one file, with a progress bar on standard error.
+
+    text: `bits_per_byte`, and `perplexity` of a token. lambada: `accuracy`, and `perplexity` of a
+    last word. arithmetic: `exact_match`, the part of all answers that greedy decoding gives.
+
+    Args:
+        task: a name in `TASKS`.
+        limit: documents, from the first; 0: all.
+
+    Raises:
+        UserError: the file cannot be used, or holds nothing.
+    """
+    total = limit
+    if not total and path.suffix == ".jsonl":
+        total = sum(1 for _ in _lines(path))
+    counts = {"documents": 0, "answers": 0, "right": 0, "tokens": 0, "bytes": 0}
+    nats = 0.0
+    with progress_bar() as bar:
+        progress = bar.add_task(task, total=total or None)
+        for group in _groups(TASKS[task](path), limit):
+            for number, result in score(model, [document.ids for document in group]):
+                document = group[number]
+                for begin, end in document.spans:
+                    counts["answers"] += 1
+                    counts["right"] += bool(result.first[begin:end].all())
+                    counts["tokens"] += end - begin
+                    nats += float(result.nats[begin:end].sum(dtype=np.float64))
+                counts["documents"] += 1
+                counts["bytes"] += document.nbytes
+                bar.advance(progress)
+    if not counts["tokens"]:
+        raise UserError(f"{path}: holds no text")
+    shown = {"task": task, "file": str(path), "documents": counts["documents"]}
+    if task == "text":
+        return shown | {
+            "tokens": counts["tokens"],
+            "bytes": counts["bytes"],
+            "bits_per_byte": nats / math.log(2) / counts["bytes"],
+            "perplexity": _exp(nats / counts["tokens"]),
+        }
+    right = counts["right"] / counts["answers"]
+    if task == "lambada":
+        return shown | {"accuracy": right, "perplexity": _exp(nats / counts["answers"])}
+    return shown | {"answers": counts["answers"], "exact_match": right}
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _groups(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    for number, document in enumerate(documents):
+        if limit and number == limit:
+            break
+        group.append(document)
+        if len(group) == DOCUMENTS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        "python -m rwkv_jax.evaluate",
+        description="Measure a model on a file. text: bits per byte and perplexity of a .jsonl, a "
+        "binidx or any text; lambada: how often the last word of a text is the model's choice, and "
+        "its perplexity; arithmetic: how often greedy decoding gives the answer exactly. Prints a "
+        "line of JSON.",
+        epilog="example: python -m rwkv_jax.evaluate --load_model out --data_file held_out.jsonl",
+    )
+    parser.add_argument(
+        "--load_model",
+        required=True,
+        metavar="X",
+        help="a .pth, the output folder of a run, or a checkpoint",
+    )
+    parser.add_argument("--data_file", required=True, type=Path, metavar="FILE", help="see above")
+    parser.add_argument("--task", choices=TASKS, default="text", help="what to measure (text)")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="only so many documents, from the first (0: all)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of the computation (default: fp32 on a CPU, else bf16)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, too")
+    args = parser.parse_args(argv)
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: give 0 (all) or more")
+    precision = args.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    model = rwkv_jax.load(args.load_model, dtype)
+    result = {"model": args.load_model, "precision": precision}
+    result |= evaluate(model, args.task, args.data_file, args.limit)
+    text = json.dumps(result, ensure_ascii=False)
+    print(text)
+    if args.output:
+        temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
+        with reporting_os_errors(args.output, "write"):
+            try:
+                temporary.write_text(text + "\n", encoding="utf-8")
+                os.replace(temporary, args.output)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

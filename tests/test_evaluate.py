@@ -1,0 +1,216 @@
+"""Evaluation: the numbers of a plain loop in torch, of numpy, and of what greedy decoding makes."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rwkv_jax
+from data.arithmetic import Chat, Sums, write_corpus
+from rwkv_jax import evaluate, generate, tokenizer, weights
+from rwkv_jax.binidx import BinIdxWriter
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.decoding import Decoder
+from rwkv_jax.errors import UserError
+from rwkv_jax.initialisation import init_params
+from rwkv_jax.sampling import GREEDY
+
+TEXTS = [
+    "The door was open. Inside, somebody had left a cup of tea on the table, and the tea",
+    "“我们走吧，”她说。\n\nNobody answered her, not even the old man at the door",
+    "He counted: one, two, three, and " + "again " * 300 + "again",
+    "A short one",
+]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> Path:
+    """An fp32 .pth with the World vocabulary whose every tensor matters."""
+    rng = np.random.default_rng(4)
+
+    def lively(leaf: np.ndarray) -> np.ndarray:
+        if leaf.ndim == 3 and not leaf.any():
+            return rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32)
+        return leaf
+
+    params = jax.tree.map(lively, init_params(ModelConfig(n_layer=2, n_embd=64)))
+    params["emb"]["weight"] = rng.normal(0, 1, params["emb"]["weight"].shape).astype(np.float32)
+    params["head"]["weight"] *= 0.1  # likelihoods of an ordinary size
+    path = tmp_path_factory.mktemp("evaluate") / "model.pth"
+    weights.save_pth(path, params, np.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(model_file):
+    return rwkv_jax.load(model_file)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def run(capsys, *arguments) -> dict:
+    evaluate.main([str(argument) for argument in arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys):
+    """Bits per byte and perplexity of jsonl, text and binidx: float64 sums over plain logits."""
+    nats, tokens = [], 0
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        padded = np.zeros((1, 512), np.int32)
+        padded[0, 1 : len(ids) + 1] = ids
+        logits, _ = model.forward(jnp.asarray(padded))
+        z = np.asarray(logits[0, : len(ids)], np.float64)
+        nats.append(float((np.log(np.exp(z).sum(1)) - z[np.arange(len(ids)), ids]).sum()))
+        tokens += len(ids)
+    path = write_jsonl(tmp_path / "t.jsonl", TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    options = ("--load_model", model_file, "--data_file")
+    result = run(capsys, *options, path, "--output", tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert (result["documents"], result["tokens"], result["bytes"]) == (4, tokens, size)
+    assert result["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-4)
+    assert run(capsys, *options, path, "--limit", 2)["documents"] == 2
+
+    (tmp_path / "t.txt").write_text(TEXTS[1], encoding="utf-8")
+    single = run(capsys, *options, tmp_path / "t.txt")
+    bits = nats[1] / math.log(2) / len(TEXTS[1].encode())
+    assert single["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    with BinIdxWriter(tmp_path / "b") as writer:
+        for text in TEXTS:
+            ids = [*tokenizer.encode(text), 0]
+            writer.append(np.array(ids, np.uint16), np.array([len(ids)], np.int32))
+    binary = run(capsys, *options, tmp_path / "b")
+    for name in ("tokens", "bytes", "bits_per_byte", "perplexity"):
+        assert binary[name] == pytest.approx(result[name], rel=1e-9)
+
+
+@pytest.mark.torch
+def test_lambada_is_that_of_a_loop_in_torch(model, model_file, tmp_path, capsys):
+    """To better than four digits. Half of the last words are made the model's own choice."""
+    import torch
+    import torch_rwkv7
+
+    params = {
+        name: torch.from_numpy(np.array(tensor))
+        for name, tensor in weights.to_official(weights.load_pth(model_file)[1]).items()
+    }
+
+    def choices(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return torch_rwkv7.forward(params, torch.tensor([ids]))[0][0]
+
+    texts = list(TEXTS)
+    for text in TEXTS[:2]:
+        begin = text.rpartition(" ")[0]
+        ranked = choices([0, *tokenizer.encode(begin)])[-1].argsort(descending=True).tolist()
+        words = (tokenizer.decode([token]) for token in ranked)
+        word = next(word for word in words if word[:1] == " " and word.count(" ") == 1)
+        texts.append(begin + word)
+    nats, right = 0.0, 0
+    for text in texts:
+        begin, _, last = text.rpartition(" ")
+        before, answer = tokenizer.encode(begin), tokenizer.encode(" " + last)
+        logits = choices([0, *before, *answer])[len(before) : -1].double()
+        nats -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        right += logits.argmax(-1).tolist() == answer
+    result = run(
+        capsys,
+        *("--load_model", model_file, "--task", "lambada"),
+        *("--data_file", write_jsonl(tmp_path / "l.jsonl", texts)),
+    )
+    assert result["accuracy"] == right / len(texts)
+    assert result["perplexity"] == pytest.approx(math.exp(nats / len(texts)), rel=1e-5)
+
+
+def test_exact_match_is_what_greedy_decoding_gives(model, model_file, tmp_path, capsys):
+    """Chats whose replies the model itself has made count as right, others do not."""
+    decoder = Decoder(*rwkv_jax.load_params(model_file))
+    prompts = ["User: 12+30=?\n\nAssistant:", "User: 十二加三等于几？\n\nAssistant:"]
+    made = generate.complete(decoder, prompts, 6, GREEDY)
+    chats = [prompt + reply for prompt, reply in zip(prompts, made, strict=True)]
+    documents = list(evaluate.arithmetic_documents(write_jsonl(tmp_path / "a.jsonl", chats)))
+    for document, reply in zip(documents, made, strict=True):
+        ((begin, end),) = document.spans
+        assert tokenizer.decode(document.ids[begin:end]) == reply and document.ids[end - 1] == 0
+    scores = dict(evaluate.score(model, [document.ids for document in documents]))
+    for number, document in enumerate(documents):
+        ((begin, end),) = document.spans
+        assert scores[number].first[begin : end - 1].all()  # all but the end of the document
+
+    # An end that the model does choose, and an answer that it does not.
+    ended = [chats[0] + "\n\nUser: x"]
+    wrong = [chats[0][:-1] + "~"]
+    result = run(
+        capsys,
+        *("--load_model", model_file, "--task", "arithmetic"),
+        *("--data_file", write_jsonl(tmp_path / "b.jsonl", ended + wrong)),
+    )
+    (span,) = next(iter(evaluate.arithmetic_documents(tmp_path / "b.jsonl"))).spans
+    assert (result["answers"], result["exact_match"]) == (2, 0.0) and span[1] > span[0]
+
+
+def test_answers_are_found(tmp_path):
+    def answers(text: str) -> list[str]:
+        path = write_jsonl(tmp_path / "a.jsonl", [text])
+        (document,) = evaluate.arithmetic_documents(path)
+        return [tokenizer.decode(document.ids[begin:end]) for begin, end in document.spans]
+
+    assert answers("1 2 + 3 4 = 4 6") == [" 4 6"]
+    chat = Chat(3)
+    for _ in range(50):
+        text = chat.draw()
+        found = answers(text)
+        replies = [turn.split("\n\nUser:")[0] for turn in text.split("Assistant:")[1:]]
+        assert len(found) == len(replies)
+        for shown, reply in zip(found[:-1], replies, strict=False):
+            assert shown.startswith(reply) and shown[len(reply) :] in ("\n", "\n\n")
+        assert found[-1] == replies[-1]
+
+
+def test_sums_keep_a_tenth_out(tmp_path):
+    write_corpus(tmp_path / "train.jsonl", 3000, 1, Sums(2, False, 1).draw)
+    write_corpus(tmp_path / "test.jsonl", 300, 2, Sums(2, True, 2).draw)
+    lines = {
+        name: [json.loads(line)["text"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    }
+    assert not set(lines["train.jsonl"]) & set(lines["test.jsonl"])
+    for text in lines["train.jsonl"] + lines["test.jsonl"]:
+        assert max(tokenizer.encode(text)) < 512
+        problem, answer = text.replace(" ", "").split("=")
+        assert eval(problem) == int(answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "complaint"),
+    [
+        (["--limit", "-1"], "", "--limit -1: give 0 (all) or more"),
+        ([], "", "holds no text"),
+        ([], '{"texts": 1}\n', ':1: is not {"text": "…"}'),
+        (["--task", "lambada"], '{"text": "word"}\n', "a text of one word, 'word'"),
+        (["--task", "arithmetic"], '{"text": "a b"}\n', 'no "Assistant:" and no "="'),
+    ],
+)
+def test_bad_input(model_file, tmp_path, options, content, complaint):
+    (tmp_path / "x.jsonl").write_text(content)
+    files = ["--load_model", str(model_file), "--data_file", str(tmp_path / "x.jsonl")]
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        evaluate.main([*files, *options])
+    assert complaint in str(caught.value)
+
+
+def test_an_id_beyond_the_model(tmp_path):
+    oracle = Path(__file__).parent / "data" / "oracles" / "tiny_v512_rand_fp32.pth"
+    path = write_jsonl(tmp_path / "x.jsonl", ["今"])
+    with pytest.raises(UserError, match="a token of the text is 10381; the model knows 512"):
+        evaluate.main(["--load_model", str(oracle), "--data_file", str(path)])
