@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/data.md", "docs/coming-from-rwkv-lm.md")
 SMALL = (
-    "--n_layer 1 --n_embd 64 --ctx_len 32 --micro_bsz 1 --my_exit_tokens 256 --magic_prime 0 "
+    "--n_layer 2 --n_embd 64 --ctx_len 32 --micro_bsz 1 --my_exit_tokens 256 --magic_prime 0 "
     "--epoch_begin 0 --accelerator cpu --devices 1 --precision fp32"
 )
 # Files that the pages take for granted, all of the small shape.
@@ -89,7 +89,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
 def run(folder: Path, script: str) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{script}\n{textwrap.indent(done.stdout, '    ')}"
     return done.stdout
