@@ -339,8 +339,8 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
 class LivePlot:
     """The tracker of `train --plot 1`: draws loss.html and loss.png of a run as it goes on.
 
-    From step_log.tsv, so that a resumed run shows from its beginning. Every 30 seconds, or less
-    often where drawing would take more than a fiftieth of the time.
+    From step_log.tsv, so that a resumed run shows from its beginning. Every 30 seconds, or, where
+    that takes more than a twentieth of the time, less often, but every five minutes.
     """
 
     def __init__(self, folder: Path):
@@ -361,7 +361,7 @@ class LivePlot:
         except UserError:  # no loss yet, or no room to write: training does not stop for a picture
             pass
         now = time.monotonic()
-        self._next = now + max(30.0, 50 * (now - began))
+        self._next = now + min(max(30.0, 20 * (now - began)), 300.0)
 
 
 def main() -> None:

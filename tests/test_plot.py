@@ -199,6 +199,24 @@ def test_a_live_plot_follows_the_run(run, monkeypatch):
     assert [given[2] for _, given in drawn] == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize(("cost", "pause"), [(0.1, 30), (3, 60), (40, 300)])
+def test_a_slow_plot_is_drawn_less_often(run, monkeypatch, cost, pause):
+    clock = types.SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(plot.time, "monotonic", lambda: clock.seconds)
+    drawn = []
+
+    def draw(*_):
+        drawn.append(clock.seconds)
+        clock.seconds += cost
+
+    monkeypatch.setattr(plot, "write_plots", draw)
+    live = LivePlot(run)
+    while len(drawn) < 2:
+        live.log(0, {})
+        clock.seconds += 0.5
+    assert drawn[1] - drawn[0] - cost == pytest.approx(pause, abs=0.6)
+
+
 def test_a_picture_never_stops_a_run(tmp_path):
     live = LivePlot(tmp_path / "missing")
     live.log(0, {})
