@@ -124,3 +124,12 @@ def test_examples_in_docstrings():
         assert result.failed == 0, name
         tried += result.attempted
     assert tried >= 7
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_layout_names_every_module_and_folder(page):
+    layout = re.search(r"^    rwkv_jax/ .*?^$", (ROOT / page).read_text("utf-8"), re.M | re.S)[0]
+    modules = {path.name for path in (ROOT / "rwkv_jax").glob("*.py")} - {"__init__.py"}
+    assert modules <= set(re.findall(r"\w+\.py", layout))
+    folders = {"rwkv_jax/", "pallas_kernels/", "data/", "convert/", "docs/", "notebooks/", "tests/"}
+    assert folders <= set(layout.split())
