@@ -242,7 +242,7 @@ def notes(facts: Facts, free_disk: int) -> Iterator[str]:
         if gpu.used > 0.1 * gpu.memory > 0:
             yield (
                 f"GPU {number}: {gpu.used} of {gpu.memory} MiB are in use by other programs "
-                "(nvidia-smi lists them); jax takes three quarters of a GPU when it starts"
+                "(nvidia-smi lists them); training takes all but a little of a GPU when it starts"
             )
         if facts.platform == "gpu" and gpu.capability < (8, 0):
             yield (

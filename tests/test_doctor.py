@@ -158,11 +158,12 @@ def test_no_nvidia_smi(monkeypatch, tmp_path):
     assert doctor._ask_nvidia_smi() == ((), None)
 
 
-def test_on_this_machine(nvidia_smi, monkeypatch, capsys):
+def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
     """For real: facts, a rule that fires, the self-test, and the exit code."""
     nvidia_smi("NVIDIA GeForce RTX 4090, 550.54.14, 24564, 300, 8.9")
     monkeypatch.setattr(sys, "argv", ["doctor"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     versions = {"jax": "0.10.2", "jaxlib": "0.10.2"}
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: versions.get(name, "1"))
     with pytest.raises(SystemExit) as exit:
