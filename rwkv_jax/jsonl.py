@@ -42,7 +42,7 @@ def read_text(line: bytes, where: str) -> str:
 def progress_bar() -> Progress:
     """A bar with the time left, on standard error."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),

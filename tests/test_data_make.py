@@ -174,3 +174,11 @@ def test_help_shows_an_example(command, capsys):
         command.main(["--help"])
     assert exit_.value.code == 0
     assert f"example: python -m {command.__name__}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_name_of_a_file_is_printed_as_it_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("[bold]sums.jsonl").write_text('{"text": "1+1=2"}\n' * 20)
+    make_data.main(["[bold]sums.jsonl", "1", "2"])
+    assert "tokenizing [bold]sums.jsonl" in capsys.readouterr().err
