@@ -38,6 +38,7 @@ from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.optimizer import learning_rate, make_optimizer
 from rwkv_jax.sharding import batch_sharding, mesh_of
+from rwkv_jax.start import brief
 from rwkv_jax.step import abstract_state
 
 GIB = 2**30
@@ -95,7 +96,8 @@ def measure(
         if kept.exists():
             return Need(**json.loads(kept.read_text()))
 
-    print(f"compiling, micro_bsz {config.micro_bsz} … ", end="", file=sys.stderr, flush=True)
+    what = f"compiling for {mesh.devices.flat[0].device_kind}, micro_bsz {config.micro_bsz} … "
+    print(what, end="", file=sys.stderr, flush=True)
     with _without_the_compilers_words():
         compiled = lowered.compile()
     memory = compiled.memory_analysis()
@@ -114,8 +116,8 @@ def measure(
     seconds = time.monotonic() - began
     print(f"{seconds:.0f} s: {need.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
     if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        _write(kept, json.dumps(dataclasses.asdict(need)))
+        with contextlib.suppress(OSError):  # the next time it is compiled again
+            _write(kept, json.dumps(dataclasses.asdict(need)))
     return need
 
 
@@ -195,6 +197,7 @@ def _cpu_seconds() -> float:
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
@@ -229,7 +232,10 @@ def model_of(config: TrainConfig) -> ModelConfig:
         return config.model_config()
     if Path(config.load_model).is_dir():
         return rwkv_jax.load_params(config.load_model)[0]
-    return weights.infer_config(pth.read(config.load_model))
+    try:
+        return weights.infer_config(pth.read(config.load_model))
+    except UserError as error:
+        raise UserError(f"{config.load_model}: {error}") from None
 
 
 def available(target: GpuTarget) -> int:
@@ -289,7 +295,6 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     """What `main` prints of a plan, at one of its micro_bsz."""
     target, config, model, needs, largest = result
     need = needs[micro_bsz]
-    count = sum(math.prod(shape) for shape in weights.official_shapes(model).values())
     remat = "blocks recomputed in the backward pass" if config.grad_cp else "no recomputation"
     fits = need.total <= available(target)
     a, b = sorted(needs)[0], sorted(needs)[-1]
@@ -299,8 +304,7 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     seconds = need.flops / (rate * 1e12), need.traffic / (target.bandwidth_gb_s * 1e9)
     tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * config.devices
     rows = {
-        "model": f"RWKV-7, {model.n_layer} layers of width {model.n_embd}, "
-        f"{count / 1e6:,.1f} M parameters",
+        "model": brief(model),
         "devices": f"{config.devices} x {target.device_kind}, {config.precision}, {remat}"
         + (f", {config.strategy}" if config.devices > 1 else ""),
         "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
@@ -365,7 +369,6 @@ def write_table(readme: Path, results: Path) -> None:
         lines.append(table_row(result, options, tutorial))
         record = dataclasses.asdict(result.needs[micro_bsz])
         records.append({"gpu": gpu, "options": shlex.join(arguments), **record})
-    results.parent.mkdir(parents=True, exist_ok=True)
     _write(results, json.dumps(records, indent=1) + "\n")
     table = "\n".join(lines)
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""

@@ -189,7 +189,7 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
     options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=64, micro_bsz=2)
     with jax.numpy_dtype_promotion("standard"):
         first = plan.plan(options, GPU_TARGETS["t4"], search=False)
-        assert capfd.readouterr().err.startswith("compiling, micro_bsz 2 … ")
+        assert capfd.readouterr().err.startswith("compiling for Tesla T4, micro_bsz 2 … ")
         again = plan.plan(options, GPU_TARGETS["t4"], search=False)
         assert capfd.readouterr().err == ""
     assert first == again and first.largest == 2

@@ -161,7 +161,7 @@ def some_plan(total: float, largest: int = 4, **options) -> Plan:
 def test_the_report():
     text = plan.report(some_plan(5), 2, "python -m rwkv_jax.train")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
-    assert lines["model"].endswith("191.1 M parameters")
+    assert "12 layers of width 768, 191.1 M parameters" in lines["model"]
     assert lines["devices"].startswith("2 x NVIDIA H100 80GB HBM3, bf16, blocks recomputed")
     assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens a step"
     assert lines["parameters"].strip() == "1.00 GiB float32 masters"
