@@ -333,9 +333,7 @@ def _gib(count: float) -> str:
 
 # The rows of the README's table: GPU, micro_bsz, options; what the tutorial says of them, in GB.
 TABLE: list[tuple[str, int, str, str]] = [
-    ("h100", 1, "--size 0.1b", "6.39"),
     ("h100", 8, "--size 0.1b", "23.08"),
-    ("h100", 1, "--size 0.4b", "12.12"),
     ("h100", 6, "--size 0.4b", "22.51"),
     ("h100", 1, "--size 1.5b", "41.12"),
     ("h100", 1, "--size 2.9b", "89.21"),
@@ -353,32 +351,27 @@ def table_row(result: Plan, options: str, tutorial: str) -> str:
     )
 
 
-def write_table(readme: Path, results: Path) -> None:
-    """Plans every row; puts the table between the markers of the README, or prints it."""
-    lines = [
-        "| options | micro_bsz | GPU | planned peak, GiB a device | the tutorial's, GB "
-        "| to compile, CPU seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    records = []
+def write_table(readmes: list[Path], results: Path) -> None:
+    """Plans every row; puts them under the table's head in each README, or prints them."""
+    rows, records = [], []
     for gpu, micro_bsz, options, tutorial in TABLE:
-        print(f"{gpu} {options}: ", end="", file=sys.stderr)
+        print(f"{options}: ", end="", file=sys.stderr, flush=True)
         arguments = [*options.split(), "--ctx_len", "4096", "--micro_bsz", str(micro_bsz)]
         config, _ = parse_train_options(arguments)
         result = plan(config, find_target(gpu), search=False)
-        lines.append(table_row(result, options, tutorial))
+        rows.append(table_row(result, options, tutorial))
         record = dataclasses.asdict(result.needs[micro_bsz])
         records.append({"gpu": gpu, "options": shlex.join(arguments), **record})
     _write(results, json.dumps(records, indent=1) + "\n")
-    table = "\n".join(lines)
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    before, start, rest = text.partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if end:
-        _write(readme, f"{before}{start}\n{table}\n{end}{after}")
-        print(f"wrote the table of {readme}")
-    else:
-        print(table)
+    print("\n".join(rows))
+    for readme in readmes:
+        before, start, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
+        table, end, after = rest.partition(MARKERS[1])
+        if not end:
+            raise UserError(f"{readme}: has no place for the table between {' and '.join(MARKERS)}")
+        head = table.strip("\n").splitlines()[:2]
+        _write(readme, "\n".join((before + start, "", *head, *rows, "", end)) + after)
+        print(f"wrote {readme}", file=sys.stderr)
 
 
 def main() -> None:
@@ -398,8 +391,12 @@ def main() -> None:
     )
     options, rest = parser.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
+    # A kernel's program names the lines that it was traced from: without them, what was compiled
+    # once is known again wherever the code lies, and after every change that changes no program.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     if options.table:
-        write_table(Path("README.md"), Path("benchmarks/results/plan.json"))
+        readmes = [path for path in (Path("README.md"), Path("README.zh-CN.md")) if path.exists()]
+        write_table(readmes, Path("benchmarks/results/plan.json"))
         return
     config, _ = parse_train_options(rest)
     result = plan(config, find_target(options.gpu))

@@ -26,11 +26,13 @@ TINY = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=32, micro_bsz=1
 
 @pytest.fixture(autouse=True)
 def as_outside_of_tests():
-    """optax promotes types; deciding the options sets the precision of products globally."""
-    precision = jax.config.jax_default_matmul_precision
+    """optax promotes types; and what the command sets, it sets globally."""
+    names = "jax_default_matmul_precision", "jax_traceback_in_locations_limit"
+    before = {name: jax.config.values[name] for name in names}
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_default_matmul_precision", precision)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 # The cards.
@@ -194,14 +196,17 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "can_compile", lambda: True)
     monkeypatch.setattr(plan, "TABLE", [("t4", 2, "--size 0.1b", "6.39")])
     readme, results = tmp_path / "README.md", tmp_path / "results" / "plan.json"
-    plan.write_table(readme, results)
     row = "| --size 0.1b | 2 | Tesla T4 | 5.0 | 6.39 | 30 s |"
+    head = ["", "| options | …", "|---|…"]
+    lines = ["above", plan.MARKERS[0], *head, "| an old row", "", plan.MARKERS[1], "below"]
+    readme.write_text("\n".join(lines))
+    for _ in range(2):
+        plan.write_table([readme], results)
+        assert readme.read_text().splitlines() == [*lines[:5], row, *lines[6:]]
+    readme.write_text("above")
+    with pytest.raises(UserError, match="README.md: has no place for the table between <!-- "):
+        plan.write_table([readme], results)
     assert capsys.readouterr().out.splitlines()[-1] == row
-    readme.write_text("\n".join(("above", plan.MARKERS[0], "old", plan.MARKERS[1], "below")))
-    plan.write_table(readme, results)
-    lines = readme.read_text().splitlines()
-    assert (lines[0], lines[1], lines[4]) == ("above", plan.MARKERS[0], row)
-    assert lines[5:] == [plan.MARKERS[1], "below"]
     record = json.loads(results.read_text())[0]
     assert record["gpu"] == "t4" and record["total"] == 5 * GIB
     config, kind, search = asked[0]
