@@ -163,8 +163,11 @@ def test_mapped_over_two_axes():
 # The whole training step, as train builds it.
 
 
-def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(monkeypatch):
+def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(
+    monkeypatch, tmp_path
+):
     """The 0.1b step at micro_bsz 8, ctx_len 4096: for the H100 and the A100."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = TrainConfig(size="0.1b", ctx_len=4096, micro_bsz=8, devices=1)
 
     def needs() -> dict[str, plan.Need]:
