@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from rwkv_jax import distributed
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import MiniepochLoss
@@ -118,8 +119,9 @@ class Checkpoints:
         _check_space(self.folder, state)
         partial = self.folder / f"{step}.partial"
         try:
-            for leftover in self.folder.glob("*.partial*"):  # of a run that was killed
-                shutil.rmtree(leftover)
+            with distributed.first_ahead():
+                for leftover in self.folder.glob("*.partial*"):  # of a run that was killed
+                    shutil.rmtree(leftover)
             response = _start_writing(partial, state._asdict())
         except Exception as error:
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
@@ -140,7 +142,7 @@ class Checkpoints:
     def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
         try:
             response.result()
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 _commit(partial, self.folder / str(step), about)
                 for old in self.steps()[self._keep :]:
                     # Renamed first: half of it under its own name would look damaged.

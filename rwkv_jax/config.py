@@ -195,13 +195,24 @@ class TrainConfig:
         "auto", "output", "auto: a bar on a terminal, lines in a file", "auto", "True", "False")
 
     accelerator: str = _option("auto", "machine", "what to run on", "auto", "gpu", "cpu")
-    devices: int = _option(0, "machine", "how many of them; 0: all", least=0)
+    devices: int = _option(0, "machine", "how many of them, on each machine; 0: all", least=0)
+    num_nodes: int = _option(
+        1, "machine", "machines that train together; every one runs the same command "
+        "(docs/many-gpus.md)", least=1)
+    coordinator_address: str = _option(
+        "", "machine", "HOST:PORT of the first machine, where neither SLURM nor Open MPI nor "
+        "Kubernetes tells it")
+    process_id: int = _option(
+        -1, "machine", "number of this machine, from 0; with --coordinator_address", least=-1)
     strategy: str = _option(
         "auto", "machine", "sharded over the devices: Adam's moments and the master weights "
         "(stage_1 or zero1), the gradients too (stage_2 or zero2), the parameters too (stage_3 or "
         "fsdp); auto: stage_2",
         "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "zero1", "zero2",
         "fsdp")
+    mesh: str = _option(
+        "", "machine", "data=D,fsdp=F: the state is sharded over F devices, D times; default: over "
+        "all of them")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -258,7 +269,6 @@ WITHOUT_MEANING: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "dim_att": ("in x070 it equals n_embd", None),  # compared with it in parse_train_options
     "data_type": ("a .jsonl is known by its name, anything else is binidx", ("binidx", "jsonl")),
     "ds_bucket_mb": ("XLA sizes and schedules the communication itself", None),
-    "num_nodes": ("this version uses the devices of one machine", ("1",)),
 }
 
 

@@ -136,20 +136,26 @@ class Dataset:
         slots = [factor * pow(n, 3, p) % p for n in numbers.ravel().tolist()]
         return np.array(slots, np.int64).reshape(numbers.shape) * self.ctx_len
 
-    def batch(self, step: int, world_size: int, micro_bsz: int) -> np.ndarray:
+    def batch(
+        self, step: int, world_size: int, micro_bsz: int, rows: range | None = None
+    ) -> np.ndarray:
         """The samples of one step, [B, T + 1] int32 with B = W·micro_bsz: inputs and targets.
 
         Row q·micro_bsz + i is the i-th sample of rank q, so a batch that is split over W devices
         along its first axis gives device q what the official trainer gives rank q.
 
+        Args:
+            rows: only these are read and returned.
+
         Raises:
             UserError: an id is outside the vocabulary (of a file too long to check at the start).
         """
-        starts = self.offsets(sample_numbers(step, world_size, micro_bsz)).ravel().tolist()
-        rows = np.stack([self.tokens[start : start + self.ctx_len + 1] for start in starts])
-        for start, row in zip(starts, rows, strict=True):
-            self._check_ids(row, start)
-        return rows.astype(np.int32)
+        numbers = sample_numbers(step, world_size, micro_bsz).ravel()
+        starts = self.offsets(numbers if rows is None else numbers[rows]).tolist()
+        samples = np.stack([self.tokens[start : start + self.ctx_len + 1] for start in starts])
+        for start, sample in zip(starts, samples, strict=True):
+            self._check_ids(sample, start)
+        return samples.astype(np.int32)
 
     def check_all_ids(self) -> None:
         """Reads the whole file in search of an id outside the vocabulary.

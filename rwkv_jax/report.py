@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from rwkv_jax import weights
+from rwkv_jax import distributed, weights
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.dataset import Dataset
 from rwkv_jax.errors import UserError
@@ -47,6 +48,9 @@ class Report(contextlib.ExitStack):
         self._config, self._schedule, self._data, self._rates = config, schedule, data, rates
         self.running, self.before, self.skipped = running, copy.copy(running), list[int]()
         folder, bar = Path(config.proj_dir), {"auto": None, "True": True, "False": False}
+        is_first = distributed.is_first()
+        if not is_first:
+            folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
         self._train_log = TrainLog(folder, schedule.miniepoch(first), config.epoch_begin)
@@ -58,7 +62,7 @@ class Report(contextlib.ExitStack):
         self.callback(self._progress.close)
         self._trackers = [
             self.enter_context(contextlib.closing(tracker))
-            for tracker in open_trackers(config, folder, self.say)
+            for tracker in (open_trackers(config, folder, self.say) if is_first else ())
         ]
         self.callback(self.flush)
 
@@ -75,13 +79,15 @@ class Report(contextlib.ExitStack):
 
     def try_export(self, path: Path, params: Params) -> bool:
         """Writes a .pth; whether that worked."""
-        try:
-            weights.save_pth(path, params)
-        except UserError as error:
-            self.say(f"warning: {error}; a checkpoint of this step can be converted to it")
-            return False
-        self.say(f"wrote {path}")
-        return True
+        params, worked = distributed.to_first(params), False
+        if distributed.is_first():
+            try:
+                weights.save_pth(path, params)
+                worked = True
+                self.say(f"wrote {path}")
+            except UserError as error:
+                self.say(f"warning: {error}; a checkpoint of this step can be converted to it")
+        return distributed.as_first(worked)
 
     def _report(self, step: int, metrics: Metrics) -> None:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)

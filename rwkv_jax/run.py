@@ -160,9 +160,12 @@ class Saver:
 
     def due(self, done: int) -> bool:
         """Whether a checkpoint should be written now that so many steps are done."""
+        return bool(self._every_steps) and done % self._every_steps == 0
+
+    def overdue(self) -> bool:
+        """Whether one should be written for the time that has passed, as this process sees it."""
         self._telling(self._checkpoints.check)
-        on_step = self._every_steps and done % self._every_steps == 0
-        return bool(on_step) or time.monotonic() >= self._due_at
+        return time.monotonic() >= self._due_at
 
     def save(self, step: int, state: TrainState, about: About) -> None:
         """Starts a checkpoint; the arrays may be overwritten when this returns."""

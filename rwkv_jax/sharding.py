@@ -55,16 +55,50 @@ for _name, _known in {"zero1": "1", "zero2": "2", "fsdp": "3"}.items():
     STRATEGIES[_name] = STRATEGIES[f"deepspeed_stage_{_known}"]
 
 
-def make_mesh(devices: int = 0) -> Mesh:
-    """A mesh of the first `devices` devices (0: all), all of them along `fsdp`.
+def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:
+    """The mesh that the options --devices, --num_nodes and --mesh ask for.
+
+    Args:
+        devices: how many of each machine's; 0: all. Each process gives as many as the others.
+        shape: "data=D,fsdp=F", or one of the two; all devices along `fsdp` without it.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer devices, or not D·F.
     """
-    there = jax.devices()
-    if devices > len(there):
-        raise UserError(f"--devices {devices}: jax sees {len(there)} ({there[0].device_kind})")
-    return mesh_of(there[: devices or len(there)])
+    there, processes = jax.devices(), jax.process_count()
+    if devices:
+        each, left = divmod(devices * nodes, processes)
+        own = {device.process_index: [] for device in there}  # type: dict[int, list[jax.Device]]
+        for device in there:
+            own[device.process_index].append(device)
+        fewest = min(map(len, own.values()))
+        if left or each > fewest:
+            seen = f"{fewest} ({there[0].device_kind})"
+            where = (
+                f" in each of {processes} processes on {nodes} machines" if processes > 1 else ""
+            )
+            raise UserError(f"--devices {devices}: jax sees {seen}{where}")
+        there = [device for some in own.values() for device in some[:each]]
+    return mesh_of(there, _groups(shape, len(there)))
+
+
+def _groups(shape: str, devices: int) -> int:
+    """D of "data=D,fsdp=F"."""
+    if not shape:
+        return 1
+    sizes = {}
+    for part in shape.split(","):
+        name, _, size = part.partition("=")
+        if name not in (DATA, FSDP) or name in sizes or not size.isdecimal() or not int(size):
+            raise UserError(f"--mesh {shape}: give sizes as in data=2,fsdp=4")
+        sizes[name] = int(size)
+    groups = sizes.get(DATA) or devices // sizes[FSDP]
+    if groups * sizes.get(FSDP, devices // groups) != devices or not groups or devices % groups:
+        raise UserError(
+            f"--mesh {shape}: does not multiply up to the {devices} devices; "
+            f"data=1,fsdp={devices} does, or data={devices},fsdp=1"
+        )
+    return groups
 
 
 def mesh_of(devices: list[jax.Device], data: int = 1) -> Mesh:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import rwkv_jax
-from rwkv_jax import pth, weights
+from rwkv_jax import distributed, pth, weights
 from rwkv_jax.checkpoint import About, Checkpoints
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
@@ -60,8 +60,9 @@ def start(
         model, params = _load_partial(config) if config.load_partial else _load(config)
     else:
         source = Path(config.proj_dir) / "rwkv-init.pth"
-        if not source.exists():
-            write_init(source, config)
+        with distributed.first_ahead():
+            if not source.exists():
+                write_init(source, config)
         model, params = weights.load_pth(source, config.model_config())
         if config.random_seed and not is_of_seed(params["emb"]["weight"], config.random_seed):
             raise UserError(
@@ -70,7 +71,7 @@ def start(
             )
     optimizer = make_optimizer(model)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, model, optimizer))
-    params = jax.device_put(params, shardings.params)
+    params = distributed.place(params, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     origin = f"the weights of {source} and a fresh optimizer"
     return Start(first_step, TrainState(params, opt_state), About(model, run=run), origin)
@@ -84,7 +85,8 @@ def _resume(
     checkpoints: Checkpoints,
     run: dict[str, Any],
 ) -> Start:
-    saved, about = _newest_good(checkpoints)
+    with distributed.first_ahead():
+        saved, about = _newest_good(checkpoints)
     source = checkpoints.folder / str(saved)
     check_shape(config, about.model, str(source))
     another, changed = changes(about.run, run)
@@ -105,13 +107,15 @@ def _resume(
     run = {**run, "load_model": run["load_model"] or about.run.get("load_model", "")}
     about = dataclasses.replace(about, run=run)
     if step != saved:  # steps have another size from here on: the old numbers mean nothing
-        if step in checkpoints.steps():
-            checkpoints.set_aside(step)
+        with distributed.first_ahead():
+            if step in checkpoints.steps():
+                checkpoints.set_aside(step)
         checkpoints.save(step, state, about)
         checkpoints.close()
-        for other in checkpoints.steps():
-            if other != step:
-                checkpoints.set_aside(other)
+        with distributed.first_ahead():
+            for other in checkpoints.steps():
+                if other != step:
+                    checkpoints.set_aside(other)
     return Start(step, state, about, f"resumed from {source}")
 
 

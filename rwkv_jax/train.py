@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rwkv_jax import plan, sharding, weights
+from rwkv_jax import distributed, plan, sharding, weights
 from rwkv_jax.build import build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
@@ -48,9 +48,10 @@ def train(config: TrainConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--proj_dir {folder}: {error.strerror}; give another folder") from None
-    with lock(folder):
+    with lock(folder) if distributed.is_first() else contextlib.nullcontext():
         if config.train_stage == 1:
-            print(f"wrote {write_init(folder / 'rwkv-init.pth', config)}")
+            if distributed.is_first():
+                print(f"wrote {write_init(folder / 'rwkv-init.pth', config)}")
         else:
             _train(config, mesh, folder, began)
 
@@ -103,7 +104,7 @@ def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Check
 def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     if config.accelerator == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    mesh = sharding.make_mesh(config.devices)
+    mesh = sharding.make_mesh(config.devices, config.num_nodes, config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if on_cpu and config.accelerator != "cpu" and shutil.which("nvidia-smi"):
         print(
@@ -148,14 +149,18 @@ def _loop(
     run_step = build_step(config, model, mesh, optimizer)
 
     def make_batch(step: int) -> jax.Array:
-        A = config.accumulate_grad_batches
-        micro = [data.batch(step * A + a, mesh.size, config.micro_bsz) for a in range(A)]
-        return jax.device_put(np.stack(micro), sharding.batch_sharding(mesh))
+        A, W, B = config.accumulate_grad_batches, mesh.size, config.micro_bsz
+        return distributed.make_batch(
+            mesh,
+            (A, W * B, config.ctx_len + 1),
+            lambda number, rows: data.batch(step * A + number, W, B, rows),
+        )
 
     def save(step: int, state: TrainState, loss: MiniepochLoss) -> None:
         report.flush()
         saver.save(step, state, dataclasses.replace(begin.about, loss=loss))
 
+    agree = distributed.make_agree(mesh)
     exported: dict[str, bool] = {}
     with stop, Report(config, schedule, data, rates, begin.step, begin.about.loss) as report:
         saver = Saver(checkpoints, config, report.say)
@@ -181,8 +186,9 @@ def _loop(
                     "--precision fp32 or other data may help"
                 )
 
-            done, stopping, exports = step + 1, bool(stop), _exports(config, schedule, step)
-            if exports or stopping or saver.due(done):
+            done, exports = step + 1, _exports(config, schedule, step)
+            stopping, due = agree((bool(stop), saver.overdue()), metrics.loss)
+            if exports or stopping or due or saver.due(done):
                 report.catch_up()
                 for name in exports:
                     exported[name] = report.try_export(folder / name, state.params)
@@ -193,7 +199,9 @@ def _loop(
                     print(f"stopped and saved at step {done}: the same command goes on from there")
                 sys.exit(1)
     if not exported.get(FINAL):  # failed, or got lost after all steps were done
-        weights.save_pth(folder / FINAL, state.params)
+        params = distributed.to_first(state.params)
+        if distributed.is_first():
+            weights.save_pth(folder / FINAL, params)
 
 
 def _exports(config: TrainConfig, schedule: Schedule, step: int) -> list[str]:
@@ -241,7 +249,8 @@ def main() -> None:
     for line in ignored:
         print(f"note: {line}", file=sys.stderr)
     prepare_jax()
-    train(config)
+    with distributed.joined(config):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ OFFICIAL = {
     "head_chunk": "0",
     "load_partial": "0",
 }
-MEANINGLESS = {"my_testing", "MODEL_TYPE", "num_nodes", "ds_bucket_mb", "data_type", "dim_att"}
+MEANINGLESS = {"my_testing", "MODEL_TYPE", "ds_bucket_mb", "data_type", "dim_att"}
 
 
 def options(values: dict[str, str]) -> list[str]:

@@ -1,0 +1,229 @@
+"""Several processes, usually one a machine, that train one model as one.
+
+Every process runs the same program on its own devices and reads its own samples. What belongs to
+the run as a whole, the log and the .pth files, is the first process's; a checkpoint is written by
+all of them, each its part. They stop together: at the end, at a signal to any of them, and when one
+is lost.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import UserError
+from rwkv_jax.sharding import batch_sharding
+
+START_TIMEOUT = 300  # seconds that a process waits for the others to start
+HEARTBEAT_TIMEOUT = 30  # seconds of silence after which a process counts as lost
+END_TIMEOUT = 3600  # seconds that a process waits, when it is done, for the .pth to be written
+
+
+LOST = (
+    "this process or another of the run was lost, so all of them end; start all of them again to "
+    "go on from the last checkpoint"
+)
+
+
+@contextlib.contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """Inside, this process is one of the run's; alone when the options name no others.
+
+    SLURM, Open MPI and Kubernetes say who the others are; elsewhere --coordinator_address and
+    --process_id do. When a process is lost, jax aborts the others within `HEARTBEAT_TIMEOUT`.
+
+    Raises:
+        UserError: the others are not named.
+    """
+    if config.num_nodes == 1 and not config.coordinator_address:
+        yield
+        return
+    named = _named(config)
+    with _last_word() as ended:
+        try:
+            jax.distributed.initialize(
+                **named,
+                initialization_timeout=START_TIMEOUT,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=END_TIMEOUT,
+            )
+        except ValueError:
+            ended()
+            raise UserError(
+                f"--num_nodes {config.num_nodes}: no SLURM, Open MPI or Kubernetes tells of the "
+                "other processes; give each --coordinator_address HOST:PORT (of the first) and "
+                "--process_id"
+            ) from None
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")
+        try:
+            yield
+        except SystemExit:  # all of them stop, and come here
+            jax.distributed.shutdown()
+            ended()
+            raise
+        except BaseException as error:
+            # Not by an exception: at the exit jax would wait for the others, and they for us.
+            lost = isinstance(error, jax.errors.JaxRuntimeError) and "OutOf" not in str(error)
+            if isinstance(error, UserError) or lost:
+                print(f"error: {LOST if lost else error}", file=sys.stderr, flush=True)
+            else:
+                sys.excepthook(type(error), error, error.__traceback__)
+            ended()
+            os._exit(2)
+        jax.distributed.shutdown()
+        ended()
+
+
+def _named(config: TrainConfig) -> dict[str, Any]:
+    """What the options say of the processes, as arguments of `jax.distributed.initialize`."""
+    if not config.coordinator_address:
+        return {}
+    if not re.fullmatch(r".+:\d+", config.coordinator_address):
+        raise UserError(f"--coordinator_address {config.coordinator_address}: give HOST:PORT")
+    if not 0 <= config.process_id < config.num_nodes:
+        raise UserError(
+            f"--process_id {config.process_id}: give each of the --num_nodes {config.num_nodes} "
+            f"processes its own, from 0 to {config.num_nodes - 1}"
+        )
+    return {
+        "coordinator_address": config.coordinator_address,
+        "num_processes": config.num_nodes,
+        "process_id": config.process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+@contextlib.contextmanager
+def _last_word() -> Iterator[Callable[[], None]]:
+    """Has another process print `LOST` if this one ends before it calls what it is given.
+
+    From inside it cannot be said: jax aborts a process from a thread of its own.
+    """
+    code = f"import sys\nif not sys.stdin.read(): sys.exit({'error: ' + LOST!r})"
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+    def ended() -> None:
+        watcher.communicate(b"well")
+
+    yield ended
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs and writes for the run."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_ahead() -> Iterator[None]:
+    """What is inside is done by the first process, and when it is done, by the others."""
+    several = jax.process_count() > 1
+    if several and not is_first():
+        multihost_utils.sync_global_devices("first")
+    yield
+    if several and is_first():
+        multihost_utils.sync_global_devices("first")
+
+
+def as_first(value: bool) -> bool:
+    """The first process's value, in all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process → device arrays; each process copies its parts."""
+    return jax.tree.map(
+        lambda leaf, where: jax.make_array_from_callback(
+            leaf.shape, where, lambda index: np.asarray(leaf)[index]
+        ),
+        tree,
+        shardings,
+    )
+
+
+def make_batch(
+    mesh: Mesh, shape: tuple[int, ...], samples: Callable[[int, range], np.ndarray]
+) -> jax.Array:
+    """A step's batch [A, B, T + 1], of which each process reads its devices' samples alone.
+
+    Args:
+        samples: (number of the micro batch, rows of it) → [rows, T + 1]. Device q of the mesh has
+            rows q·B/W to (q + 1)·B/W, as `Dataset.batch` orders them by rank.
+    """
+
+    def part(index: Any) -> np.ndarray:
+        micro, rows = (range(size)[at] for size, at in zip(shape, index[:2], strict=False))
+        return np.stack([samples(number, rows) for number in micro])
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
+def make_agree(mesh: Mesh) -> Callable[[tuple[bool, ...], jax.Array], tuple[bool, ...]]:
+    """A function to call once a step with this process's votes: which of them does any process say?
+
+    Of several processes all get the same answer at the same step, to the votes of the step before,
+    so that nobody waits for the device. The second argument is a result of the step, after which
+    the vote is taken.
+    """
+    if jax.process_count() == 1:
+        return lambda votes, _: votes
+    ask = jax.jit(
+        lambda votes, _: jnp.any(votes, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    # A CPU's devices keep no order between programs, which then wait for each other in two orders.
+    unordered = mesh.devices.flat[0].platform == "cpu"
+    answers: list[jax.Array] = []
+
+    def agree(votes: tuple[bool, ...], after: jax.Array) -> tuple[bool, ...]:
+        if unordered:
+            jax.block_until_ready(after)
+        shape = (mesh.size, len(votes))
+        given = jax.make_array_from_callback(shape, where, lambda _: np.array([votes]))
+        answers.append(ask(given, after))
+        if unordered:
+            jax.block_until_ready(answers)
+        if len(answers) == 1:
+            return (False,) * len(votes)
+        return tuple(np.asarray(answers.pop(0)).tolist())
+
+    return agree
+
+
+def to_first(params: Any) -> Any:
+    """The whole tree for the first process to write: bf16 in its memory, if others have parts.
+
+    Every process has to call it; a layer at a time is gathered. The others' result has no content.
+    """
+    if jax.process_count() == 1:
+        return params
+    where = jax.tree.leaves(params)[0].sharding.mesh
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(where, PartitionSpec()))
+    def gather(layers: jax.Array, layer: int) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False)
+        return row.astype(jnp.bfloat16)
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        layers = leaf if leaf.ndim > 2 else leaf[None]
+        rows = []
+        for layer in range(len(layers)):
+            row = gather(layers, layer)
+            if is_first():
+                rows.append(np.asarray(row))
+        return np.array(rows).reshape(leaf.shape if rows else 0)
+
+    return jax.tree.map(whole, params)

@@ -1,0 +1,158 @@
+"""Two processes of four devices train as one of eight, and none goes on without the other."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rwkv_jax import distributed, sharding, train
+from rwkv_jax.config import parse_train_options
+from rwkv_jax.errors import UserError
+from rwkv_jax.step_log import read_step_log
+
+ROOT = Path(__file__).parent.parent
+STEPS, CTX, DEVICES = 20, 16, 8
+OPTIONS = {
+    "n_layer": 1, "n_embd": 32, "head_size": 16, "vocab_size": 65536, "ctx_len": CTX,
+    "micro_bsz": 1, "my_exit_tokens": STEPS * CTX * DEVICES,
+    "lr_init": 1e-3, "save_every_steps": 5, "accelerator": "cpu", "precision": "fp32",
+    "strategy": "fsdp", "data_file": ROOT / "data" / "demo.jsonl",
+}  # fmt: skip
+
+# The command, at a walking pace and noting whose samples it reads.
+PROGRAM = """
+import sys, time
+from rwkv_jax import dataset, train
+from rwkv_jax.errors import run_command
+batch = dataset.Dataset.batch
+def noting(self, step, world_size, micro_bsz, rows):
+    time.sleep(0.1)
+    print("read", *rows, file=sys.stderr)
+    return batch(self, step, world_size, micro_bsz, rows)
+dataset.Dataset.batch = noting
+run_command(train.main)
+"""
+
+
+def options(folder: Path, **more: object) -> list[str]:
+    values = {**OPTIONS, "proj_dir": folder, **more}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def start(folder: Path) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "16", "JAX_NUM_CPU_DEVICES": "4"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM]
+            + options(folder, num_nodes=2, coordinator_address=address, process_id=number),
+            cwd=ROOT,
+            env={**os.environ, **quick},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+@pytest.fixture
+def quick_compiles():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    first, second = start(together)
+    while not (together / "checkpoints" / "5").exists():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    second.kill()
+    since = time.monotonic()
+    said = first.communicate(timeout=60)[1]
+    assert time.monotonic() - since < 60 and first.returncode not in (0, None)
+    assert said.splitlines()[-1].startswith("error: this process or another of the run was lost")
+    assert "Traceback" not in said
+    second.communicate()
+    assert not (together / "rwkv-final.pth").exists()
+
+    out, errors = zip(
+        *(process.communicate(timeout=300) for process in start(together)), strict=True
+    )
+    assert "resumed from" in out[0] and (together / "rwkv-final.pth").exists(), errors[0]
+    assert all(line.startswith("[Gloo]") for line in out[1].splitlines())  # one of them logs
+    for number, said in enumerate(errors):
+        ranks = {int(rank) for rank in re.findall(r"^read (\d+)$", said, re.M)}
+        assert ranks == set(range(4 * number, 4 * number + 4))
+
+    shutil.copytree(together, alone, ignore=lambda *_: ["checkpoints", "rwkv-final.pth"])
+    (alone / "step_log.tsv").unlink()
+    train.train(parse_train_options(options(alone, devices=DEVICES))[0])
+    ours, expected = (read_step_log(folder / "step_log.tsv") for folder in (together, alone))
+    assert len(expected["loss"]) == len(ours["loss"]) == STEPS
+    np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=0, atol=1e-5)
+
+
+def test_a_device_gets_the_samples_of_its_rank():
+    """Of [A, B, T + 1]: rank q has rows q·B/W to (q + 1)·B/W of each micro batch."""
+    mesh = sharding.mesh_of(jax.devices(), data=2)
+    asked = []
+
+    def samples(micro: int, rows: range) -> np.ndarray:
+        asked.append((micro, *rows))
+        return np.array([[micro, row, 0] for row in rows])
+
+    batch = distributed.make_batch(mesh, (2, 16, 3), samples)
+    assert sorted(asked) == [(micro, 2 * q, 2 * q + 1) for micro in range(2) for q in range(8)]
+    for shard in batch.addressable_shards:
+        rank = list(mesh.devices.flat).index(shard.device)
+        assert shard.data[:, :, 1].tolist() == [[2 * rank, 2 * rank + 1]] * 2
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--coordinator_address here:1 --num_nodes 2", "--process_id -1: give each of the"),
+        ("--coordinator_address here:1 --process_id 2 --num_nodes 2", "from 0 to 1"),
+        ("--num_nodes 2", "no SLURM, Open MPI or Kubernetes"),
+        ("--coordinator_address here --process_id 0 --num_nodes 2", "give HOST:PORT"),
+    ],
+)
+def test_wrong_options_are_one_line(given, said, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UserError, match=said):
+        with distributed.joined(parse_train_options(given.split())[0]):
+            pass
+
+
+@pytest.mark.parametrize(
+    "shape, said",
+    [
+        ("data=2,fsdp=3", "data=2,fsdp=3: does not multiply up to the 8 devices"),
+        ("data=3", "does not multiply up"),
+        ("fsdp=16", "does not multiply up"),
+        ("data=2,tensor=4", "give sizes as in data=2,fsdp=4"),
+        ("8", "give sizes as in"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(shape, said):
+    with pytest.raises(UserError, match=said):
+        sharding.make_mesh(0, 1, shape)
+
+
+@pytest.mark.parametrize("shape", ["data=2,fsdp=4", "data=2", "fsdp=4"])
+def test_a_mesh_by_its_options(shape):
+    assert dict(sharding.make_mesh(0, 1, shape).shape) == {"data": 2, "fsdp": 4}
