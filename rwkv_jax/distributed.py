@@ -65,6 +65,10 @@ def joined(config: TrainConfig) -> Iterator[None]:
                 "other processes; give each --coordinator_address HOST:PORT (of the first) and "
                 "--process_id"
             ) from None
+        except RuntimeError as error:
+            ended()
+            why = str(error).splitlines()[0]
+            raise UserError(f"--num_nodes {config.num_nodes}: did not meet: {why}") from None
         if not is_first():
             sys.stdout = open(os.devnull, "w")
         try:

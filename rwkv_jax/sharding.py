@@ -92,8 +92,8 @@ def _groups(shape: str, devices: int) -> int:
         if name not in (DATA, FSDP) or name in sizes or not size.isdecimal() or not int(size):
             raise UserError(f"--mesh {shape}: give sizes as in data=2,fsdp=4")
         sizes[name] = int(size)
-    groups = sizes.get(DATA) or devices // sizes[FSDP]
-    if groups * sizes.get(FSDP, devices // groups) != devices or not groups or devices % groups:
+    groups = sizes.get(DATA) or max(1, devices // sizes[FSDP])
+    if groups * (sizes.get(FSDP) or devices // groups) != devices:
         raise UserError(
             f"--mesh {shape}: does not multiply up to the {devices} devices; "
             f"data=1,fsdp={devices} does, or data={devices},fsdp=1"
