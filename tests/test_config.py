@@ -243,5 +243,8 @@ def test_every_option_is_official_or_ours():
         "resume_anyway",
         "tensorboard",
         "plot",
+        "coordinator_address",
+        "process_id",
+        "mesh",
     }
     assert fields | MEANINGLESS == set(OFFICIAL) | ours
