@@ -13,7 +13,7 @@ from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.step import Metrics, TrainState, make_step
 
-PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32}
+PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "fp16": jnp.float16}
 
 # Of a GPU's memory, what jax takes for arrays and programs (its own default is three quarters). The
 # rest is for the CUDA context, the libraries' workspaces and the buffers of communication.
@@ -36,19 +36,23 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
-def decide(config: TrainConfig, on_gpu: bool) -> TrainConfig:
+def decide(
+    config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
+) -> TrainConfig:
     """The options with every default that depends on the machine decided.
 
     Also tells jax how exact float32 products are to be.
+
+    Args:
+        capability: of an NVIDIA GPU; those before 8.0 have no bf16 units.
     """
+    precision = "fp16" if capability and capability < (8, 0) else "bf16" if on_gpu else "fp32"
     config = dataclasses.replace(
         config,
         micro_bsz=config.micro_bsz or (8 if on_gpu else 1),
         grad_cp=int(on_gpu) if config.grad_cp == -1 else config.grad_cp,
         strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
-        precision=("bf16" if on_gpu else "fp32")
-        if config.precision == "auto"
-        else config.precision,
+        precision=precision if config.precision == "auto" else config.precision,
     )
     matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(config.precision)
     jax.config.update("jax_default_matmul_precision", matmul)

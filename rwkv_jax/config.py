@@ -162,7 +162,8 @@ class TrainConfig:
         0, "training", "tokens of a sequence whose logits exist at once; 0: automatic", least=0)
     precision: str = _option(
         "auto", "training", "of the forward and backward pass (weights and Adam are float32); "
-        "auto: fp32 on a CPU, bf16 on a GPU", "auto", "bf16", "fp32", "tf32")
+        "auto: fp32 on a CPU, bf16 on a GPU, fp16 with a loss scale on one older than Ampere",
+        "auto", "bf16", "fp32", "tf32", "fp16")
     epoch_count: int = _option(
         0, "training", "stop after so many miniepochs of 40320 samples, even before "
         "my_exit_tokens; 0: do not", least=0)

@@ -1,6 +1,6 @@
 """Adam as the official trainer runs it, as an optax chain with groups by parameter path."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
         return jax.tree.map_with_path(lambda path, p: has_double_rate(_names(path)), params)
 
     return optax.chain(
+        unscale() if config.precision == "fp16" else optax.identity(),
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
@@ -70,17 +71,57 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
     )
 
 
+class LossScale(NamedTuple):
+    """What the loss, and so every gradient, is multiplied by."""
+
+    scale: jax.Array  # float32, a power of two: multiplying by it rounds nothing
+    steps: jax.Array  # int32, since it changed
+
+
+def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTransformation:
+    """Divides gradients by the loss scale of its state, and moves it, for float16.
+
+    float16 has nothing above 65504 and little below 6e-5, where gradients lie; scaled, they are in
+    between. A step whose scaled gradients overflow is one to skip, and halves the scale; so many
+    steps without double it, as far as it goes. (Micikevicius et al., Mixed Precision Training.)
+    """
+
+    def init(params: Params) -> LossScale:
+        return LossScale(jnp.float32(start), jnp.int32(0))
+
+    def update(gradients: Params, state: LossScale, params: Params | None = None):
+        finite = jnp.isfinite(optax.tree.norm(gradients))
+        grows = state.steps + 1 >= patience
+        grown = jnp.where(grows, jnp.minimum(2 * state.scale, 2.0**24), state.scale)
+        scale = jnp.where(finite, grown, jnp.maximum(state.scale / 2, 1.0))
+        steps = jnp.where(finite & ~grows, state.steps + 1, 0)
+        unscaled = jax.tree.map(lambda g: g / state.scale, gradients)
+        return unscaled, LossScale(scale, steps)
+
+    return optax.GradientTransformation(init, update)
+
+
+def loss_scale(opt_state: optax.OptState) -> jax.Array:
+    """The scale for the next step; 1 without `unscale`."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScale))
+    scales = [node.scale for node in nodes if isinstance(node, LossScale)]
+    return scales[0] if scales else jnp.float32(1)
+
+
 def keep_if(skip: jax.Array, old: Any, new: Any) -> Any:
     """`old` where the scalar `skip` is true, else `new`, for states with optax states in them.
 
-    The schedule's count alone is always the new one: the learning rate is that of the step, done or
-    skipped, while Adam's bias correction counts the moments' updates.
+    The schedule's count is always the new one, as the learning rate is that of the step, done or
+    skipped, while Adam's bias correction counts the moments' updates; and so is the loss scale.
     """
 
-    def choose(old: Any, new: Any) -> Any:
-        return new if _is_schedule(new) else jnp.where(skip, old, new)
+    def moves_on(node: Any) -> bool:
+        return _is_schedule(node) or isinstance(node, LossScale)
 
-    return jax.tree.map(choose, old, new, is_leaf=_is_schedule)
+    def choose(old: Any, new: Any) -> Any:
+        return new if moves_on(new) else jnp.where(skip, old, new)
+
+    return jax.tree.map(choose, old, new, is_leaf=moves_on)
 
 
 def at_step(opt_state: optax.OptState, steps: int) -> optax.OptState:

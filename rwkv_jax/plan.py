@@ -273,7 +273,8 @@ def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     """Measures micro_bsz (-1, or 0: 1) and, to `search`, what it takes to know the largest."""
     devices = config.devices or 1
     start = max(config.micro_bsz, 1)
-    config = decide(dataclasses.replace(config, devices=devices, micro_bsz=start), on_gpu=True)
+    config = dataclasses.replace(config, devices=devices, micro_bsz=start)
+    config = decide(config, on_gpu=True, capability=target.compute_capability)
     with _without_the_compilers_words():
         mesh = mesh_of(list(device_mesh(target, devices).devices.flat))
     model, needs = model_of(config), {}

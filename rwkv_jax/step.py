@@ -14,7 +14,7 @@ from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import head_loss
 from rwkv_jax.model import Params, abstract_params, bind
-from rwkv_jax.optimizer import keep_if
+from rwkv_jax.optimizer import keep_if, loss_scale
 
 Array = jax.Array
 
@@ -66,7 +66,8 @@ def make_step(
     works on the part of the state that the device holds.
 
     Args:
-        dtype: in which the parameters are read, of the activations and of the gradients.
+        dtype: in which the parameters are read, of the activations and of the gradients; float16
+            wants an optimizer that begins with `optimizer.unscale`.
         remat: recompute each block in the backward pass.
         head_chunk: as in `loss.head_loss`.
     """
@@ -97,7 +98,7 @@ def make_step(
 
     use.defvjp(use_forward, use_backward)
 
-    def loss_fn(gradients: Params, weights: Params, tokens: Array) -> Array:
+    def loss_fn(gradients: Params, weights: Params, tokens: Array, scale: Array) -> Array:
         """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens [B, T + 1]."""
 
         def read(slots: Params, layer: Array) -> Params:
@@ -111,16 +112,16 @@ def make_step(
         model = bind(config, {**outside, "blocks": gradients["blocks"]})
         hidden, _ = model.hidden(tokens[:, :-1], remat=remat, read=read)
         head, targets = model.head.weight[...], tokens[:, 1:]
-        return head_loss(hidden, head, targets, head_chunk, scale=1 / mesh.size)
+        return head_loss(hidden, head, targets, head_chunk, scale=scale / mesh.size)
 
-    def local_gradients(params: Params, batch: Array) -> tuple[Array, Params]:
-        """Of the masters' parts and this device's samples: the loss, the gradients' parts."""
+    def local_gradients(params: Params, batch: Array, scale: Array) -> tuple[Array, Params]:
+        """Of the masters' parts and this device's samples: the loss, scaled gradients' parts."""
         weights = params if from_masters else jax.tree.map(gather, params, specs)
         layout = params if strategy.gradients else weights
 
         def of_micro_batch(tokens: Array) -> tuple[Array, Params]:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), layout)
-            return jax.value_and_grad(loss_fn)(zeros, weights, tokens)
+            return jax.value_and_grad(loss_fn)(zeros, weights, tokens, scale)
 
         def add(total: tuple[Array, Params], tokens: Array):
             new = of_micro_batch(tokens)
@@ -140,15 +141,16 @@ def make_step(
     gradients = jax.shard_map(
         local_gradients,
         mesh=mesh,
-        in_specs=(specs, sharding.batch_spec(mesh)),
+        in_specs=(specs, sharding.batch_spec(mesh), P()),
         out_specs=(P(), specs),
         check_vma=False,
     )
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Metrics]:
-        loss, grads = gradients(state.params, batch)
+        scale = loss_scale(state.opt_state)
+        loss, grads = gradients(state.params, batch, scale)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) / scale
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = TrainState(optax.apply_updates(state.params, updates), opt_state)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import distributed, plan, sharding, weights
 from rwkv_jax.build import build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
@@ -42,7 +43,8 @@ def train(config: TrainConfig) -> None:
     if not config.data_file and not DEMO.is_file():
         raise UserError("--data_file is needed: a .jsonl, or the prefix of a .bin and .idx")
     config = dataclasses.replace(config, data_file=config.data_file or str(DEMO))
-    config = decide(config, on_gpu=mesh.devices.flat[0].platform != "cpu")
+    on_gpu = mesh.devices.flat[0].platform != "cpu"
+    config = decide(config, on_gpu, current_compute_capability() if on_gpu else None)
     folder = Path(config.proj_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

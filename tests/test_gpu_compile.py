@@ -22,6 +22,7 @@ from pallas_kernels.gpu_targets import (
 from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from rwkv_jax.loss import head_loss
 from rwkv_jax import plan
 from rwkv_jax.config import TrainConfig
 
@@ -199,3 +200,13 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
     need = first.needs[2]
     assert need.total > need.parameters + need.optimizer > 2 * need.parameters
     assert need.flops > 0 and need.traffic > 3 * need.parameters
+
+
+def test_the_loss_of_a_large_batch_and_its_gradients_stay_below_a_gigabyte():
+    """Whole logits would take 8.6 GB in float32."""
+    hidden = jax.ShapeDtypeStruct((8, 4096, 768), jnp.bfloat16)
+    head = jax.ShapeDtypeStruct((65536, 768), jnp.bfloat16)
+    targets = jax.ShapeDtypeStruct((8, 4096), jnp.int32)
+    loss = jax.value_and_grad(head_loss, (0, 1))
+    compiled = compile_for(GPU_TARGETS["h100"], loss, hidden, head, targets)
+    assert compiled.executable.memory_analysis().peak_memory_in_bytes < 1e9

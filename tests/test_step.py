@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rwkv_jax import sharding, step
+from rwkv_jax.build import decide
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.initialisation import init_params
 from rwkv_jax.loss import head_loss
-from rwkv_jax.optimizer import make_optimizer
+from rwkv_jax.optimizer import loss_scale, make_optimizer, unscale
 
 MODEL = ModelConfig(n_layer=1, n_embd=32, vocab_size=20, head_size=16, dim_v=8)
 DEVICES, MICRO_BATCHES = 4, 2
@@ -62,3 +64,46 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
         if ours.ndim:
             assert np.isfinite(ours).all()
             np.testing.assert_array_equal(ours, expected)
+
+
+def test_float16_finds_its_scale_and_grows_it(monkeypatch):
+    """Planted: gradients that overflow float16 above a scale of 4, though their norm is small."""
+    mesh, seen = sharding.make_mesh(2), []
+
+    def planted(hidden, head, targets, chunk, scale):
+        loss = head_loss(hidden, head, targets, chunk, scale)
+        return loss * jnp.where(scale * 2 > 4, jnp.inf, 1.0)  # 2 devices
+
+    monkeypatch.setattr(step, "head_loss", planted)
+    rates = optax.constant_schedule(1e-3)
+    adam = optax.chain(unscale(32.0, patience=3), make_optimizer(TrainConfig(), rates))
+    where = jax.tree.map(lambda x: x.sharding, step.abstract_state(mesh, MODEL, adam))
+    params = jax.tree.map(jnp.asarray, init_params(MODEL, 0))
+    state = jax.device_put(step.TrainState(params, adam.init(params)), where)
+    with jax.numpy_dtype_promotion("standard"):
+        one = step.make_step(
+            MODEL, adam, mesh, sharding.STRATEGIES["fsdp"], jnp.float16, remat=False
+        )
+        batch = jax.device_put(
+            np.arange(2 * 9, dtype=np.int32).reshape(1, 2, 9), sharding.batch_sharding(mesh)
+        )
+        for _ in range(9):
+            scale = float(loss_scale(state.opt_state))
+            state, metrics = one(state, batch)
+            seen.append((scale, bool(metrics.skipped)))
+    halved = [(32.0, True), (16.0, True), (8.0, True)]
+    assert seen == halved + [(4.0, False)] * 3 + [(8.0, True)] + [(4.0, False)] * 2
+    assert 0.01 < float(metrics.grad_norm) < 100 and float(metrics.loss) < 3.0
+    for leaf in jax.tree.leaves(state):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+@pytest.mark.parametrize(
+    "on_gpu, capability, expected",
+    [(False, None, "fp32"), (True, (8, 0), "bf16"), (True, (7, 5), "fp16"), (True, None, "bf16")],
+)
+def test_precision_follows_the_device(on_gpu, capability, expected):
+    before = jax.config.values["jax_default_matmul_precision"]
+    assert decide(TrainConfig(), on_gpu, capability).precision == expected
+    assert decide(TrainConfig(precision="tf32"), on_gpu, capability).precision == "tf32"
+    jax.config.update("jax_default_matmul_precision", before)
