@@ -22,9 +22,9 @@ from pallas_kernels.gpu_targets import (
 from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
-from rwkv_jax.loss import head_loss
 from rwkv_jax import plan
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.loss import head_loss
 
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
