@@ -132,7 +132,7 @@ def test_without_options_everything_is_official():
         (["--ctx_len", "0"], ["--ctx_len 0", "1 or more"]),
         (["--ctx_len", "many"], ["--ctx_len", "many"]),
         (["--ctx_len"], ["--ctx_len"]),
-        (["--micro_bsz", "-1"], ["--micro_bsz -1"]),
+        (["--micro_bsz", "-1"], ["--micro_bsz", "-1"]),
         (["--lr_init", "-0.001"], ["--lr_init -0.001"]),
         (["--lr_init", "nan"], ["--lr_init nan"]),
         (["--beta2", "1"], ["--beta2 1.0", "less than 1"]),
