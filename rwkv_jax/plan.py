@@ -32,12 +32,11 @@ from pallas_kernels.gpu_targets import (
     device_mesh,
     lowering_for,
 )
-from rwkv_jax import cost, pth, weights
+from rwkv_jax import cost, pth, sharding, weights
 from rwkv_jax.build import MEMORY_FRACTION, build_step, cache_folder, decide
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.sharding import batch_sharding, mesh_of
 from rwkv_jax.start import brief
 from rwkv_jax.step import abstract_state
 
@@ -83,7 +82,7 @@ def measure(
     optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
     state = abstract_state(mesh, model, optimizer)
     shape = config.accumulate_grad_batches, mesh.size * config.micro_bsz, config.ctx_len + 1
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     began, cpu_began = time.monotonic(), _cpu_seconds()
     with lowering_for(target, mesh) if target else contextlib.nullcontext():
         step: Any = build_step(config, model, mesh, optimizer)
@@ -271,12 +270,13 @@ class Plan(NamedTuple):
 
 def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     """Measures micro_bsz (-1, or 0: 1) and, to `search`, what it takes to know the largest."""
-    devices = config.devices or 1
     start = max(config.micro_bsz, 1)
-    config = dataclasses.replace(config, devices=devices, micro_bsz=start)
+    config = dataclasses.replace(config, devices=config.devices or 1, micro_bsz=start)
     config = decide(config, on_gpu=True, capability=target.compute_capability)
+    count = config.devices * config.num_nodes
     with _without_the_compilers_words():
-        mesh = mesh_of(list(device_mesh(target, devices).devices.flat))
+        there = list(device_mesh(target, count, config.num_nodes).devices.flat)
+    mesh = sharding.mesh_of(there, sharding.groups(config.mesh, count))
     model, needs = model_of(config), {}
 
     def need(batch: int) -> int:
@@ -303,11 +303,14 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
     seconds = need.flops / (rate * 1e12), need.traffic / (target.bandwidth_gb_s * 1e9)
-    tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * config.devices
+    count = config.devices * config.num_nodes
+    tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * count
     rows = {
         "model": brief(model),
-        "devices": f"{config.devices} x {target.device_kind}, {config.precision}, {remat}"
-        + (f", {config.strategy}" if config.devices > 1 else ""),
+        "devices": f"{count} x {target.device_kind}"
+        + (f" in {config.num_nodes} machines" if config.num_nodes > 1 else "")
+        + f", {config.precision}, {remat}"
+        + (f", {config.strategy}" if count > 1 else ""),
         "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
         "parameters": f"{_gib(need.parameters)} float32 masters",
         "optimizer": f"{_gib(need.optimizer)} Adam's moments",

@@ -79,10 +79,10 @@ def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:
             )
             raise UserError(f"--devices {devices}: jax sees {seen}{where}")
         there = [device for some in own.values() for device in some[:each]]
-    return mesh_of(there, _groups(shape, len(there)))
+    return mesh_of(there, groups(shape, len(there)))
 
 
-def _groups(shape: str, devices: int) -> int:
+def groups(shape: str, devices: int) -> int:
     """D of "data=D,fsdp=F"."""
     if not shape:
         return 1

@@ -146,6 +146,26 @@ def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys)
         plan.fitting_batch(config, model, mesh)
 
 
+def test_gpus_of_several_machines(monkeypatch):
+    asked = []
+
+    def device_mesh(target, count, hosts):
+        asked.append((count, hosts))
+        return sharding.make_mesh(count)
+
+    def measure(config, model, mesh, target):
+        asked.append(dict(mesh.shape))
+        return Need(GIB, 2 * GIB, 5 * GIB, 1, 1, 1.0)
+
+    monkeypatch.setattr(plan, "device_mesh", device_mesh)
+    monkeypatch.setattr(plan, "measure", measure)
+    options = dataclasses.replace(TINY, devices=2, num_nodes=2, mesh="data=2,fsdp=2")
+    result = plan.plan(options, GPU_TARGETS["h100"], search=False)
+    assert asked == [(4, 2), {"data": 2, "fsdp": 2}]
+    text = plan.report(result, 1, "")
+    assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens a step" in text
+
+
 # What is printed.
 
 
