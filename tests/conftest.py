@@ -16,10 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# `-m "not torch"` runs the rest where torch is not installed; these import it at their top.
-collect_ignore = (
-    [] if importlib.util.find_spec("torch") else ["test_torch_rwkv7.py", "test_trajectory.py"]
-)
+# What the dev extra brings, and these import at their top: the rest runs where it is not installed.
+_NEEDS = {"torch": ["test_torch_rwkv7.py", "test_trajectory.py"], "lm_eval": ["test_harness.py"]}
+collect_ignore = [
+    file for name, files in _NEEDS.items() if not importlib.util.find_spec(name) for file in files
+]
 
 
 @pytest.fixture(scope="session")
