@@ -27,9 +27,9 @@ from rwkv_jax.model import RWKV7, State
 
 Array = jax.Array
 
-BATCH = 8  # documents at once
-PIECE = 256  # tokens of each a call; one shape, so one compilation
-HEAD_CHUNK = 32  # tokens of each whose logits exist at once
+CALL = 2048  # tokens a call: of many short documents, or of a few long ones
+PIECES = (32, 64, 128, 256)  # tokens of each document a call: so many shapes are compiled at most
+HEAD_CHUNK = 256  # tokens whose logits exist at once
 DOCUMENTS = 1024  # in memory at once; of these, such of like length go together
 
 
@@ -60,17 +60,19 @@ def score(model: RWKV7, documents: Sequence[Sequence[int]]) -> Iterator[tuple[in
     V = model.config.vocab_size
     order = sorted(range(len(documents)), key=lambda number: len(documents[number]))
     graphdef, params = nnx.split(model)
-    for start in range(0, len(order), BATCH):
-        group = order[start : start + BATCH]
+    while order:
+        T = next((piece for piece in PIECES if piece >= len(documents[order[0]])), PIECES[-1])
+        B = CALL // T
+        group, order = order[:B], order[B:]
         longest = len(documents[group[-1]])
-        rows = np.zeros((BATCH, 1 + longest + -longest % PIECE), np.int32)
+        rows = np.zeros((B, 1 + longest + -longest % T), np.int32)
         for place, number in enumerate(group):
             rows[place, 1 : 1 + len(documents[number])] = documents[number]
         if rows.max() >= V:
             raise UserError(f"a token of the text is {rows.max()}; the model knows {V}")
-        state, nats, first = model.initial_state(BATCH), [], []
-        for at in range(0, longest, PIECE):
-            piece = rows[:, at : at + PIECE + 1]
+        state, nats, first = model.initial_state(B), [], []
+        for at in range(0, longest, T):
+            piece = rows[:, at : at + T + 1]
             *result, state = _score(graphdef, params, piece, state)
             nats.append(np.asarray(result[0]))
             first.append(np.asarray(result[1]))
@@ -88,21 +90,18 @@ def _score(graphdef, params, rows: Array, state: State) -> tuple[Array, Array, S
     """rows [B, T+1], each token but the first asked for: nats [B, T], first [B, T], state."""
     model: RWKV7 = nnx.merge(graphdef, params)
     x, state = model.hidden(rows[:, :-1], state)
-    B, T, C = x.shape
 
     def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, targets = part  # [B, HEAD_CHUNK, C], [B, HEAD_CHUNK]
-        z = jnp.einsum("btc,vc->btv", x, model.head.weight[...], preferred_element_type=jnp.float32)
-        wanted = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        x, targets = part  # [HEAD_CHUNK, C], [HEAD_CHUNK]
+        z = jnp.einsum("tc,vc->tv", x, model.head.weight[...], preferred_element_type=jnp.float32)
+        wanted = jnp.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
         nats = jax.nn.logsumexp(z, axis=-1) - wanted
         return nats, jnp.argmax(z, axis=-1).astype(targets.dtype) == targets
 
-    split = (
-        jnp.moveaxis(x.reshape(B, T // HEAD_CHUNK, HEAD_CHUNK, C), 1, 0),
-        jnp.moveaxis(rows[:, 1:].reshape(B, T // HEAD_CHUNK, HEAD_CHUNK), 1, 0),
-    )
-    nats, first = jax.lax.map(chunk, split)  # [T / HEAD_CHUNK, B, HEAD_CHUNK]
-    return jnp.moveaxis(nats, 0, 1).reshape(B, T), jnp.moveaxis(first, 0, 1).reshape(B, T), state
+    targets = rows[:, 1:]
+    flat = x.reshape(-1, HEAD_CHUNK, x.shape[-1]), targets.reshape(-1, HEAD_CHUNK)
+    nats, first = jax.lax.map(chunk, flat)
+    return nats.reshape(targets.shape), first.reshape(targets.shape), state
 
 
 # Tasks: a file → documents ------------------------------------------------------------------------
