@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
+
+# When a part of a save or a load fails, orbax raises that and leaves its other parts to themselves;
+# asyncio would print a traceback for each of them.
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
@@ -128,9 +133,13 @@ class Checkpoints:
         described = dataclasses.asdict(about)  # as it is now
         self._pending = self._writer.submit(self._finish, step, partial, response, described)
 
+    def busy(self) -> bool:
+        """Whether a `save` is being written."""
+        return self._pending is not None and not self._pending.done()
+
     def check(self) -> None:
         """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
-        if self._pending is not None and self._pending.done():
+        if not self.busy():
             self.close()
 
     def close(self) -> None:

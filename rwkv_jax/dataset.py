@@ -11,6 +11,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -213,8 +214,9 @@ def open_dataset(
 def _cached(path: Path) -> BinIdx:
     """The token file of a jsonl, written when it is not there or damaged.
 
-    The name holds a hash of everything that its bytes depend on, and a writer renames complete
-    files into place: two processes at once both write the same bytes, and neither sees a half.
+    The name holds a hash of everything that its bytes depend on, a file beside it the hash of these
+    bytes, and a writer renames complete files into place: two processes at once both write the
+    same, and neither sees a half.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -223,13 +225,24 @@ def _cached(path: Path) -> BinIdx:
     content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     prefix = home / "rwkv_jax" / f"{path.stem[:32]}-{content.hexdigest()}"
-    if beside(prefix, ".idx").exists():
-        try:
+    record = beside(prefix, ".blake2b")
+    with contextlib.suppress(OSError, UserError):
+        if record.read_bytes() == _content_hash(prefix):
             return open_binidx(prefix)
-        except UserError:
-            pass  # damaged: write it anew
     tokenize_jsonl(path, prefix)
+    with reporting_os_errors(record, "write"):
+        temporary = beside(record, f".{os.getpid()}.tmp")
+        temporary.write_bytes(_content_hash(prefix))
+        os.replace(temporary, record)
     return open_binidx(prefix)
+
+
+def _content_hash(prefix: Path) -> bytes:
+    digests = []
+    for ending in (".bin", ".idx"):
+        with beside(prefix, ending).open("rb") as file:
+            digests.append(hashlib.file_digest(file, hashlib.blake2b).hexdigest())
+    return "\n".join(digests).encode()
 
 
 def fingerprint(tokens: np.ndarray) -> str:

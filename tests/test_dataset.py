@@ -257,11 +257,11 @@ def test_jsonl_is_tokenized_once(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path, '{"text": "one two three five"}\n')
     assert open_dataset(path, 1).tokens.tolist() == expected_tokens(["one two three five"])
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 6
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
-@pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "garbage"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "garbage", "one bit"])
 def test_a_damaged_cache_is_written_anew(tmp_path, cache, ending, damage):
     path = write_jsonl(tmp_path, '{"text": "one two three four"}\n')
     expected = open_dataset(path, 1).tokens.tolist()
@@ -270,10 +270,12 @@ def test_a_damaged_cache_is_written_anew(tmp_path, cache, ending, damage):
     if damage == "remove":
         file.unlink()
     else:
-        file.write_bytes({"truncate": sound[:-1], "empty": b"", "garbage": b"\x07" * 77}[damage])
+        flipped = sound[:1] + bytes([sound[1] ^ 1]) + sound[2:]
+        damaged = {"truncate": sound[:-1], "empty": b"", "garbage": b"\x07" * 77}
+        file.write_bytes({**damaged, "one bit": flipped}[damage])
     assert open_dataset(path, 1).tokens.tolist() == expected
     assert file.read_bytes() == sound
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_two_processes_at_once(tmp_path, cache):
@@ -288,7 +290,7 @@ def test_two_processes_at_once(tmp_path, cache):
     assert [process.returncode for process in processes] == [0, 0]
     expected = hashlib.sha256(open_dataset(OFFICIAL, 64).tokens).hexdigest()
     assert outputs == [expected + "\n"] * 2
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_several_processes_keep_the_order(tmp_path, monkeypatch):

@@ -283,6 +283,20 @@ def test_resume_anyway_goes_on_at_as_many_tokens(data, stopped, tmp_path, capsys
     assert newest == 7
 
 
+def test_a_run_goes_on_with_other_devices(data, tmp_path):
+    """Begun on one device with batches of four, gone on with on four with one sample each."""
+    batch = {"micro_bsz": 4, "my_exit_tokens": 4 * STEPS * T, "warmup_steps": 0, "lr_init": 1e-4}
+    before = train(config(data, tmp_path / "a", **batch), stop_after=6)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    after = train(config(data, tmp_path / "a", **batch))
+    of_four = train(config(data, tmp_path / "b", **{**batch, "micro_bsz": 1, "devices": 4}))
+    assert len(before) + len(after) == STEPS
+    np.testing.assert_allclose(of_four, after, rtol=0, atol=1e-6)
+    one, four = (rwkv_jax.load_params(tmp_path / name)[1] for name in "ab")
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
+    assert max(jax.tree.leaves(differences)) < 1e-6
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     data, run, stopped, tmp_path, capsys
 ):
