@@ -30,14 +30,15 @@ from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
 
-# When a part of a save or a load fails, orbax raises that and leaves its other parts to themselves;
-# asyncio would print a traceback for each of them.
+# When a part of a save or a load fails, orbax raises that, which is told in a line below. It also
+# logs it, and leaves its other parts to themselves: tracebacks by absl and asyncio for each of them.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
-_MARGIN = 16 << 20  # bytes of free space beyond the arrays themselves
+_MARGIN = 1 << 20  # bytes of free space beyond the arrays themselves, besides a twentieth of those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _load_model(folder: Path) -> tuple[ModelConfig, Params]:
 
 
 def _check_space(folder: Path, tree: Any) -> None:
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _MARGIN
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * 21 // 20 + _MARGIN
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -342,7 +343,11 @@ def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
             raise ValueError("no model")
         total, steps = described["loss"]["total"], described["loss"]["steps"]
         about = About(ModelConfig(**numbers), MiniepochLoss(float(total), int(steps)))
-        about = dataclasses.replace(about, run=dict(described["run"]))
+        run = dict(described["run"])
+        sizes = [run.get(name, 1) for name in ("samples a step", "ctx_len")]
+        if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
+            raise ValueError("no run")
+        about = dataclasses.replace(about, run=run)
         files = {name: (int(size), str(sha)) for name, (size, sha) in described["files"].items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("a file outside the folder")

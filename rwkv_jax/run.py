@@ -72,7 +72,9 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a run's output folder; the system lets go of it when the process ends, however.
+    """Holds a run's output folder, cleared of exports that were cut short.
+
+    The system lets go of it when the process ends, however that happens.
 
     Raises:
         UserError: another process holds it.
@@ -102,6 +104,8 @@ def lock(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             file.flush()
+        for leftover in folder.glob(".*.pth.*.tmp"):  # of an export that was killed
+            leftover.unlink(missing_ok=True)
         yield
 
 

@@ -204,7 +204,7 @@ def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
 def test_space_is_looked_for_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="a checkpoint takes 17 MB, but 0 are free"):
+    with pytest.raises(UserError, match="a checkpoint takes 1 MB, but 0 are free"):
         Checkpoints(tmp_path).save(1, random_state(1), about(1))
     assert not list(tmp_path.iterdir())
 

@@ -309,6 +309,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     array_file.write_bytes(content)
     with (tmp_path / "step_log.tsv").open("a") as lines:
         lines.write("9\t0.1")  # the power went
+    (tmp_path / ".rwkv-1.pth.77.tmp").write_bytes(b"PK")
     assert len(train(config(data, tmp_path))) == STEPS - MINIEPOCH
     said = capsys.readouterr().out
     assert (
@@ -319,6 +320,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert log(tmp_path) == log(run[0])
     steps = [line.split()[0] for line in (tmp_path / "step_log.tsv").read_text().splitlines()]
     assert steps == ["step", *map(str, range(STEPS))]
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_checkpoints_that_are_all_damaged_are_no_reason_to_begin_anew(data, stopped, tmp_path):
