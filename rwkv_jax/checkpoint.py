@@ -30,8 +30,8 @@ from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
 
-# When a part of a save or a load fails, orbax raises that, which is told in a line below. It also
-# logs it, and leaves its other parts to themselves: tracebacks by absl and asyncio for each of them.
+# When a part of a save or a load fails, orbax raises that, and it is told in a line below. It also
+# logs it, and leaves its other parts to themselves: a traceback by absl or asyncio for each.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
@@ -380,5 +380,7 @@ def _numbered(folder: Path) -> Iterator[Path]:
 def _brief(error: Exception) -> str:
     """One line of an error of any kind."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if "RESOURCE_EXHAUSTED" in text:  # as tensorstore calls it, at length
+        return "no space left on the device"
     line = next(iter(text.splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}" if not isinstance(error, OSError) else line[:200]
