@@ -28,7 +28,7 @@ test: $(INSTALLED)-dev
 
 # On a machine with a GPU: the kernels' suite on the real kernels, and their benchmark.
 gpu-test: $(INSTALLED)-dev
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/test_wkv7.py tests/test_wkv7_pallas.py
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 4 tests/test_wkv7.py tests/test_wkv7_pallas.py
 	$(BIN)/python -m pallas_kernels.wkv7.bench
 
 lint: $(INSTALLED)-dev

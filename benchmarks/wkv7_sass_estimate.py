@@ -4,8 +4,14 @@
 
 The SASS of a kernel's main loop is replayed in order, with one warp of every program on each of a
 core's four schedulers: the assembler's own stall counts, scoreboard waits and barriers, and the
-latencies and issue rates of `UNITS` (assumed, not calibrated on a GPU). Global loads count as
-prefetched.
+latencies and issue rates of `unit`. Global loads count as prefetched where they are `cp.async`.
+
+Not calibrated: no figure here was compared with a GPU's. What an instruction's encoding says of its
+scheduling, and that shared memory answers after about 30 cycles, is from Jia et al., Dissecting the
+NVIDIA Volta GPU Architecture via Microbenchmarking (arXiv 1804.06826); that mma and wgmma take some
+30 cycles, and mma.sync reaches three fifths of Hopper's peak, from Luo et al., Benchmarking and
+Dissecting the Nvidia Hopper GPU Architecture (arXiv 2402.13499, 2501.12084), rounded. How long a
+tensor core is held follows from the vendor's dense bf16 rate with float32 sums.
 Needs the packages of `pallas_kernels.gpu_targets` and a `cuobjdump` on the PATH (it comes in the
 triton wheel too: triton/backends/nvidia/bin).
 """
@@ -28,6 +34,9 @@ from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
 
 REPEATS = 8  # passes of each program, averaged
+# Cycles that a 16×8×16 mma holds one of a core's four tensor cores; half the rate on GeForce.
+MMA_CYCLES = {"a100": 8, "h100": 4, "a6000": 16, "l4": 16, "pro6000": 16}
+GEFORCE_MMA_CYCLES = 32
 
 
 class Instruction(NamedTuple):
@@ -67,7 +76,7 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
     return [x for x in code if first <= x.address <= last] if last > first else code
 
 
-def unit(name: str, slow_tensor_cores: bool) -> tuple[str, int, int]:
+def unit(name: str, mma_cycles: int) -> tuple[str, int, int]:
     """(unit, cycles it is held, cycles to the result), as one of a core's four schedulers sees it.
 
     Shared memory serves the four in turn, 128 bytes a cycle.
@@ -77,13 +86,14 @@ def unit(name: str, slow_tensor_cores: bool) -> tuple[str, int, int]:
         return "tensor", max(width // 2, 16), max(width // 2, 16) + 30
     wide = 4 if re.search(r"128|\.4", name) else 2 if re.search(r"\.64|\.2$", name) else 1
     units = {
-        "HMMA": ("tensor", 16 if slow_tensor_cores else 8, 33),
+        "HMMA": ("tensor", mma_cycles, 33),
         "LDSM": ("memory", 4 * wide, 33),
         "LDS": ("memory", 4 * wide, 30),
         "STSM": ("memory", 4 * wide, 25),
         "STS": ("memory", 4 * wide, 25),
         "SHFL": ("memory", 4, 24),
         "MUFU": ("special", 8, 24),
+        "F2F": ("special", 8, 24),
         "LDGSTS": ("memory", 16, 30),
         "LDG": ("memory", 16, 500),
         "STG": ("memory", 16, 30),
@@ -92,9 +102,9 @@ def unit(name: str, slow_tensor_cores: bool) -> tuple[str, int, int]:
     return units[match[0]] if match else ("", 1, 20)
 
 
-def cycles(loop: list[Instruction], programs: int, slow_tensor_cores: bool) -> int:
+def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
     """Cycles until every program on a core has gone through the loop once, on average."""
-    traits = [unit(x.name, slow_tensor_cores) for x in loop]
+    traits = [unit(x.name, mma_cycles) for x in loop]
     warps = [{"at": 0, "time": 0, "boards": [0] * 8, "wgmma": 0} for _ in range(programs)]
     free: Counter[str] = Counter()
     clock = 0
@@ -155,11 +165,11 @@ def disassemble(card: str) -> dict[str, str]:
 
 def main() -> None:
     for card in sys.argv[1:] or ["h100", "rtx4090"]:
-        slow = GPU_TARGETS[card].compute_capability not in ((8, 0), (9, 0))
+        mma_cycles = MMA_CYCLES.get(card, GEFORCE_MMA_CYCLES)
         for kernel, sass in disassemble(card).items():
             if kernel.startswith("wkv7"):
                 loop = main_loop(parse(sass))
-                replayed = [cycles(loop, programs, slow) for programs in (1, 2, 3)]
+                replayed = [cycles(loop, programs, mma_cycles) for programs in (1, 2, 3)]
                 print(
                     f"{card} {kernel}: {len(loop)} instructions, "
                     f"cycles for 1, 2, 3 programs a core: {replayed}"

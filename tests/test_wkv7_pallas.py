@@ -78,13 +78,6 @@ def test_refuses_what_it_cannot_serve(monkeypatch, capability):
         jax.eval_shape(functools.partial(wkv7, implementation="pallas_triton"), *huge)
 
 
-def test_float16_inputs_are_served(interpret):
-    inputs, _, _ = cast(Case("small", time=40, size=16), "float16")
-    exact = wkv7(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
-    y = wkv7(*inputs, implementation="pallas_triton")
-    assert y.dtype == jnp.float16 and relative_error(y, np.asarray(exact, np.float64)) < 5e-3
-
-
 def test_float32_decay_logits_beside_bfloat16(interpret):
     inputs, _, _ = cast(Case("small", time=20, size=16), "bfloat16")
     wide = [x.astype(jnp.float32) if i == 1 else x for i, x in enumerate(inputs)]

@@ -17,7 +17,7 @@ from pallas_kernels.wkv7 import wkv7
 
 NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dinitial_state")
 # Largest ‖x − truth‖/‖truth‖ of (y and the final state, each gradient).
-BOUNDS = {"float32": (1e-5, 1e-5), "bfloat16": (5e-3, 1e-2)}
+BOUNDS = {"float32": (1e-5, 1e-5), "bfloat16": (5e-3, 1e-2), "float16": (5e-3, 1e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,15 @@ class WKV7Suite:
     def op(cls, *inputs, **options):
         return wkv7(*inputs, implementation=cls.implementation, **options)
 
-    @pytest.mark.parametrize("dtype", BOUNDS)
-    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            pytest.param(case, dtype, id=f"{case.name}-{dtype}")
+            for case in CASES
+            for dtype in BOUNDS
+            if dtype != "float16" or case.name in ("ordinary", "aligned_keys", "reset")
+        ],
+    )
     def test_agrees_with_the_float64_recurrence(self, case: Case, dtype: str):
         results = outputs_and_gradients(self.op, *cast(case, dtype))
         forward, gradient = BOUNDS[dtype]

@@ -32,7 +32,7 @@ which the gradients of a mean over a batch underflow); accumulators, decays and 
 are float32. W, the product of decays, is counted from the middle of a chunk: 1/128 < W < 128.
 (I − A)⁻¹ comes from block doubling, which stays accurate when all keys align. Sums over tokens of
 log decays and of their gradients are products with a triangle of ones, of both halves of a
-bfloat16 pair (16 bits).
+bfloat16 pair (15 bits).
 """
 
 import dataclasses
@@ -218,8 +218,10 @@ def _sum_tokens(x: jax.Array, which: jax.Array, dtype, dot) -> jax.Array:
     if dtype == jnp.float32:
         return dot(x, jnp.where(which, 1.0, 0.0))
     ones = jnp.where(which, 1.0, 0.0).astype(dtype)
-    high = x.astype(dtype)
-    return dot(high, ones) + dot((x - high.astype(jnp.float32)).astype(dtype), ones)
+    # Cut off, not rounded: the conversion that rounds a single value is slow.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return dot(high.astype(dtype), ones) + dot((x - high).astype(dtype), ones)
 
 
 def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]:
@@ -241,6 +243,16 @@ def _scaled(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
     return (x.T.astype(jnp.float32) * scale).astype(dtype)
 
 
+def _scaled_once(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """`_scaled`, for a tile that is used both ways round: it would be made twice, for each.
+
+    XLA moves transposes through arithmetic up to where a tile was loaded, but not into a loop; this
+    loop of one pass the compiler removes afterwards.
+    """
+    nothing = jnp.zeros(scale.shape, dtype)
+    return jax.lax.fori_loop(0, 1, lambda _, __: _scaled(x, scale, dtype), nothing)
+
+
 def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
     """(I − M)⁻¹ for M [L, L] strictly on one side of the diagonal, by block doubling.
 
@@ -256,6 +268,24 @@ def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
         inverse = inverse + dot(dot(blocks, between).astype(dtype), blocks)
         size *= 2
     return inverse.astype(dtype)
+
+
+# Σ_v S·D per key channel, two ways. On tensor cores it is the shorter, but takes registers that the
+# masks of `reset` need; elementwise over whole tiles it would spill in either case.
+
+
+def _diagonal(x: jax.Array) -> jax.Array:
+    row, column = _positions(*x.shape)
+    return jnp.sum(jnp.where(row == column, x, 0.0), axis=1)
+
+
+def _sum_by_slices(x_ref, y_ref, chunk) -> jax.Array:
+    size = x_ref.shape[-1]
+    total = jnp.zeros((CHUNK, size), jnp.float32)
+    for first in range(0, size, CHUNK):
+        here = (chunk, pl.ds(first, CHUNK))
+        total = total + x_ref[here].astype(jnp.float32) * y_ref[here].astype(jnp.float32)
+    return jnp.sum(total, axis=0)
 
 
 def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
@@ -381,10 +411,10 @@ def _backward_chunks_kernel(
         same, before, after, through = _documents(segment_ref, first + chunk)
         odds, log, total, _ = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
         up = exp2(total)
-        a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
-        b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
-        k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
-        r = _scaled(r_ref[tokens, :], up, dtype)
+        a = _scaled_once(a_ref[tokens, :], exp2(total - log), dtype)
+        b = _scaled_once(b_ref[tokens, :], exp2(-total), dtype)
+        k = _scaled_once(k_ref[tokens, :], exp2(-total), dtype)
+        r = _scaled_once(r_ref[tokens, :], up, dtype)
         v, dy = v_ref[tokens, :].astype(dtype).T, dy_ref[tokens, :].astype(dtype).T
         solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
         ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
@@ -393,9 +423,10 @@ def _backward_chunks_kernel(
         s, d = states_ref[chunk], ends_ref[chunk]
         x = _only(before, dot(s, a)) + dot(v, ka)
         u = dot(x.astype(dtype), solve).astype(dtype)
-        # Σ_v S·D per channel, as a diagonal: on tensor cores, where elementwise it would spill.
-        row, column = _positions(s.shape[1], s.shape[1])
-        passing = jnp.sum(jnp.where(row == column, dot(s, d, "Xy"), 0.0), axis=1)
+        if documents:
+            passing = _sum_by_slices(states_ref, ends_ref, chunk)
+        else:
+            passing = _diagonal(dot(s, d, "Xy"))
         du = _only(after, dot(d, b)) + dot(dy, br, "xY")
         dv = _only(after, dot(d, k)) + dot(dy, kr, "xY")
         dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
