@@ -23,8 +23,10 @@ STEPS = 60
 
 def run(data: Path, folder: Path, ballast: Path) -> None:
     def show(self, step: int, *values: float) -> float:
-        if step == 12:  # after a checkpoint that is good
-            ballast.write_bytes(bytes(shutil.disk_usage(folder).free - 1_500_000))
+        if 12 <= step < 40:  # after a checkpoint that is good
+            surplus = shutil.disk_usage(folder).free - 1_500_000
+            with ballast.open("ab") as file:
+                file.write(bytes(max(surplus, 0)))
         if step == 40:
             checkpoints = Checkpoints(folder / "checkpoints")
             print(f"  full: the checkpoints are {checkpoints.steps()}")
