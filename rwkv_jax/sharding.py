@@ -95,8 +95,8 @@ def groups(shape: str, devices: int) -> int:
     groups = sizes.get(DATA) or max(1, devices // sizes[FSDP])
     if groups * (sizes.get(FSDP) or devices // groups) != devices:
         raise UserError(
-            f"--mesh {shape}: does not multiply up to the {devices} devices; "
-            f"data=1,fsdp={devices} does, or data={devices},fsdp=1"
+            f"--mesh {shape}: does not multiply up to the number of devices, {devices}; "
+            f"data=1,fsdp={devices} does"
         )
     return groups
 

@@ -95,10 +95,12 @@ def _resume(
             f"{checkpoints.folder}: this run was begun with {', '.join(another)}; go on with the "
             "same data and options, give another --proj_dir, or --resume_anyway 1"
         )
-    if "fp16" in (about.run.get("precision"), run["precision"]) and "precision" in str(changed):
+    then, now = about.run.get("precision"), run["precision"]
+    if then != now and "fp16" in (then, now):
         raise UserError(
-            f"{checkpoints.folder}: {', '.join(changed)}: fp16 keeps a loss scale in its "
-            "checkpoints; go on in the same, or begin anew with --load_model"
+            f"{checkpoints.folder}: precision {then}, not {now}: "
+            "fp16 keeps a loss scale in its checkpoints; go on in the same, or begin anew with "
+            "--load_model"
         )
     if another or changed:
         print(f"note: this run went on so far with {', '.join(another + changed)}")

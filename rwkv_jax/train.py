@@ -116,6 +116,12 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
         )
     if on_cpu and config.accelerator == "gpu":
         raise UserError("--accelerator gpu: jax sees no GPU; install the cuda12 or cuda13 extra")
+    if mesh.size == 1 and config.strategy != "auto":
+        print(
+            f"note: --strategy {config.strategy} changes nothing on one device; where more are "
+            "there, --devices takes them",
+            file=sys.stderr,
+        )
     return mesh
 
 

@@ -147,7 +147,7 @@ def test_machines_that_nothing_names_are_one_line():
 @pytest.mark.parametrize(
     "shape, said",
     [
-        ("data=2,fsdp=3", "data=2,fsdp=3: does not multiply up to the 8 devices"),
+        ("data=2,fsdp=3", "data=2,fsdp=3: does not multiply up to the number of devices, 8"),
         ("data=3", "does not multiply up"),
         ("fsdp=16", "does not multiply up"),
         ("data=2,tensor=4", "give sizes as in data=2,fsdp=4"),
