@@ -198,16 +198,20 @@ def main() -> None:
                     f"| {cpu['theirs'] * 1e3:.1f} | {ratio:.2f} | {wall_ratio:.2f} |",
                     flush=True,
                 )
-    result = {
-        "what": "0.1b, greedy decoding, CPU seconds a step of the whole batch, medians of turns",
-        "machine": machine.describe(),
-        "threads": options.threads,
-        "tokens_a_turn": TOKENS,
-        "greedy_identical": {"prompts": len(PROMPTS), "tokens": SAME, "same": identical},
-        "rows": rows,
-    }
-    output = HERE / "results" / "decode_cpu.json"
-    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+                result = {
+                    "what": "0.1b, greedy, CPU seconds a step of the whole batch, medians of turns",
+                    "machine": machine.describe(),
+                    "threads": options.threads,
+                    "tokens_a_turn": TOKENS,
+                    "greedy_identical": {
+                        "prompts": len(PROMPTS),
+                        "tokens": SAME,
+                        "same": identical,
+                    },
+                    "rows": rows,
+                }
+                output = HERE / "results" / "decode_cpu.json"
+                output.write_text(json.dumps(result, indent=2) + "\n")
     if not identical:
         raise SystemExit("the greedy continuations differ")
 
