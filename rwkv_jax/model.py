@@ -304,8 +304,9 @@ def _narrow_product(x: Array, weight: Array) -> Array:
     """
     rows = x.astype(weight.dtype)
     if math.prod(x.shape[:-1]) <= 3:
-        flat = rows.reshape(-1, 1, x.shape[-1]).astype(x.dtype)
-        return jnp.sum(flat * weight[None].astype(x.dtype), axis=-1).reshape(*x.shape[:-1], -1)
+        wide, flat = weight.astype(x.dtype), rows.reshape(-1, x.shape[-1]).astype(x.dtype)
+        products = [jnp.sum(wide * row[None], axis=-1) for row in flat]  # vectorises so alone
+        return jnp.stack(products).reshape(*x.shape[:-1], -1)
     return jnp.einsum("...i,oi->...o", rows, weight, preferred_element_type=x.dtype)
 
 
