@@ -95,7 +95,10 @@ def kill_once(process: subprocess.Popen, folder: Path, number: int, rng: random.
 def compare(folder: Path, alone: Path, steps: int) -> None:
     assert steps_of(folder) == [str(step) for step in range(steps)]
     logs = [
-        [line.split()[:4] + line.split()[6:] for line in (run / "train_log.txt").open()]
+        [
+            line.split()[:4] + line.split()[6:]
+            for line in (run / "train_log.txt").read_text().splitlines()
+        ]
         for run in (folder, alone)
     ]
     assert logs[0] == logs[1] and len(logs[0]) == -(-steps // MINIEPOCH_STEPS)
