@@ -228,6 +228,8 @@ def _check_space(folder: Path, tree: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
+    except FileExistsError:
+        raise UserError(f"{folder}: cannot be written: it is not a folder") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     if free < needed:

@@ -74,7 +74,7 @@ def test_error_lines(checkpoint, tmp_path):
     assert "cannot be read" in refusal(pth_to_orbax, tmp_path / "no.pth", new)
     assert "exists already" in refusal(pth_to_orbax, FP32, checkpoint)
     assert "exists already" in refusal(pth_to_orbax, FP32, file)
-    assert "cannot be written: Not a directory" in refusal(pth_to_orbax, FP32, file / "x")
+    assert "file: cannot be written: it is not a folder" in refusal(pth_to_orbax, FP32, file / "x")
     assert "is not a folder" in refusal(orbax_to_pth, tmp_path / "no", new)
     assert "is not a folder" in refusal(orbax_to_pth, FP32, new)
     for folder in (tmp_path, tmp_path / "run", checkpoint.parent):
