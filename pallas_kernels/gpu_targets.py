@@ -116,8 +116,12 @@ def current_compute_capability() -> tuple[int, int] | None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
+        if device.platform != "gpu":
+            return None
         kinds = {target.device_kind: target.compute_capability for target in GPU_TARGETS.values()}
-        return kinds.get(device.device_kind)
+        if device.device_kind in kinds:
+            return kinds[device.device_kind]
+    # A mesh of devices that are there names one as well, and it may be any.
     if jax.default_backend() != "gpu" or "rocm" in jax.devices()[0].client.platform_version:
         return None
     major, minor = jax.devices()[0].compute_capability.split(".")

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
 _MARGIN = 1 << 20  # bytes of free space beyond the arrays themselves, besides a twentieth of those
+
+
+class Unreadable(UserError):
+    """A checkpoint that may be whole but cannot be read here and now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +78,17 @@ class Checkpoints:
         self._pending: concurrent.futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """The steps saved, newest first."""
-        with contextlib.suppress(OSError):
+        """The steps saved, newest first.
+
+        Raises:
+            UserError: the folder is there, and cannot be read: that is not the same as empty.
+        """
+        try:
             return sorted((int(path.name) for path in _numbered(self.folder)), reverse=True)
-        return []
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read: {error.strerror}") from None
 
     def about(self, step: int) -> About:
         """What the checkpoint of a step is, after every byte of it has been compared.
@@ -122,12 +134,11 @@ class Checkpoints:
         self.close()
         if step in self.steps():
             return
-        _check_space(self.folder, state)
+        refused = self._make_room(state) if distributed.is_first() else ""
+        if not distributed.as_first(not refused):
+            raise UserError(refused or f"{self.folder}: the first process cannot write there")
         partial = self.folder / f"{step}.partial"
         try:
-            with distributed.first_ahead():
-                for leftover in self.folder.glob("*.partial*"):  # of a run that was killed
-                    shutil.rmtree(leftover)
             response = _start_writing(partial, state._asdict())
         except Exception as error:
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
@@ -149,15 +160,27 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def _make_room(self, state: TrainState) -> str:
+        """Removes what a killed run left; returns why nothing can be written, or ""."""
+        try:
+            _check_space(self.folder, state)
+        except UserError as error:
+            return str(error)
+        for leftover in self.folder.glob("*.partial*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return ""
+
     def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
         try:
             response.result()
             if distributed.is_first():
                 _commit(partial, self.folder / str(step), about)
-                for old in self.steps()[self._keep :]:
-                    # Renamed first: half of it under its own name would look damaged.
+                # Later steps are of a run with other steps, which `start` sets aside.
+                for old in [other for other in self.steps() if other <= step][self._keep :]:
+                    # Renamed first: half of it under its own name would look damaged. What cannot
+                    # be removed now is tried again by the next save.
                     gone = (self.folder / str(old)).rename(self.folder / f"{old}.partial")
-                    shutil.rmtree(gone)
+                    shutil.rmtree(gone, ignore_errors=True)
         except Exception as error:
             for leftover in self.folder.glob(f"{partial.name}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -203,8 +226,10 @@ def load_newest(path: Path) -> tuple[ModelConfig, Params]:
         return _load_model(folder)
     steps = Checkpoints(folder / "checkpoints").steps()
     for step in steps[:-1]:
-        with contextlib.suppress(UserError):
+        try:
             return _load_model(folder / "checkpoints" / str(step))
+        except UserError as error:
+            print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
     if steps:
         return _load_model(folder / "checkpoints" / str(steps[-1]))
     if (folder / "_CHECKPOINT_METADATA").exists():
@@ -319,7 +344,7 @@ def _verify(folder: Path, without: str = "/") -> About:
                 if digest != found:
                     raise UserError(f"{folder}: damaged: {name} has other content than was written")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{folder}: cannot be read: {error.strerror}") from None
     stored = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
     needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(about.model)))
     if needed > stored:
@@ -339,7 +364,9 @@ def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
             raise ValueError("cut short or changed")
         described = json.loads(body)
         if described["format"] != _FORMAT:
-            raise ValueError(f"format {described['format']!r:.20}; this version reads {_FORMAT}")
+            raise Unreadable(
+                f"{path}: format {described['format']!r:.20}; this version reads {_FORMAT}"
+            )
         numbers = described["model"]
         if not all(type(value) is int and 0 < value < 1 << 31 for value in numbers.values()):
             raise ValueError("no model")
@@ -361,9 +388,15 @@ def _reporting(path: Path) -> Iterator[None]:
     """Turns whatever a file from elsewhere provokes into a `UserError` that names it."""
     try:
         yield
+    except Unreadable:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
+    except (PermissionError, InterruptedError, BlockingIOError, TimeoutError) as error:
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:
+        if "Out of memory" in str(error):  # of a device
+            raise Unreadable(f"{path}: does not fit the device's memory") from None
         raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
 
 
@@ -375,7 +408,8 @@ def _load(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 def _numbered(folder: Path) -> Iterator[Path]:
     """The checkpoints in a folder: the directories with a number for a name."""
     for path in folder.iterdir():
-        if path.name.isascii() and path.name.isdigit() and len(path.name) < 19 and path.is_dir():
+        number = path.name.isascii() and path.name.isdigit() and len(path.name) < 19
+        if number and path.name == str(int(path.name)) and path.is_dir():
             yield path
 
 

@@ -56,7 +56,12 @@ class Layers(nnx.Module):
             x_ffn = block.ln2(x)
             x = x + block.ffn(x_ffn, state.shift_ffn)
             after.append(State(x_att[:, -1], x_ffn[:, -1], wkv))
-        return self.head(self.ln_out(x[:, -1:]))[:, 0].astype(jnp.float32), after
+        x, head = self.ln_out(x[:, -1:]), self.head.weight[...]
+        if head.dtype == x.dtype:  # in bf16 the logits themselves are not to be rounded
+            logits = jnp.einsum("btc,vc->btv", x, head, preferred_element_type=jnp.float32)
+        else:
+            logits = self.head(x)
+        return logits[:, 0].astype(jnp.float32), after
 
 
 class Batch(NamedTuple):

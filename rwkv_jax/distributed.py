@@ -79,7 +79,9 @@ def joined(config: TrainConfig) -> Iterator[None]:
             raise
         except BaseException as error:
             # Not by an exception: at the exit jax would wait for the others, and they for us.
-            lost = isinstance(error, jax.errors.JaxRuntimeError) and "OutOf" not in str(error)
+            lost = isinstance(error, jax.errors.JaxRuntimeError) and (
+                "RESOURCE_EXHAUSTED" not in str(error)
+            )
             if isinstance(error, UserError) or lost:
                 print(f"error: {LOST if lost else error}", file=sys.stderr, flush=True)
             else:
@@ -93,7 +95,10 @@ def joined(config: TrainConfig) -> Iterator[None]:
 def _named(config: TrainConfig) -> dict[str, Any]:
     """What the options say of the processes, as arguments of `jax.distributed.initialize`."""
     if not config.coordinator_address:
-        return {}
+        # In the order in which jax looks. A process that is the only one of its machine takes all
+        # devices there; by itself jax would hide from it all but one.
+        count = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
+        return {"local_device_ids": []} if count == str(config.num_nodes) else {}
     if not re.fullmatch(r".+:\d+", config.coordinator_address):
         raise UserError(f"--coordinator_address {config.coordinator_address}: give HOST:PORT")
     if not 0 <= config.process_id < config.num_nodes:

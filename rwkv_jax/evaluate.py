@@ -282,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")
     precision = args.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    if precision == "fp32":  # or an NVIDIA GPU multiplies in TF32
+        jax.config.update("jax_default_matmul_precision", "highest")
     model = rwkv_jax.load(args.load_model, dtype)
     result = {"model": args.load_model, "precision": precision}
     result |= evaluate(model, args.task, args.data_file, args.limit)

@@ -58,6 +58,7 @@ class Reply:
         self.ids: list[int] = []
         self.text = ""  # what was given out so far
         self.ended = False
+        self._cut = False  # by a stop string
         self._stop = [text for text in stop if text]
         self._held = ""  # made, but perhaps the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -92,7 +93,7 @@ class Reply:
         self._held += text
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
-            keep, self.ended = min(found), True
+            keep, self.ended, self._cut = min(found), True, True
         else:
             begun = (
                 n
@@ -107,6 +108,8 @@ class Reply:
 
     def kept_ids(self) -> list[int]:
         """The ids of `text`: those made, less a stop string that may begin inside a token."""
+        if not self._cut:
+            return list(self.ids)
         text, kept, size = self.text.encode(), [], 0
         for token in self.ids:
             piece = tokenizer.decode_bytes([token])
@@ -367,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--think goes with --chat")
 
     prompts = _read_prompts(args.prompts) if args.prompts else []
+    if args.precision == "fp32":  # or an NVIDIA GPU multiplies in TF32
+        jax.config.update("jax_default_matmul_precision", "highest")
     decoder = load_decoder(args.load_model, args.precision)
     if args.prompts:
         for start in range(0, len(prompts), BATCH):
@@ -382,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = _chat(decoder, text, args.think, args.length, sampling, seed, args.stop)
     else:
         text = text.then(_read_stdin() if args.prompt is None else args.prompt)
+        if not text.unread and text.states is None:
+            text = Read(None, [tokenizer.END_OF_DOCUMENT])  # as `read` begins a document
         reply = Reply(args.stop)
         _stream(decoder, text, reply, args.length, sampling, seed)
         text = Read(text.states, text.unread + reply.kept_ids())

@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import datetime
 import math
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rwkv_jax.log_file import LogFile
 
 SECONDS_BETWEEN_LINES = 10.0  # when there is no terminal to draw a bar on
+
+
+def tell(text: str) -> None:
+    """Prints a line; that nobody reads it, or that the disk of a log is full, stops nothing."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What could not be written would be tried again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
 
 
 @dataclasses.dataclass
@@ -59,7 +72,7 @@ class ProgressLine:
             self._task = self._bar.add_task("compiling the step …", total=last, completed=first)
             self._bar.start()
         else:
-            print("compiling the step …", flush=True)
+            tell("compiling the step …")
 
     def show(self, step: int, loss: float, running: float, rate: float, norm: float) -> float:
         """Shows that a step is done; returns the speed in tokens a second (0 for the first).
@@ -79,7 +92,7 @@ class ProgressLine:
         if self._bar:  # beside which 80 columns hold half of it
             self._bar.update(self._task, completed=done, description=f"{text}\n{more}")
         elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:
-            print(text, more, flush=True)
+            tell(f"{text} {more}")
             self._printed = now
         return pace * self.tokens
 
@@ -88,7 +101,7 @@ class ProgressLine:
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            tell(text)
 
     def close(self) -> None:
         if self._bar:

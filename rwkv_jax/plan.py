@@ -166,6 +166,7 @@ def fitting_batch(
     if limit is None:
         stats = [device.memory_stats() or {} for device in mesh.local_devices]
         limit = min(each.get("bytes_limit", 0) for each in stats)
+        limit = int(0.97 * limit)  # for what the plan does not know: the next batch, an export
         if not limit:
             raise UserError(f"--micro_bsz auto: {kind} does not tell its memory; give a number")
         if jax.process_count() > 1:  # all compile the same; in MiB, for int32

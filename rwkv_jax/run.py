@@ -140,13 +140,15 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason:
+        before, self.reason = self.reason, signal.Signals(number).name
+        with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
+            if not before:
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            elif number == signal.SIGINT:
+                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the bar hides the cursor
+        if before and number == signal.SIGINT:
             # Not an exception: clean-up would wait for the checkpoint that is being written.
-            os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the bar hides the cursor
             os._exit(130)
-        if not self.reason:
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-        self.reason = signal.Signals(number).name
 
 
 class Saver:
@@ -161,6 +163,7 @@ class Saver:
         self._every_steps = config.save_every_steps
         self._seconds = 60.0 * config.save_every_minutes or float("inf")
         self._due_at = time.monotonic() + self._seconds
+        self._begun = True
 
     def due(self, done: int) -> bool:
         """Whether a checkpoint should be written now that so many steps are done."""
@@ -174,11 +177,14 @@ class Saver:
     def save(self, step: int, state: TrainState, about: About) -> None:
         """Starts a checkpoint; the arrays may be overwritten when this returns."""
         self._due_at = time.monotonic() + self._seconds
-        self._telling(lambda: self._checkpoints.save(step, state, about))
+        self._telling(
+            self._checkpoints.close
+        )  # if that of before failed, this is tried all the same
+        self._begun = self._telling(lambda: self._checkpoints.save(step, state, about))
 
     def finish(self) -> bool:
         """Waits for the last checkpoint; whether it is on disk."""
-        return self._telling(self._checkpoints.close)
+        return self._telling(self._checkpoints.close) and self._begun
 
     def _telling(self, act: Callable[[], None]) -> bool:
         try:

@@ -12,7 +12,7 @@ import optax
 
 import rwkv_jax
 from rwkv_jax import distributed, pth, weights
-from rwkv_jax.checkpoint import About, Checkpoints
+from rwkv_jax.checkpoint import About, Checkpoints, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.initialisation import init_params, is_of_seed
@@ -132,6 +132,8 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
     for step in checkpoints.steps():
         try:
             about = checkpoints.about(step)
+        except Unreadable:
+            raise
         except UserError as error:
             damaged.append((step, error))
             continue

@@ -20,7 +20,7 @@ from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
 from rwkv_jax.errors import UserError, run_command
-from rwkv_jax.metrics import MiniepochLoss
+from rwkv_jax.metrics import MiniepochLoss, tell
 from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
 from rwkv_jax.run import Saver, Stop, identity, lock
@@ -179,8 +179,9 @@ def _loop(
             try:
                 batch = next(batches)
             except UserError:
-                report.catch_up()
-                save(step, state, report.running)
+                if jax.process_count() == 1:  # the others are in the next step already
+                    report.catch_up()
+                    save(step, state, report.running)
                 raise
             state, metrics = run_step(state, batch)
             report.add(step, metrics)
@@ -188,9 +189,10 @@ def _loop(
                 first = report.skipped[0]  # since when nothing but the place in the schedule moved
                 opt_state = at_step(state.opt_state, first - schedule.first_step)
                 save(first, state._replace(opt_state=opt_state), report.before)
+                saved = " and saved as before them" if saver.finish() else ""
                 raise UserError(
                     f"no finite loss or gradient in {PATIENCE} steps from step {first} on "
-                    f"({report.at(first)}): stopped and saved as before them; a lower --lr_init, "
+                    f"({report.at(first)}): stopped{saved}; a lower --lr_init, "
                     "--precision fp32 or other data may help"
                 )
 
@@ -204,7 +206,7 @@ def _loop(
                     save(done, state, report.running)
             if stopping and done < schedule.last_step:
                 if saver.finish():
-                    print(f"stopped and saved at step {done}: the same command goes on from there")
+                    tell(f"stopped and saved at step {done}: the same command goes on from there")
                 sys.exit(1)
     if not exported.get(FINAL):  # failed, or got lost after all steps were done
         params = distributed.to_first(state.params)

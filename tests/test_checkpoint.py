@@ -217,3 +217,23 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):
     checkpoints.save(6, random_state(1), about(6))
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4.aside", "6"]
+
+
+def test_a_step_below_the_others_is_kept(tmp_path):
+    """A run that goes on with larger steps has fewer of them: its first save is not the oldest."""
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints", keep=1)) as checkpoints:
+        checkpoints.save(10, random_state(0), about(10))
+        checkpoints.save(5, random_state(1), about(5))
+    assert checkpoints.steps() == [10, 5]
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "007").mkdir()  # nor is what has no number as we write it a checkpoint
+    assert Checkpoints(tmp_path).steps() == Checkpoints(tmp_path / "none").steps() == []
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        Checkpoints(tmp_path).steps()

@@ -137,6 +137,12 @@ def test_wrong_options_are_one_line(given, said):
             pass
 
 
+@pytest.mark.parametrize("tasks, named", [("2", {"local_device_ids": []}), ("16", {})])
+def test_the_only_process_of_a_machine_takes_all_of_its_devices(monkeypatch, tasks, named):
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert distributed._named(parse_train_options(["--num_nodes", "2"])[0]) == named
+
+
 def test_machines_that_nothing_names_are_one_line():
     command = [sys.executable, "-m", "rwkv_jax.train", "--num_nodes", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -301,6 +301,14 @@ def test_stop_strings_are_held_back_and_left_out():
     assert ended.add([66, 0, 67]) == "A" and ended.ended and ended.kept_ids() == [66]
 
 
+def test_half_a_character_is_kept_for_the_next():
+    ids = [token + 1 for token in "好".encode()[:2]]  # ids of single bytes are the byte plus one
+    reply = Reply()
+    reply.add(ids)
+    reply.end()
+    assert reply.text == "\ufffd" and reply.kept_ids() == ids
+
+
 def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys):
     """Its second reply is that to the whole conversation in the published form."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\n \nWhat is\t2?\n"))

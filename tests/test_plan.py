@@ -49,6 +49,20 @@ def test_cards_are_told_apart_by_their_device_kind():
             assert current_compute_capability() == capability
 
 
+def test_a_card_that_is_there_need_not_be_in_the_table(monkeypatch):
+    class Card:
+        compute_capability = "8.9"
+        client = type("Client", (), {"platform_version": "cuda 12090"})
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Card])
+    for platform, capability in {"gpu": (8, 9), "cpu": None}.items():
+        device = AbstractDevice("NVIDIA RTX 4070", num_cores=46, platform=platform)
+        mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert current_compute_capability() == capability
+
+
 @pytest.mark.parametrize("name", GPU_TARGETS)
 def test_a_cards_figures_agree_with_each_other(name):
     target = GPU_TARGETS[name]

@@ -1,10 +1,14 @@
-"""The signals' own process: what a second Ctrl-C does."""
+"""Signals, in a process of their own; what is said of a checkpoint that was not written."""
 
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import UserError
+from rwkv_jax.run import Saver
 
 WAITING = """
 import time
@@ -34,3 +38,44 @@ def test_the_second_interrupt_leaves_at_once(first):
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert err.split("\n") == ["", "stopping after this step; Ctrl-C again stops at once", "", ""]
+
+
+def test_a_signal_counts_though_nobody_reads():
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
+class Failing:
+    """Checkpoints of which the save before failed while it was written, and the next may, too."""
+
+    def __init__(self, also_next: bool):
+        self.also_next, self.saved = also_next, []
+        self.failed = True
+
+    def close(self):
+        if self.failed:
+            self.failed = False
+            raise UserError("5.partial: cannot be written")
+
+    def save(self, step, state, about):
+        if self.also_next:
+            raise UserError("no space")
+        self.saved.append(step)
+
+
+@pytest.mark.parametrize("also_next", [False, True])
+def test_saved_is_said_only_of_what_was(also_next):
+    said: list[str] = []
+    checkpoints = Failing(also_next)
+    saver = Saver(checkpoints, TrainConfig(), said.append)
+    saver.save(6, None, None)
+    assert checkpoints.saved == ([] if also_next else [6])
+    assert saver.finish() is not also_next
+    assert len(said) == 1 + also_next and "5.partial" in said[0]
