@@ -27,3 +27,10 @@ collect_ignore = [
 def oracles() -> Path:
     """Official-format checkpoints of a tiny model, with float64 logits and final states (.npz)."""
     return Path(__file__).parent / "data" / "oracles"
+
+
+@pytest.fixture(autouse=True)
+def default_precision():
+    """The commands tell jax how exact products are to be; the next test is not to hear it."""
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
