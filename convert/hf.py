@@ -20,9 +20,9 @@ import numpy as np
 import safetensors
 
 from rwkv_jax import pth, weights
-from rwkv_jax.binidx import reporting_os_errors
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import reporting_os_errors
 
 HEAD_SIZE = 64  # flash-linear-attention's group norm has eps N·1e-5: right for this N alone
 

@@ -10,7 +10,6 @@ learn. The same count and seed give the same bytes on every Python.
 
 import dataclasses
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
-from rwkv_jax.binidx import beside, reporting_os_errors
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.files import reporting_os_errors, written_whole
 
 # Numbers as text ----------------------------------------------------------------------------------
 
@@ -422,15 +421,10 @@ def write_corpus(path: Path, count: int, seed: int, draw: Callable[[], str] | No
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1")
     draw = draw or Chat(seed).draw
-    temporary = beside(path, f".{os.getpid()}.tmp")
-    with reporting_os_errors(path, "write"):
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                for _ in range(count):
-                    file.write(json.dumps({"text": draw()}, ensure_ascii=False) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with reporting_os_errors(path, "write"), written_whole(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for _ in range(count):
+                file.write(json.dumps({"text": draw()}, ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

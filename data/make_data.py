@@ -19,10 +19,10 @@ from rwkv_jax.binidx import (
     beside,
     open_binidx,
     prefix_of,
-    reporting_os_errors,
 )
 from rwkv_jax.dataset import choose_magic_prime
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.jsonl import progress_bar, read_text, tokenize_jsonl
 
 _COPIED_ITEMS = 256  # at once

@@ -19,7 +19,6 @@ import dataclasses
 import os
 import secrets
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -28,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import reporting_os_errors
 
 DTYPES: dict[int, np.dtype] = {
     1: np.dtype("<u1"),
@@ -78,15 +78,6 @@ def beside(prefix: Path, ending: str) -> Path:
 def prefix_of(name: str | Path) -> Path:
     """The prefix of a token file, given that or the path of either of its files."""
     return Path(str(name).removesuffix(".bin").removesuffix(".idx"))
-
-
-@contextlib.contextmanager
-def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
-    """Turns an OSError into the `UserError` "PATH: cannot ACTION: reason"."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot {action}: {error.strerror or error}") from error
 
 
 def open_binidx(name: str | Path) -> BinIdx:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import optax
 
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.files import cache_folder
+from rwkv_jax.model import use_precision
 from rwkv_jax.step import Metrics, TrainState, make_step
 
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "fp16": jnp.float16}
@@ -18,11 +19,6 @@ PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "f
 # Of a GPU's memory, what jax takes for arrays and programs (its own default is three quarters). The
 # rest is for the CUDA context, the libraries' workspaces and the buffers of communication.
 MEMORY_FRACTION = 0.95
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_jax"
 
 
 def prepare_jax() -> None:
@@ -54,8 +50,7 @@ def decide(
         strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
         precision=precision if config.precision == "auto" else config.precision,
     )
-    matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(config.precision)
-    jax.config.update("jax_default_matmul_precision", matmul)
+    use_precision(config.precision)
     return config
 
 

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from rwkv_jax import distributed
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import flush_folder
 from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
@@ -145,13 +146,9 @@ class Checkpoints:
         described = dataclasses.asdict(about)  # as it is now
         self._pending = self._writer.submit(self._finish, step, partial, response, described)
 
-    def busy(self) -> bool:
-        """Whether a `save` is being written."""
-        return self._pending is not None and not self._pending.done()
-
     def check(self) -> None:
         """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
-        if not self.busy():
+        if self._pending is not None and self._pending.done():
             self.close()
 
     def close(self) -> None:
@@ -290,19 +287,9 @@ def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-        _flush_folder(folder)
+        flush_folder(folder)
     partial.rename(final)
-    _flush_folder(final.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes new names survive a power cut, on systems where folders can be flushed."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush_folder(final.parent)
 
 
 def _files(folder: Path) -> Iterator[str]:

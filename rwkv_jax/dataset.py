@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -24,8 +23,9 @@ from typing import TypeVar
 import numpy as np
 
 from rwkv_jax import tokenizer
-from rwkv_jax.binidx import BinIdx, beside, open_binidx, reporting_os_errors
+from rwkv_jax.binidx import BinIdx, beside, open_binidx
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import cache_folder, reporting_os_errors, written_whole
 from rwkv_jax.jsonl import tokenize_jsonl
 
 MINIEPOCH = 40320  # samples; 8!, so that most batch sizes divide it
@@ -223,17 +223,14 @@ def _cached(path: Path) -> BinIdx:
     with reporting_os_errors(path, "read"), path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    prefix = home / "rwkv_jax" / f"{path.stem[:32]}-{content.hexdigest()}"
+    prefix = cache_folder() / f"{path.stem[:32]}-{content.hexdigest()}"
     record = beside(prefix, ".blake2b")
     with contextlib.suppress(OSError, UserError):
         if record.read_bytes() == _content_hash(prefix):
             return open_binidx(prefix)
     tokenize_jsonl(path, prefix)
-    with reporting_os_errors(record, "write"):
-        temporary = beside(record, f".{os.getpid()}.tmp")
+    with reporting_os_errors(record, "write"), written_whole(record) as temporary:
         temporary.write_bytes(_content_hash(prefix))
-        os.replace(temporary, record)
     return open_binidx(prefix)
 
 

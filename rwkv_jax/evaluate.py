@@ -8,7 +8,6 @@ token of the answer is the first choice after those before it, so nothing has to
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,11 @@ from flax import nnx
 
 import rwkv_jax
 from rwkv_jax import tokenizer
-from rwkv_jax.binidx import beside, open_binidx, prefix_of, reporting_os_errors
+from rwkv_jax.binidx import beside, open_binidx, prefix_of
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
 from rwkv_jax.jsonl import progress_bar, read_text
-from rwkv_jax.model import RWKV7, State
+from rwkv_jax.model import RWKV7, State, use_precision
 
 Array = jax.Array
 
@@ -112,7 +112,7 @@ def text_documents(path: Path) -> Iterator[Document]:
     prefix = prefix_of(path)
     if path.suffix == ".jsonl" or not beside(prefix, ".idx").exists():
         whole = path.suffix != ".jsonl"
-        for text in [_read_whole(path)] if whole else _lines(path):
+        for text in [read_utf8(path)] if whole else _lines(path):
             ids = tokenizer.encode(text)
             yield Document(ids, [(0, len(ids))], len(text.encode()))
         return
@@ -174,14 +174,6 @@ def _lines(path: Path) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield read_text(line, f"{path}:{number}")
-
-
-def _read_whole(path: Path) -> str:
-    with reporting_os_errors(path, "read"):
-        try:
-            return path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -282,21 +274,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")
     precision = args.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    if precision == "fp32":  # or an NVIDIA GPU multiplies in TF32
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(precision)
     model = rwkv_jax.load(args.load_model, dtype)
     result = {"model": args.load_model, "precision": precision}
     result |= evaluate(model, args.task, args.data_file, args.limit)
     text = json.dumps(result, ensure_ascii=False)
     print(text)
     if args.output:
-        temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
-        with reporting_os_errors(args.output, "write"):
-            try:
-                temporary.write_text(text + "\n", encoding="utf-8")
-                os.replace(temporary, args.output)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with reporting_os_errors(args.output, "write"), written_whole(args.output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ are made a call, sampling included: the host only sees the ids (decoding.py).
 
 import codecs
 import json
-import os
 import re
 import secrets
 import sys
@@ -23,10 +22,10 @@ import numpy as np
 
 import rwkv_jax
 from rwkv_jax import tokenizer
-from rwkv_jax.binidx import reporting_os_errors
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.model import State
+from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
+from rwkv_jax.model import State, use_precision
 from rwkv_jax.sampling import DEFAULT, Sampling
 
 BATCH = 16  # prompts of a file that are continued at once
@@ -199,14 +198,10 @@ def save_state(path: Path, text: Read, decoder: Decoder) -> None:
         lambda *rows: np.stack([np.asarray(row[0], np.float32) for row in rows]),
         *(states or decoder.initial_state()),
     )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with reporting_os_errors(path, "write"):
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, unread=np.array(text.unread[-1:], np.int32), **stacked._asdict())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    unread = np.array(text.unread[-1:], np.int32)
+    with reporting_os_errors(path, "write"), written_whole(path) as temporary:
+        with temporary.open("wb") as file:
+            np.savez(file, unread=unread, **stacked._asdict())
 
 
 def load_state(path: Path, decoder: Decoder) -> Read:
@@ -370,8 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--think goes with --chat")
 
     prompts = _read_prompts(args.prompts) if args.prompts else []
-    if args.precision == "fp32":  # or an NVIDIA GPU multiplies in TF32
-        jax.config.update("jax_default_matmul_precision", "highest")
+    use_precision(args.precision)
     decoder = load_decoder(args.load_model, args.precision)
     if args.prompts:
         for start in range(0, len(prompts), BATCH):
@@ -445,13 +439,8 @@ def _chat(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    with reporting_os_errors(path, "read"):
-        try:
-            lines = path.read_bytes().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is not UTF-8") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_utf8(path).splitlines(), 1):
         prompt: object = line
         if path.suffix == ".jsonl" and line.strip():
             try:

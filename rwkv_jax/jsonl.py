@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rwkv_jax import tokenizer
-from rwkv_jax.binidx import BinIdxWriter, reporting_os_errors
+from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import reporting_os_errors
 
 _TASK_BYTES = 1 << 20  # of lines that a worker is handed at once
 _WORKER_BYTES = 16 << 20  # of file that repay starting one more worker

@@ -296,6 +296,15 @@ def _shift(x: Array, before: Array) -> Array:
     return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
 
 
+def use_precision(name: str | None) -> None:
+    """Tells jax how exact float32 products are to be, in what is traced from now on.
+
+    Those of "fp32" are exact; left to itself, an NVIDIA GPU would round their operands to TF32.
+    """
+    matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(name or "")
+    jax.config.update("jax_default_matmul_precision", matmul)
+
+
 def _narrow_product(x: Array, weight: Array) -> Array:
     """x Wᵀ in x's dtype, float32, for a W that is kept narrower: on CPUs, to read less.
 

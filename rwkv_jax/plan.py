@@ -33,9 +33,10 @@ from pallas_kernels.gpu_targets import (
     lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
-from rwkv_jax.build import MEMORY_FRACTION, build_step, cache_folder, decide
+from rwkv_jax.build import MEMORY_FRACTION, build_step, decide
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.files import cache_folder, written_whole
 from rwkv_jax.optimizer import learning_rate, make_optimizer
 from rwkv_jax.start import brief
 from rwkv_jax.step import abstract_state
@@ -198,9 +199,8 @@ def _cpu_seconds() -> float:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

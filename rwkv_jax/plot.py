@@ -8,15 +8,15 @@ import html
 import importlib.util
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.files import written_whole
 from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 # The official curve: RWKV-LM, RWKV-v7/train_temp. 0.1b, ctx_len 512, micro_bsz 16, lr 6e-4 to 6e-5,
@@ -318,22 +318,15 @@ def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> li
     """Writes prefix.html, and prefix.png where matplotlib is; each appears whole. Returns them."""
     page, picture = (prefix.with_name(prefix.name + ending) for ending in (".html", ".png"))
     try:
-        _write_whole(page, lambda path: path.write_text(draw_page(curves, live), "utf-8"))
+        with written_whole(page) as temporary:
+            temporary.write_text(draw_page(curves, live), "utf-8")
         if importlib.util.find_spec("matplotlib") is None:
             return [page]
-        _write_whole(picture, lambda path: draw_png(curves, path))
+        with written_whole(picture) as temporary:
+            draw_png(curves, temporary)
     except OSError as error:
         raise UserError(f"{prefix}: {error.strerror}; give another --output") from None
     return [page, picture]
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class LivePlot:

@@ -12,7 +12,6 @@ looked up, never used as paths. What a file can make us allocate is bounded by c
 for the tensors, by `MAX_EXPANSION` times the file's own size.
 """
 
-import contextlib
 import mmap
 import os
 import pickle
@@ -28,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import flush_folder, written_whole
 
 MAX_PICKLE = 2 << 20  # bytes; the 13.3b model's is 0.3 MB
 MAX_DIRECTORY = 8 << 20  # bytes; the 13.3b model's is 0.2 MB
@@ -569,31 +569,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Array], dtype: Any
       UserError: the file cannot be written, or a finite value overflows float16.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(path) as temporary, temporary.open("wb") as file:
             _write_zip(file, _records(tensors, dtype))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     except _Refused as reason:
         raise UserError(f"{path}: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut, on systems where folders can be flushed."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _records(tensors: Mapping[str, Array], dtype: Any) -> Iterator[tuple[str, Any]]:

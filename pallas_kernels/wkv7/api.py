@@ -50,9 +50,8 @@ def wkv7(
         of a document in a packed row).
       return_state: also return the state after the last token.
       implementation: a name in `IMPLEMENTATIONS`; None picks by device: reference for a single
-        token; pallas_triton for
-        16-bit inputs on one NVIDIA GPU of compute capability 8.0 or more, or inside
-        `jax.shard_map` over several; else xla.
+        token; pallas_triton for 16-bit inputs on one NVIDIA GPU of compute capability 8.0 or
+        more, or inside `jax.shard_map` over several; else xla.
 
     Returns:
       y [B,T,H,N] in v's dtype, or (y, final state [B,H,N,N]) with `return_state`. States are
