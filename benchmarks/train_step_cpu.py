@@ -89,9 +89,10 @@ def torchs(params: dict, tokens: np.ndarray) -> Callable[[], float]:
     }
     adamw = torch_rwkv7.adamw(theirs, TRAIN.weight_decay)
     batch = torch.from_numpy(tokens).long()
+    first_rate = float(learning_rate(TRAIN, MODEL.n_embd, 0, 1000.0)(jnp.int32(0)))
 
     def step() -> float:
-        loss, _ = torch_rwkv7.train_step(theirs, adamw, batch[:, :-1], batch[:, 1:], lr=6e-6)
+        loss, _ = torch_rwkv7.train_step(theirs, adamw, batch[:, :-1], batch[:, 1:], lr=first_rate)
         return loss
 
     return step

@@ -212,9 +212,9 @@ class RWKV7(nnx.Module):
 
         Args:
             remat: the backward pass recomputes each block from its input (`--grad_cp 1`).
-            read: (a block's parameters, the layer's number) → the parameters to compute with, all
-                named "weights" by `checkpoint_name`: made anew for the backward pass in any case.
-                So a layer that is, say, gathered from other devices is there while it is at work.
+            read: (a block's parameters, the layer's number) → the parameters to compute with, made
+                anew for the backward pass in any case. So a layer that is, say, gathered from other
+                devices is there while it is at work.
         """
         x = self.ln0(jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip"))
         if state is None:
@@ -241,9 +241,7 @@ class RWKV7(nnx.Module):
             return x, State(x_att[:, -1], x_ffn[:, -1], wkv)
 
         if remat or read:
-            policies = jax.checkpoint_policies
-            keep = None if remat else policies.save_anything_except_these_names("weights")
-            body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+            body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else _is_activation)
         layers = jnp.arange(self.config.n_layer, dtype=jnp.int32)
         x, after = jax.lax.scan(body, x, (blocks, layers, state))
         return self.ln_out(x), after
@@ -284,6 +282,17 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef:
 def _normalize(x: Array, eps: float) -> Array:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+
+def _is_activation(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """A policy of `jax.checkpoint`: saves all but weights, which are read again.
+
+    What has no operand of three axes or more is made of weights alone (sliced from their stack,
+    cast, gathered); batch and time are the first two axes of all the rest.
+    """
+    if primitive.name in ("dynamic_slice", "squeeze"):
+        return False
+    return any(operand.ndim >= 3 for operand in operands)
 
 
 def _row(param: nnx.Param) -> Array:

@@ -52,8 +52,15 @@ def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: 
     return schedule
 
 
-def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay and the rate, over float32 gradients."""
+def make_optimizer(
+    config: TrainConfig, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, Adam, decoupled weight decay and the rate, over float32 gradients.
+
+    `update` takes a keyword `skip`, a bool scalar: where it is true the moments stay as they are,
+    and the updates are not to be applied. The learning rate and the loss scale go on, as they
+    belong to the step, done or skipped.
+    """
 
     def decayed(params: Params) -> Params:
         return jax.tree.map_with_path(lambda path, p: is_decayed(_names(path), p.ndim), params)
@@ -63,12 +70,59 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule) -> optax.Gradi
 
     return optax.chain(
         unscale() if config.precision == "fp16" else optax.identity(),
-        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, eps=config.adam_eps),
+        clip(config.grad_clip) if config.grad_clip else optax.identity(),
+        adam(config.beta1, config.beta2, config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.masked(optax.scale(2.0), doubled),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def clip(limit: float) -> optax.GradientTransformation:
+    """Gradients times limit/max(norm, limit), with the norm over all of them.
+
+    One factor, so that it costs no pass of its own: `optax.clip_by_global_norm` chooses between
+    two trees, and XLA's CPU writes the clipped one to memory.
+    """
+
+    def update(gradients: Params, state: optax.EmptyState, params: Params | None = None):
+        factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
+        return jax.tree.map(lambda g: g * factor, gradients), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` that leaves its state alone where `skip` is true.
+
+        m = b1 m + (1 − b1) g,  v = b2 v + (1 − b2) g²,  (m/(1 − b1ⁿ)) / (√(v/(1 − b2ⁿ)) + eps)
+
+    Choosing here, ahead of what reads the moments, keeps their update in place. Chosen around the
+    whole optimizer, both the old and the new ones are wanted, and XLA copies all of them.
+    """
+
+    def update(
+        gradients: Params,
+        state: optax.ScaleByAdamState,
+        params: Params | None = None,
+        *,
+        skip: jax.Array | bool = False,
+        **_: Any,
+    ):
+        def unless_skipped(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old)
+
+        mu = unless_skipped(optax.tree.update_moment(gradients, state.mu, b1, 1), state.mu)
+        nu = unless_skipped(optax.tree.update_moment(gradients, state.nu, b2, 2), state.nu)
+        count = unless_skipped(state.count + 1, state.count)
+        corrected = (
+            optax.tree.bias_correction(mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *corrected)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
 class LossScale(NamedTuple):
@@ -106,22 +160,6 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScale))
     scales = [node.scale for node in nodes if isinstance(node, LossScale)]
     return scales[0] if scales else jnp.float32(1)
-
-
-def keep_if(skip: jax.Array, old: Any, new: Any) -> Any:
-    """`old` where the scalar `skip` is true, else `new`, for states with optax states in them.
-
-    The schedule's count is always the new one, as the learning rate is that of the step, done or
-    skipped, while Adam's bias correction counts the moments' updates; and so is the loss scale.
-    """
-
-    def moves_on(node: Any) -> bool:
-        return _is_schedule(node) or isinstance(node, LossScale)
-
-    def choose(old: Any, new: Any) -> Any:
-        return new if moves_on(new) else jnp.where(skip, old, new)
-
-    return jax.tree.map(choose, old, new, is_leaf=moves_on)
 
 
 def at_step(opt_state: optax.OptState, steps: int) -> optax.OptState:

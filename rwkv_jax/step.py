@@ -7,14 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import head_loss
 from rwkv_jax.model import Params, abstract_params, bind
-from rwkv_jax.optimizer import keep_if, loss_scale
+from rwkv_jax.optimizer import loss_scale
 
 Array = jax.Array
 
@@ -47,7 +46,7 @@ def abstract_state(
 
 def make_step(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: jax.sharding.Mesh,
     strategy: sharding.Strategy,
     dtype: jnp.dtype,
@@ -87,8 +86,7 @@ def make_step(
 
         So the gradient has the layout and the precision that the strategy says, not the weight's.
         """
-        whole = gather(weight, spec) if from_masters else weight
-        return checkpoint_name(whole, "weights")
+        return gather(weight, spec) if from_masters else weight
 
     def use_forward(gradient: Array, weight: Array, spec: P):
         return use(gradient, weight, spec), None
@@ -152,9 +150,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         norm = optax.tree.norm(grads) / scale
         skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
-        return keep_if(skipped, state, updated), Metrics(loss, norm, skipped)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skipped)
+        params = jax.tree.map(lambda p, u: jnp.where(skipped, p, p + u), state.params, updates)
+        return TrainState(params, opt_state), Metrics(loss, norm, skipped)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
     return jax.jit(

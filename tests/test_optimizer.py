@@ -12,7 +12,14 @@ import pytest
 
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.model import abstract_params
-from rwkv_jax.optimizer import has_double_rate, is_decayed, learning_rate, make_optimizer
+from rwkv_jax.optimizer import (
+    adam,
+    clip,
+    has_double_rate,
+    is_decayed,
+    learning_rate,
+    make_optimizer,
+)
 from rwkv_jax.weights import official_shapes
 
 TINY = ModelConfig(n_layer=2, n_embd=64, vocab_size=512)
@@ -187,3 +194,26 @@ def test_moments_are_float32_for_every_tensor():
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(abstract_params(TINY)))
     assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+
+
+def test_adam_and_clipping_are_optax_s():
+    rng = np.random.default_rng(0)
+    ours = optax.chain(clip(1.0), adam(0.9, 0.99, 1e-18))
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.99, 1e-18))
+    params = {"a": jnp.zeros((4, 5)), "b": jnp.zeros(3)}
+    state, expected_state = ours.init(params), theirs.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for scale in [3.0, 1e-3, 0.5, 1e-9]:
+            grads = {
+                n: jnp.float32(scale * rng.standard_normal(p.shape)) for n, p in params.items()
+            }
+            updates, state = ours.update(grads, state)
+            expected, expected_state = theirs.update(grads, expected_state)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=0),
+                (updates, state),
+                (expected, expected_state),
+            )
+        bad = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
+        _, after = ours.update(bad, state, skip=jnp.bool(True))
+    jax.tree.map(np.testing.assert_array_equal, after, state)

@@ -19,14 +19,14 @@ MODEL = ModelConfig(n_layer=2, n_embd=32, vocab_size=48, head_size=16)
 TRAIN = TrainConfig(lr_init=1e-3, lr_final=1e-4, warmup_steps=4)
 
 
-def strict_but_for_optax() -> optax.GradientTransformation:
+def strict_but_for_optax() -> optax.GradientTransformationExtraArgs:
     adam = optimizer.make_optimizer(TRAIN, optimizer.learning_rate(TRAIN, MODEL.n_embd, 0, STEPS))
 
-    def update(*args):
+    def update(*args, **more):
         with jax.numpy_dtype_promotion("standard"):
-            return adam.update(*args)
+            return adam.update(*args, **more)
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 ADAM = strict_but_for_optax()

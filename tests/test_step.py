@@ -1,5 +1,7 @@
 """A step that would ruin the weights is not taken."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,26 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
         if ours.ndim:
             assert np.isfinite(ours).all()
             np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("strategy, devices", [("zero2", 1), ("fsdp", 2)])
+def test_without_recomputation_no_weights_are_kept_for_the_backward_pass(strategy, devices):
+    """A layer more costs the pass its gradient and its activations, not a copy of its weights."""
+    mesh, adam = sharding.make_mesh(devices), make_optimizer(TrainConfig(), lambda count: 0.1)
+
+    def temporary(layers: int) -> int:
+        model = dataclasses.replace(MODEL, n_embd=128, n_layer=layers)
+        one = step.make_step(
+            model, adam, mesh, sharding.STRATEGIES[strategy], jnp.float32, remat=False
+        )
+        state = step.abstract_state(mesh, model, adam)
+        where = sharding.batch_sharding(mesh)
+        with jax.numpy_dtype_promotion("standard"):
+            batch = jax.ShapeDtypeStruct((1, devices, 2), jnp.int32, sharding=where)
+            return one.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    layer = 12 * 128 * 128 * 4  # bytes of its four square and two oblong matrices
+    assert temporary(9) - temporary(3) < 6 * 1.5 * layer / devices
 
 
 def test_float16_finds_its_scale_and_grows_it(monkeypatch):

@@ -28,7 +28,7 @@ from rwkv_jax.config import AUTO, ModelConfig, TrainConfig
 from rwkv_jax.dataset import Dataset, open_dataset
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
-from rwkv_jax.optimizer import keep_if
+from rwkv_jax.optimizer import at_step
 from rwkv_jax.run import lock
 from rwkv_jax.step import Metrics
 
@@ -440,11 +440,11 @@ def failing_from(first: int, build_step):
         run_step, steps = build_step(*arguments), itertools.count()
 
         def step(state, batch):
-            before = jax.tree.map(jnp.copy, state)
+            before, number = jax.tree.map(jnp.copy, state), next(steps)
             state, result = run_step(state, batch)
-            skipped = next(steps) >= first
-            state = keep_if(jnp.bool(skipped), before, state)
-            return state, result._replace(skipped=jnp.bool(skipped))
+            if number >= first:
+                state = before._replace(opt_state=at_step(before.opt_state, number + 1))
+            return state, result._replace(skipped=jnp.bool(number >= first))
 
         return step
 

@@ -94,14 +94,16 @@ def expected(init_pth, batches):
     return losses, norms, {name: p.detach().numpy() for name, p in params.items()}
 
 
-def tolerant_of_promotion(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def tolerant_of_promotion(
+    adam: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
     """optax itself promotes int32 counts to float32; our own code stays under the strict rule."""
 
-    def update(*args):
+    def update(*args, **more):
         with jax.numpy_dtype_promotion("standard"):
-            return adam.update(*args)
+            return adam.update(*args, **more)
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 @pytest.mark.parametrize(
