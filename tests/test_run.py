@@ -19,7 +19,8 @@ try:
         while not stop:
             time.sleep(0.01)
         print(stop.reason, flush=True)
-        time.sleep(60)
+        for _ in range(6000):  # a signal just ahead of a long sleep would be seen after it
+            time.sleep(0.01)
 finally:
     print("cleaned up")
 """
