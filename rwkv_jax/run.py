@@ -5,6 +5,7 @@ and when it saves.
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -112,8 +113,9 @@ def lock(folder: Path) -> Iterator[None]:
 class Stop:
     """True from the moment at which the run should save and end: a signal, or its time is up.
 
-    A second SIGINT ends the process at once. Every file that a run writes appears complete or not
-    at all, so that costs the steps since the last checkpoint and no more.
+    A second SIGINT ends the process at once, also while XLA compiles and Python waits for it. Every
+    file that a run writes appears complete or not at all, so that costs the steps since the last
+    checkpoint and no more.
 
     Args:
         at: by `time.monotonic`, or None.
@@ -131,24 +133,46 @@ class Stop:
     def __enter__(self) -> "Stop":
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
+            numbers, self._wake = socket.socketpair()
+            self._wake.setblocking(False)
+            self._woken_before = signal.set_wakeup_fd(self._wake.fileno())
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+            threading.Thread(target=_answer, args=(numbers,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._woken_before)
+            self._wake.close()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        before, self.reason = self.reason, signal.Signals(number).name
-        with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
-            if not before:
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-            elif number == signal.SIGINT:
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the bar hides the cursor
-        if before and number == signal.SIGINT:
-            # Not an exception: clean-up would wait for the checkpoint that is being written.
-            os._exit(130)
+        self.reason = signal.Signals(number).name
+
+
+def _answer(numbers: socket.socket) -> None:
+    """Tells of the first signal, and leaves at the next SIGINT; in a thread of its own.
+
+    Python calls handlers in the main thread, when it next gets there: not ahead of the compiler's
+    end, which can be a minute away. The numbers of signals come here when they happen.
+    """
+    first = True
+    with numbers:
+        while received := numbers.recv(1):
+            number = received[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
+                if first:
+                    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+                elif number == signal.SIGINT:
+                    os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # bars hide the cursor
+            if not first and number == signal.SIGINT:
+                # Not an exception: clean-up would wait for the checkpoint that is being written.
+                os._exit(130)
+            first = False
 
 
 class Saver:

@@ -53,6 +53,30 @@ def test_a_signal_counts_though_nobody_reads():
         assert process.wait(20) == 130
 
 
+COMPILING = """
+import hashlib
+from rwkv_jax.run import Stop
+with Stop(None):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**30)  # as XLA does, for minutes, and asks no one
+"""
+
+
+def test_the_second_interrupt_does_not_wait_for_what_python_waits_for():
+    with subprocess.Popen(
+        [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline().startswith("stopping after this step")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
+
+
 class Failing:
     """Checkpoints of which the save before failed while it was written, and the next may, too."""
 
