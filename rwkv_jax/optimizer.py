@@ -57,9 +57,11 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam, decoupled weight decay and the rate, over float32 gradients.
 
-    `update` takes a keyword `skip`, a bool scalar: where it is true the moments stay as they are,
-    and the updates are not to be applied. The learning rate and the loss scale go on, as they
-    belong to the step, done or skipped.
+    `update` takes two keywords. `norm` is the global norm of the whole gradient, less any loss
+    scale; all else is element by element, so that a part of the tree can be updated without the
+    others. `skip` is a bool scalar: where it is true the moments stay as they are, and the updates
+    are not to be applied. The learning rate and the loss scale go on, as they belong to the step,
+    done or skipped.
     """
 
     def decayed(params: Params) -> Params:
@@ -78,18 +80,18 @@ def make_optimizer(
     )
 
 
-def clip(limit: float) -> optax.GradientTransformation:
+def clip(limit: float) -> optax.GradientTransformationExtraArgs:
     """Gradients times limit/max(norm, limit), with the norm over all of them.
 
     One factor, so that it costs no pass of its own: `optax.clip_by_global_norm` chooses between
     two trees, and XLA's CPU writes the clipped one to memory.
     """
 
-    def update(gradients: Params, state: optax.EmptyState, params: Params | None = None):
-        factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
+    def update(gradients: Params, state: optax.EmptyState, params=None, *, norm: jax.Array, **_):
+        factor = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: g * factor, gradients), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
@@ -132,7 +134,7 @@ class LossScale(NamedTuple):
     steps: jax.Array  # int32, since it changed
 
 
-def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTransformation:
+def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTransformationExtraArgs:
     """Divides gradients by the loss scale of its state, and moves it, for float16.
 
     float16 has nothing above 65504 and little below 6e-5, where gradients lie; scaled, they are in
@@ -143,8 +145,8 @@ def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTrans
     def init(params: Params) -> LossScale:
         return LossScale(jnp.float32(start), jnp.int32(0))
 
-    def update(gradients: Params, state: LossScale, params: Params | None = None):
-        finite = jnp.isfinite(optax.tree.norm(gradients))
+    def update(gradients: Params, state: LossScale, params=None, *, norm: jax.Array, **_):
+        finite = jnp.isfinite(norm)
         grows = state.steps + 1 >= patience
         grown = jnp.where(grows, jnp.minimum(2 * state.scale, 2.0**24), state.scale)
         scale = jnp.where(finite, grown, jnp.maximum(state.scale / 2, 1.0))
@@ -152,7 +154,7 @@ def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTrans
         unscaled = jax.tree.map(lambda g: g / state.scale, gradients)
         return unscaled, LossScale(scale, steps)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def loss_scale(opt_state: optax.OptState) -> jax.Array:

@@ -39,19 +39,30 @@ class Strategy(NamedTuple):
 
     What it holds whole: the gradients, if not cut, until the end of the step; the working copy of
     the parameters, if not cut, all the time. With cut parameters there is no working copy: a layer
-    is read from the masters, in the precision of the pass, where it is used.
+    is read from the masters, in the precision of the pass, where it is used. Offloaded masters need
+    a working copy, cut or whole.
     """
 
     gradients: bool  # reduce-scattered layer by layer, each micro batch
     parameters: bool  # gathered layer by layer, in the forward and in the backward pass
+    offload: bool = False  # masters and moments are in the host's memory (`offload.py`)
 
 
 STRATEGIES = {
     "deepspeed_stage_1": Strategy(gradients=False, parameters=False),
     "deepspeed_stage_2": Strategy(gradients=True, parameters=False),
+    "deepspeed_stage_2_offload": Strategy(gradients=True, parameters=False, offload=True),
     "deepspeed_stage_3": Strategy(gradients=True, parameters=True),
+    "deepspeed_stage_3_offload": Strategy(gradients=True, parameters=True, offload=True),
 }
-for _name, _known in {"zero1": "1", "zero2": "2", "fsdp": "3"}.items():
+_PLAIN = {
+    "zero1": "1",
+    "zero2": "2",
+    "zero2_offload": "2_offload",
+    "fsdp": "3",
+    "fsdp_offload": "3_offload",
+}
+for _name, _known in _PLAIN.items():
     STRATEGIES[_name] = STRATEGIES[f"deepspeed_stage_{_known}"]
 
 
@@ -128,9 +139,22 @@ def specs(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map_with_path(spec, tree)
 
 
-def cut(mesh: Mesh, tree: Any) -> Any:
-    """`specs` as shardings over the mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, tree))
+def cut(mesh: Mesh, tree: Any, offload: bool = False) -> Any:
+    """`specs` as shardings over the mesh, in the devices' memory or, to offload, in the host's."""
+    kind = _host_memory(mesh) if offload else None
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec, memory_kind=kind), specs(mesh, tree))
+
+
+def _host_memory(mesh: Mesh) -> str | None:
+    """The host's memory that devices copy from and to; None: what a device has by default.
+
+    A GPU copies to and from pinned memory by itself. The planner's devices, which are not there,
+    tell of none.
+    """
+    kinds = {
+        memory.kind for device in mesh.local_devices for memory in device.addressable_memories()
+    }
+    return next((kind for kind in ("pinned_host", "unpinned_host") if kind in kinds), None)
 
 
 def batch_spec(mesh: Mesh) -> P:

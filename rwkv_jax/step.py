@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rwkv_jax import sharding
+from rwkv_jax import offload, sharding
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.loss import head_loss
 from rwkv_jax.model import Params, abstract_params, bind
+from rwkv_jax.offload import OffloadedStep, Program
 from rwkv_jax.optimizer import loss_scale
 
 Array = jax.Array
@@ -32,7 +34,10 @@ class Metrics(NamedTuple):
 
 
 def abstract_state(
-    mesh: jax.sharding.Mesh, config: ModelConfig, optimizer: optax.GradientTransformation
+    mesh: jax.sharding.Mesh,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    offload: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state: masters and moments are cut over the devices."""
     params = abstract_params(config)
@@ -40,7 +45,7 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         state,
-        sharding.cut(mesh, state),
+        sharding.cut(mesh, state, offload),
     )
 
 
@@ -70,15 +75,31 @@ def make_step(
         remat: recompute each block in the backward pass.
         head_chunk: as in `loss.head_loss`.
     """
-    specs = sharding.specs(mesh, abstract_params(config))
+    params = abstract_params(config)
+    specs = sharding.specs(mesh, params)
     block_specs = jax.tree.map(lambda spec: P(*spec[1:]), specs["blocks"])  # of one layer
 
-    # One device has all that there is to gather: it reads a layer from the masters in any case.
-    from_masters = strategy.parameters or mesh.size == 1
+    # The passes read whole tensors, or the parts that the devices hold, from which a layer is
+    # gathered where it is used. One device has all that there is to gather.
+    in_parts = strategy.parameters or mesh.size == 1
+    weight_specs = specs if in_parts else jax.tree.map(lambda _: P(), specs)
 
     def gather(part: Array, spec: P) -> Array:
         """The part that this device holds → the whole tensor, in `dtype`."""
         return sharding.gather(mesh, part.astype(dtype), spec)
+
+    def working_copy(masters: Params) -> Params:
+        """What the passes read, of the masters or of some of them, where it is not these."""
+        here = sharding.specs(mesh, masters)
+        there = here if in_parts else jax.tree.map(lambda _: P(), here)
+
+        def local(masters: Params) -> Params:
+            if in_parts:
+                return jax.tree.map(lambda part: part.astype(dtype), masters)
+            return jax.tree.map(gather, masters, here)
+
+        run = jax.shard_map(local, mesh=mesh, in_specs=(here,), out_specs=there, check_vma=False)
+        return run(masters)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def use(gradient: Array, weight: Array, spec: P) -> Array:
@@ -86,7 +107,7 @@ def make_step(
 
         So the gradient has the layout and the precision that the strategy says, not the weight's.
         """
-        return gather(weight, spec) if from_masters else weight
+        return gather(weight, spec) if in_parts else weight
 
     def use_forward(gradient: Array, weight: Array, spec: P):
         return use(gradient, weight, spec), None
@@ -112,14 +133,20 @@ def make_step(
         head, targets = model.head.weight[...], tokens[:, 1:]
         return head_loss(hidden, head, targets, head_chunk, scale=scale / mesh.size)
 
-    def local_gradients(params: Params, batch: Array, scale: Array) -> tuple[Array, Params]:
-        """Of the masters' parts and this device's samples: the loss, scaled gradients' parts."""
-        weights = params if from_masters else jax.tree.map(gather, params, specs)
-        layout = params if strategy.gradients else weights
+    def slots(dtype: jnp.dtype) -> Params:
+        """Zeros, of the shapes that gradients have on a device until the end of the step."""
+
+        def zeros(leaf: jax.ShapeDtypeStruct, spec: P) -> Array:
+            part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+            return jnp.zeros(part if strategy.gradients else leaf.shape, dtype)
+
+        return jax.tree.map(zeros, params, specs)
+
+    def local_gradients(weights: Params, batch: Array, scale: Array) -> tuple[Array, Params]:
+        """Of this device's samples: the loss and its parts of the sum of the scaled gradients."""
 
         def of_micro_batch(tokens: Array) -> tuple[Array, Params]:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), layout)
-            return jax.value_and_grad(loss_fn)(zeros, weights, tokens, scale)
+            return jax.value_and_grad(loss_fn)(slots(dtype), weights, tokens, scale)
 
         def add(total: tuple[Array, Params], tokens: Array):
             new = of_micro_batch(tokens)
@@ -128,8 +155,7 @@ def make_step(
         if batch.shape[0] == 1:
             loss, grads = of_micro_batch(batch[0])
         else:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), layout)
-            total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
+            total, _ = jax.lax.scan(add, (jnp.zeros(()), slots(jnp.float32)), batch)
             loss, grads = jax.tree.map(lambda t: t / batch.shape[0], total)
         if not strategy.gradients:
             grads = jax.tree.map(functools.partial(sharding.scatter, mesh), grads, specs)
@@ -139,20 +165,39 @@ def make_step(
     gradients = jax.shard_map(
         local_gradients,
         mesh=mesh,
-        in_specs=(specs, sharding.batch_spec(mesh), P()),
+        in_specs=(weight_specs, sharding.batch_spec(mesh), P()),
         out_specs=(P(), specs),
         check_vma=False,
     )
 
+    def differentiate(weights: Params, batch: Array, scale: Array) -> tuple[Params, Metrics]:
+        loss, grads = gradients(weights, batch, scale)
+        norm = optax.tree.norm(_wide(grads)) / scale
+        return grads, Metrics(loss, norm, ~(jnp.isfinite(loss) & jnp.isfinite(norm)))
+
+    def update(state: TrainState, grads: Params, metrics: Metrics) -> TrainState:
+        """Element by element, so that a part of the tree's tensors can be updated alone."""
+        norm, skip = metrics.grad_norm, metrics.skipped
+        updates, opt_state = optimizer.update(
+            _wide(grads), state.opt_state, state.params, norm=norm, skip=skip
+        )
+        params = jax.tree.map(lambda p, u: jnp.where(skip, p, p + u), state.params, updates)
+        return TrainState(params, opt_state)
+
+    if strategy.offload:
+        weights = jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(
+                leaf.shape, dtype, sharding=NamedSharding(mesh, spec)
+            ),
+            params,
+            weight_specs,
+        )
+        return OffloadedStep(mesh, differentiate, update, working_copy, weights)
+
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Metrics]:
-        scale = loss_scale(state.opt_state)
-        loss, grads = gradients(state.params, batch, scale)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        norm = optax.tree.norm(grads) / scale
-        skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, skip=skipped)
-        params = jax.tree.map(lambda p, u: jnp.where(skipped, p, p + u), state.params, updates)
-        return TrainState(params, opt_state), Metrics(loss, norm, skipped)
+        weights = state.params if in_parts else working_copy(state.params)
+        grads, metrics = differentiate(weights, batch, loss_scale(state.opt_state))
+        return update(state, grads, metrics), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
     return jax.jit(
@@ -161,3 +206,29 @@ def make_step(
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
     )
+
+
+def programs(step: Any, state: TrainState, batch: Any) -> list[Program]:
+    """What a step of `make_step` runs, one program after the other, for arguments as shapes."""
+    if isinstance(step, OffloadedStep):
+        return step.programs(state, batch)
+    return [Program(step, (state, batch))]
+
+
+def fresh_moments(optimizer: optax.GradientTransformation, abstract: TrainState) -> optax.OptState:
+    """The optimizer's first state, laid out as `abstract` says; a part at a time is made."""
+
+    def of_part(part: TrainState) -> optax.OptState:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part.params)
+        return optimizer.init(zeros)
+
+    made = []
+    for group in offload.groups(abstract.params):
+        part = offload.part(abstract, group)
+        where = jax.tree.map(lambda leaf: leaf.sharding, part.opt_state)
+        made.append(jax.jit(functools.partial(of_part, part), out_shardings=where)())
+    return offload.merge(made)
+
+
+def _wide(tree: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
