@@ -208,9 +208,10 @@ class TrainConfig:
     strategy: str = _option(
         "auto", "machine", "sharded over the devices: Adam's moments and the master weights "
         "(stage_1 or zero1), the gradients too (stage_2 or zero2), the parameters too (stage_3 or "
-        "fsdp); auto: stage_2",
-        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "zero1", "zero2",
-        "fsdp")
+        "fsdp); with _offload masters and moments are in the host's memory; auto: stage_2",
+        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
+        "deepspeed_stage_3", "deepspeed_stage_3_offload", "zero1", "zero2", "zero2_offload",
+        "fsdp", "fsdp_offload")
     mesh: str = _option(
         "", "machine", "data=D,fsdp=F: the state is sharded over F devices, D times; default: over "
         "all of them")

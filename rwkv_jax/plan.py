@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import resource
 import shlex
@@ -37,11 +36,13 @@ from rwkv_jax.build import MEMORY_FRACTION, build_step, decide
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, written_whole
+from rwkv_jax.offload import bytes_of
 from rwkv_jax.optimizer import learning_rate, make_optimizer
 from rwkv_jax.start import brief
-from rwkv_jax.step import abstract_state
+from rwkv_jax.step import abstract_state, programs
 
 GIB = 2**30
+PCIE_GB_S = 25  # each way, what a card's 16 lanes of PCIe 4.0 reach
 WAYS_OUT = (
     "try --grad_cp 1, a smaller --ctx_len, or a --strategy that shards more over more devices"
 )
@@ -53,15 +54,17 @@ class Need:
 
     parameters: int  # float32 masters
     optimizer: int  # float32 moments
-    total: int  # at the peak: these, the batch, and all that lives within a step
+    host: int  # of the two, what is in the host's memory
+    total: int  # in the device's at the peak: the rest, the batch, and all that lives within a step
     flops: int
     traffic: int  # bytes to and from the device's memory
+    moved: int  # bytes between the two memories
     compile_seconds: float  # of CPU time
 
     @property
     def temporary(self) -> int:
         """Activations, gradients, working copies of parameters."""
-        return self.total - self.parameters - self.optimizer
+        return self.total - (self.parameters + self.optimizer - self.host)
 
 
 def measure(
@@ -86,12 +89,13 @@ def measure(
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     began, cpu_began = time.monotonic(), _cpu_seconds()
     with lowering_for(target, mesh) if target else contextlib.nullcontext():
-        step: Any = build_step(config, model, mesh, optimizer)
-        traced = step.trace(state, batch)
-        lowered = traced.lower()
+        parts = programs(build_step(config, model, mesh, optimizer), state, batch)
+        traced = [part.function.trace(*part.arguments) for part in parts]
+        lowered = [each.lower() for each in traced]
     kept = None
     if target:
-        program = "\n".join((lowered.as_text(), target.text(), jax.__version__))
+        texts = [each.as_text() for each in lowered]
+        program = "\n".join((*texts, target.text(), jax.__version__))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
         if kept.exists():
             return Need(**json.loads(kept.read_text()))
@@ -99,18 +103,20 @@ def measure(
     what = f"compiling for {mesh.devices.flat[0].device_kind}, micro_bsz {config.micro_bsz} … "
     print(what, end="", file=sys.stderr, flush=True)
     with _without_the_compilers_words():
-        compiled = lowered.compile()
-    memory = compiled.memory_analysis()
+        compiled = [each.compile() for each in lowered]
+    parameters, optimizers = bytes_of(state.params), bytes_of(state.opt_state)
+    offloaded = sharding.STRATEGIES[config.strategy].offload
     need = Need(
-        parameters=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
-        total=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        flops=cost.flops(traced.jaxpr.jaxpr),
-        traffic=cost.memory_traffic(compiled.as_text()),
+        parameters=parameters,
+        optimizer=optimizers,
+        host=parameters + optimizers if offloaded else 0,
+        total=max(
+            _peak(one.memory_analysis()) + part.beside
+            for one, part in zip(compiled, parts, strict=True)
+        ),
+        flops=sum(cost.flops(one.jaxpr.jaxpr) for one in traced),
+        traffic=sum(cost.memory_traffic(one.as_text()) for one in compiled),
+        moved=sum(part.moved for part in parts),
         compile_seconds=_cpu_seconds() - cpu_began,
     )
     seconds = time.monotonic() - began
@@ -184,11 +190,14 @@ def fitting_batch(
     return batch
 
 
-def _bytes(tree: Any) -> int:
-    """Of one device's part."""
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+def _peak(memory: Any) -> int:
+    """Bytes of a device that a program takes: its arguments, its results and what it works with."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
     )
 
 
@@ -303,7 +312,12 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     per_sample = (needs[b].total - needs[a].total) / max(b - a, 1)
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
-    seconds = need.flops / (rate * 1e12), need.traffic / (target.bandwidth_gb_s * 1e9)
+    seconds = {
+        "arithmetic": need.flops / (rate * 1e12),
+        "memory": need.traffic / (target.bandwidth_gb_s * 1e9),
+        "PCIe": need.moved / (PCIE_GB_S * 1e9),
+    }
+    where = " in the host's memory" if need.host else ""
     count = config.devices * config.num_nodes
     tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * count
     rows = {
@@ -311,10 +325,10 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "devices": f"{count} x {target.device_kind}"
         + (f" in {config.num_nodes} machines" if config.num_nodes > 1 else "")
         + f", {config.precision}, {remat}"
-        + (f", {config.strategy}" if count > 1 else ""),
+        + (f", {config.strategy}" if count > 1 or need.host else ""),
         "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
-        "parameters": f"{_gib(need.parameters)} float32 masters",
-        "optimizer": f"{_gib(need.optimizer)} Adam's moments",
+        "parameters": f"{_gib(need.parameters)} float32 masters{where}",
+        "optimizer": f"{_gib(need.optimizer)} Adam's moments{where}",
         "activations": f"{_gib(per_sample * micro_bsz)} {per_sample / GIB:.2f} GiB a sample",
         "gradients": f"{_gib(need.temporary - per_sample * micro_bsz)} and working copies",
         "peak": f"{_gib(need.total)} a device; of its {target.memory_gb} GiB jax has "
@@ -323,12 +337,16 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "largest": f"micro_bsz {largest} fits: {_gib(needs[largest].total).strip()}"
         if largest
         else f"not even micro_bsz 1 fits; {WAYS_OUT}",
-        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * seconds[0]:,.0f} ms at "
+        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * seconds['arithmetic']:,.0f} ms at "
         f"{rate:,g} TFLOP/s; {need.traffic / 1e9:,.0f} GB of memory traffic, "
-        f"{1e3 * seconds[1]:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
-        "speed": f"at most {tokens / max(seconds):,.0f} tokens/s by these two limits of the card",
+        f"{1e3 * seconds['memory']:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
+        "host": f"{need.moved / 1e9:,.0f} GB to and from its memory, "
+        f"{1e3 * seconds['PCIe']:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(need.host).strip()} there",
+        "speed": f"at most {tokens / max(seconds.values()):,.0f} tokens/s by these limits of the card",
         "train": command,
     }
+    if not need.host:
+        del rows["host"]
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items())
 
 

@@ -19,7 +19,8 @@ from rwkv_jax.initialisation import init_params, is_of_seed
 from rwkv_jax.model import Params
 from rwkv_jax.optimizer import at_step
 from rwkv_jax.run import changes
-from rwkv_jax.step import TrainState, abstract_state
+from rwkv_jax.sharding import STRATEGIES
+from rwkv_jax.step import TrainState, abstract_state, fresh_moments
 
 MakeOptimizer = Callable[[ModelConfig], optax.GradientTransformation]
 
@@ -70,9 +71,9 @@ def start(
                 "option out, or give another --proj_dir"
             )
     optimizer = make_optimizer(model)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, model, optimizer))
-    params = distributed.place(params, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    abstract = abstract_state(mesh, model, optimizer, STRATEGIES[config.strategy].offload)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    params, opt_state = distributed.place(params, where), fresh_moments(optimizer, abstract)
     origin = f"the weights of {source} and a fresh optimizer"
     return Start(first_step, TrainState(params, opt_state), About(model, run=run), origin)
 
@@ -108,7 +109,8 @@ def _resume(
         then.get("samples a step", 0) * then.get("ctx_len", 0) for then in (about.run, run)
     ]
     step = max(first_step, saved * tokens_per_step[0] // tokens_per_step[1])
-    abstract = abstract_state(mesh, about.model, make_optimizer(about.model))
+    offload = STRATEGIES[config.strategy].offload
+    abstract = abstract_state(mesh, about.model, make_optimizer(about.model), offload)
     state = checkpoints.restore(saved, abstract)
     state = state._replace(opt_state=at_step(state.opt_state, step - first_step))
     run = {**run, "load_model": run["load_model"] or about.run.get("load_model", "")}

@@ -116,7 +116,8 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
         )
     if on_cpu and config.accelerator == "gpu":
         raise UserError("--accelerator gpu: jax sees no GPU; install the cuda12 or cuda13 extra")
-    if mesh.size == 1 and config.strategy != "auto":
+    strategy = sharding.STRATEGIES.get(config.strategy)
+    if mesh.size == 1 and strategy and not strategy.offload:
         print(
             f"note: --strategy {config.strategy} changes nothing on one device; where more are "
             "there, --devices takes them",
