@@ -25,9 +25,12 @@ def prepare_jax() -> None:
     """Before the first use of a device: its memory, and a cache of compiled programs on disk.
 
     What the user has set in the environment (`XLA_PYTHON_CLIENT_MEM_FRACTION`,
-    `JAX_COMPILATION_CACHE_DIR`) stays.
+    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`) stays.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    # Of the host's, for the strategies that offload: all that it has, where XLA would stop at 64.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory))
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 

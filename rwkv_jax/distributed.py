@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.sharding import batch_sharding
+from rwkv_jax.sharding import batch_sharding, in_host_memory
 
 START_TIMEOUT = 300  # seconds that a process waits for the others to start
 HEARTBEAT_TIMEOUT = 30  # seconds of silence after which a process counts as lost
@@ -213,11 +213,11 @@ def make_agree(mesh: Mesh) -> Callable[[tuple[bool, ...], jax.Array], tuple[bool
 
 
 def to_first(params: Any) -> Any:
-    """The whole tree for the first process to write: bf16 in its memory, if others have parts.
+    """The whole tree for the first process to write: bf16, if others have parts or it is offloaded.
 
     Every process has to call it; a layer at a time is gathered. The others' result has no content.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and not in_host_memory(params):
         return params
     where = jax.tree.leaves(params)[0].sharding.mesh
 
@@ -227,7 +227,8 @@ def to_first(params: Any) -> Any:
         return row.astype(jnp.bfloat16)
 
     def whole(leaf: jax.Array) -> np.ndarray:
-        layers = leaf if leaf.ndim > 2 else leaf[None]
+        here = jax.device_put(leaf, NamedSharding(where, leaf.sharding.spec))
+        layers = here if leaf.ndim > 2 else here[None]
         rows = []
         for layer in range(len(layers)):
             row = gather(layers, layer)

@@ -54,12 +54,12 @@ class Need:
 
     parameters: int  # float32 masters
     optimizer: int  # float32 moments
-    host: int  # of the two, what is in the host's memory
-    total: int  # in the device's at the peak: the rest, the batch, and all that lives within a step
+    total: int  # at the peak: these, the batch, and all that lives within a step
     flops: int
     traffic: int  # bytes to and from the device's memory
-    moved: int  # bytes between the two memories
     compile_seconds: float  # of CPU time
+    host: int = 0  # of masters and moments, what is in the host's memory instead
+    moved: int = 0  # bytes between the two memories
 
     @property
     def temporary(self) -> int:
@@ -109,15 +109,15 @@ def measure(
     need = Need(
         parameters=parameters,
         optimizer=optimizers,
-        host=parameters + optimizers if offloaded else 0,
         total=max(
             _peak(one.memory_analysis()) + part.beside
             for one, part in zip(compiled, parts, strict=True)
         ),
         flops=sum(cost.flops(one.jaxpr.jaxpr) for one in traced),
         traffic=sum(cost.memory_traffic(one.as_text()) for one in compiled),
-        moved=sum(part.moved for part in parts),
         compile_seconds=_cpu_seconds() - cpu_began,
+        host=parameters + optimizers if offloaded else 0,
+        moved=sum(part.moved for part in parts),
     )
     seconds = time.monotonic() - began
     print(f"{seconds:.0f} s: {need.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
@@ -312,11 +312,10 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     per_sample = (needs[b].total - needs[a].total) / max(b - a, 1)
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
-    seconds = {
-        "arithmetic": need.flops / (rate * 1e12),
-        "memory": need.traffic / (target.bandwidth_gb_s * 1e9),
-        "PCIe": need.moved / (PCIE_GB_S * 1e9),
-    }
+    arithmetic = need.flops / (rate * 1e12)
+    memory = need.traffic / (target.bandwidth_gb_s * 1e9)
+    host = need.moved / (PCIE_GB_S * 1e9)
+    limit = max(arithmetic, memory) + host  # one waits for the other
     where = " in the host's memory" if need.host else ""
     count = config.devices * config.num_nodes
     tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * count
@@ -337,12 +336,12 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "largest": f"micro_bsz {largest} fits: {_gib(needs[largest].total).strip()}"
         if largest
         else f"not even micro_bsz 1 fits; {WAYS_OUT}",
-        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * seconds['arithmetic']:,.0f} ms at "
+        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * arithmetic:,.0f} ms at "
         f"{rate:,g} TFLOP/s; {need.traffic / 1e9:,.0f} GB of memory traffic, "
-        f"{1e3 * seconds['memory']:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
+        f"{1e3 * memory:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
         "host": f"{need.moved / 1e9:,.0f} GB to and from its memory, "
-        f"{1e3 * seconds['PCIe']:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(need.host).strip()} there",
-        "speed": f"at most {tokens / max(seconds.values()):,.0f} tokens/s by these limits of the card",
+        f"{1e3 * host:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(need.host).strip()} there",
+        "speed": f"at most {tokens / limit:,.0f} tokens/s by these limits of the card",
         "train": command,
     }
     if not need.host:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rwkv_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
+_HOST_MEMORIES = "pinned_host", "unpinned_host"
 
 # Where a tensor of the model, and its two moments, are cut. The first pattern that its official
 # path fits counts. The layer axis is never cut: `lax.scan` walks along it.
@@ -154,7 +155,16 @@ def _host_memory(mesh: Mesh) -> str | None:
     kinds = {
         memory.kind for device in mesh.local_devices for memory in device.addressable_memories()
     }
-    return next((kind for kind in ("pinned_host", "unpinned_host") if kind in kinds), None)
+    return next((kind for kind in _HOST_MEMORIES if kind in kinds), None)
+
+
+def in_host_memory(tree: Any) -> bool:
+    """Whether these arrays were put where `cut` says to offload."""
+    return any(
+        leaf.sharding.memory_kind in _HOST_MEMORIES
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array)
+    )
 
 
 def batch_spec(mesh: Mesh) -> P:

@@ -13,7 +13,7 @@ from rwkv_jax.build import decide
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.initialisation import init_params
 from rwkv_jax.loss import head_loss
-from rwkv_jax.optimizer import loss_scale, make_optimizer, unscale
+from rwkv_jax.optimizer import at_step, loss_scale, make_optimizer, unscale
 
 MODEL = ModelConfig(n_layer=1, n_embd=32, vocab_size=20, head_size=16, dim_v=8)
 DEVICES, MICRO_BATCHES = 4, 2
@@ -34,34 +34,42 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def run(kinds: list[int], rates: list[float], monkeypatch):
-    monkeypatch.setattr(step, "head_loss", loss_by_target)
-    mesh = sharding.make_mesh(DEVICES)
-    adam = make_optimizer(TrainConfig(), lambda count: jnp.array(rates)[count])
-    where = jax.tree.map(lambda x: x.sharding, step.abstract_state(mesh, MODEL, adam))
+def first_state(mesh, adam, strategy: sharding.Strategy) -> step.TrainState:
+    abstract = step.abstract_state(mesh, MODEL, adam, strategy.offload)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
     params = jax.tree.map(jnp.asarray, init_params(MODEL, 0))
-    state = jax.device_put(step.TrainState(params, adam.init(params)), where)
-    stage = sharding.STRATEGIES["deepspeed_stage_2"]
-    skipped = []
-    with jax.numpy_dtype_promotion("standard"):
-        one = step.make_step(MODEL, adam, mesh, stage, jnp.float32, remat=False)
+    return jax.device_put(step.TrainState(params, adam.init(params)), where)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_2_offload"])
+def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
+    """Masters, moments and bias correction are as without it; the rate is that of the step."""
+    monkeypatch.setattr(step, "head_loss", loss_by_target)
+    mesh, stage = sharding.make_mesh(DEVICES), sharding.STRATEGIES[strategy]
+    kinds = [BAD_GRADIENT, GOOD, BAD_LOSS, BAD_GRADIENT, GOOD]
+    rates = jnp.array([9, 0.1, 9, 9, 0.2, 0.1, 0.2])
+    adam = make_optimizer(TrainConfig(), lambda count: rates[count])
+    one = step.make_step(MODEL, adam, mesh, stage, jnp.float32, remat=False)
+
+    def run(kinds: list[int], first: int):
+        state, skipped = first_state(mesh, adam, stage), []
+        state = state._replace(opt_state=at_step(state.opt_state, first))
         for kind in kinds:
             batch = np.full((MICRO_BATCHES, DEVICES, 9), GOOD, np.int32)
             batch[-1, -1, -1] = kind  # in the last sample of all
             state, metrics = one(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
             skipped.append(bool(metrics.skipped))
-    return jax.tree.map(np.asarray, state), skipped
+        return jax.tree.map(np.asarray, state), skipped
 
-
-def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
-    """Masters, moments and bias correction are as without it; the rate is that of the step."""
-    kinds = [BAD_GRADIENT, GOOD, BAD_LOSS, BAD_GRADIENT, GOOD]
-    disturbed, skipped = run(kinds, [9, 0.1, 9, 9, 0.2], monkeypatch)
-    assert skipped == [kind != GOOD for kind in kinds]
-    alone, none = run([GOOD, GOOD], [0.1, 0.2], monkeypatch)
-    assert none == [False, False]
-    counts = [int(leaf) for leaf in jax.tree.leaves(disturbed.opt_state) if leaf.ndim == 0]
-    assert counts == [2, 5]  # Adam's and the schedule's
+    with jax.numpy_dtype_promotion("standard"):
+        disturbed, skipped = run(kinds, 0)
+        alone, none = run([GOOD, GOOD], 5)
+    assert skipped == [kind != GOOD for kind in kinds] and none == [False, False]
+    counts = [
+        [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
+        for state in (disturbed, alone)
+    ]
+    assert counts == [[2, 5], [2, 7]]  # Adam's and the schedule's
     for ours, expected in zip(*map(jax.tree.leaves, (disturbed, alone)), strict=True):
         if ours.ndim:
             assert np.isfinite(ours).all()
@@ -87,7 +95,8 @@ def test_without_recomputation_no_weights_are_kept_for_the_backward_pass():
     assert temporary(9) - temporary(3) < 6 * 1.5 * part  # saved, the weights make it 2
 
 
-def test_float16_finds_its_scale_and_grows_it(monkeypatch):
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_offload"])
+def test_float16_finds_its_scale_and_grows_it(strategy, monkeypatch):
     """Planted: gradients that overflow float16 above a scale of 4, though their norm is small."""
     mesh, seen = sharding.make_mesh(2), []
 
@@ -98,13 +107,10 @@ def test_float16_finds_its_scale_and_grows_it(monkeypatch):
     monkeypatch.setattr(step, "head_loss", planted)
     rates = optax.constant_schedule(1e-3)
     adam = optax.chain(unscale(32.0, patience=3), make_optimizer(TrainConfig(), rates))
-    where = jax.tree.map(lambda x: x.sharding, step.abstract_state(mesh, MODEL, adam))
-    params = jax.tree.map(jnp.asarray, init_params(MODEL, 0))
-    state = jax.device_put(step.TrainState(params, adam.init(params)), where)
+    stage = sharding.STRATEGIES[strategy]
+    state = first_state(mesh, adam, stage)
     with jax.numpy_dtype_promotion("standard"):
-        one = step.make_step(
-            MODEL, adam, mesh, sharding.STRATEGIES["fsdp"], jnp.float16, remat=False
-        )
+        one = step.make_step(MODEL, adam, mesh, stage, jnp.float16, remat=False)
         batch = jax.device_put(
             np.arange(2 * 9, dtype=np.int32).reshape(1, 2, 9), sharding.batch_sharding(mesh)
         )
