@@ -226,7 +226,7 @@ def to_first(params: Any) -> Any:
         row = jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False)
         return row.astype(jnp.bfloat16)
 
-    def whole(leaf: jax.Array) -> np.ndarray:
+    def whole(leaf: Any) -> np.ndarray:
         here = jax.device_put(leaf, NamedSharding(where, leaf.sharding.spec))
         layers = here if leaf.ndim > 2 else here[None]
         rows = []
