@@ -216,7 +216,7 @@ class RWKV7(nnx.Module):
                 anew for the backward pass in any case. So a layer that is, say, gathered from other
                 devices is there while it is at work.
         """
-        x = self.ln0(jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip"))
+        x = self.ln0(_embed(self.emb.weight[...], tokens))
         if state is None:
             state = self.initial_state(tokens.shape[0])
         graphdef, split = nnx.split(self.blocks)
@@ -277,6 +277,24 @@ def bind(config: ModelConfig, params: Params) -> RWKV7:
 @functools.lru_cache
 def _graphdef(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: RWKV7(config)))[0]
+
+
+@jax.custom_vjp
+def _embed(weight: Array, tokens: Array) -> Array:
+    """Rows of weight [V, C] for tokens [B, T]; their gradients are summed in float32.
+
+    In bf16 the sum over a token that comes up a few hundred times is lost in its own rounding.
+    """
+    return jnp.take(weight, tokens, axis=0, mode="clip")
+
+
+def _embed_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    tokens, like = residuals
+    total = jnp.zeros(like.shape, jnp.float32).at[tokens].add(g.astype(jnp.float32), mode="clip")
+    return total.astype(like.dtype), None
+
+
+_embed.defvjp(lambda weight, tokens: (_embed(weight, tokens), (tokens, weight)), _embed_backward)
 
 
 def _normalize(x: Array, eps: float) -> Array:
