@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_jax import pth
-from rwkv_jax.checkpoint import load_newest
+from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.weights import infer_config, to_official
+from rwkv_jax.weights import infer_config
 
 
 def read_tensors(path: Path) -> Mapping[str, pth.Array]:
@@ -19,7 +19,7 @@ def read_tensors(path: Path) -> Mapping[str, pth.Array]:
     Raises:
         UserError: it cannot be read.
     """
-    return to_official(load_newest(path)[1]) if path.is_dir() else pth.read(path)
+    return open_newest(path)[1] if path.is_dir() else pth.read(path)
 
 
 def describe(tensors: Mapping[str, pth.Array]) -> str:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_jax.checkpoint import load_newest
+from rwkv_jax import pth
+from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.weights import save_pth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.source}: is not a folder; give a run's output folder")
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
-    _, params = load_newest(args.source)
-    save_pth(args.target, params, args.dtype)
+    _, tensors = open_newest(args.source)
+    pth.write(args.target, tensors, args.dtype)
     print(f"wrote {args.target}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkv_jax.checkpoint import save_model
 from rwkv_jax.errors import CommandParser, run_command
-from rwkv_jax.weights import load_pth
+from rwkv_jax.weights import open_pth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")
     parser.add_argument("target", metavar="OUT_DIR", type=Path, help="must not exist")
     args = parser.parse_args(argv)
-    save_model(args.target, *load_pth(args.source))
+    save_model(args.target, *open_pth(args.source))
     print(f"wrote {args.target}")
 
 

@@ -13,18 +13,20 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from rwkv_jax import distributed
+from rwkv_jax import distributed, pth, stored
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import flush_folder
@@ -40,7 +42,8 @@ logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in r
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
-_MARGIN = 1 << 20  # bytes of free space beyond the arrays themselves, besides a twentieth of those
+_Model = TypeVar("_Model")
+_MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
 
 
 class Unreadable(UserError):
@@ -160,11 +163,10 @@ class Checkpoints:
     def _make_room(self, state: TrainState) -> str:
         """Removes what a killed run left; returns why nothing can be written, or ""."""
         try:
-            _check_space(self.folder, state)
+            _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except UserError as error:
             return str(error)
-        for leftover in self.folder.glob("*.partial*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(self.folder, lambda name: ".partial" in name)
         return ""
 
     def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
@@ -179,16 +181,18 @@ class Checkpoints:
                     gone = (self.folder / str(old)).rename(self.folder / f"{old}.partial")
                     shutil.rmtree(gone, ignore_errors=True)
         except Exception as error:
-            for leftover in self.folder.glob(f"{partial.name}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _remove(self.folder, lambda name: name.startswith(partial.name))
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
 
 
-def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
+def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
     """Writes one checkpoint that holds a model and no optimizer, for `load_newest`.
+
+    Little more than a layer of one tensor is in memory at a time, whatever the model's size.
 
     Args:
         folder: becomes the checkpoint; appears under its name only when it is complete.
+        tensors: all of the official ones, in the official order.
 
     Raises:
         UserError: it exists or cannot be written.
@@ -197,16 +201,17 @@ def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
         raise UserError(f"{folder}: exists already; give a new folder")
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    _check_space(folder.parent, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
     try:
-        _check_space(folder.parent, params)
-        _start_writing(partial, {"params": params}).result()
+        # Orbax writes the same tree of mere numbers, which makes it a checkpoint.
+        numbers = jax.tree.map(lambda _: np.zeros((), np.float32), abstract_params(config))
+        _start_writing(partial, {"params": numbers}).result()
+        stored.write(partial / "params", config, tensors)
         _commit(partial, folder, dataclasses.asdict(About(config)))
     except Exception as error:
-        for leftover in folder.parent.glob(f"{partial.name}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
+    finally:
+        _remove(folder.parent, lambda name: name.startswith(partial.name))
 
 
 def load_newest(path: Path) -> tuple[ModelConfig, Params]:
@@ -218,17 +223,30 @@ def load_newest(path: Path) -> tuple[ModelConfig, Params]:
     Raises:
         UserError: there is none, or it is damaged.
     """
+    return _of_newest(path, _load_model)
+
+
+def open_newest(path: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:
+    """The same model by official names, in the official order; values are read when they are used.
+
+    Raises:
+        UserError: there is none, or it is damaged (which may also show when values are read).
+    """
+    return _of_newest(path, _open_model)
+
+
+def _of_newest(path: Path, read: Callable[[Path], _Model]) -> _Model:
     folder = path.absolute()
     if (folder / MANIFEST).exists():
-        return _load_model(folder)
+        return read(folder)
     steps = Checkpoints(folder / "checkpoints").steps()
     for step in steps[:-1]:
         try:
-            return _load_model(folder / "checkpoints" / str(step))
+            return read(folder / "checkpoints" / str(step))
         except UserError as error:
             print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
     if steps:
-        return _load_model(folder / "checkpoints" / str(steps[-1]))
+        return read(folder / "checkpoints" / str(steps[-1]))
     if (folder / "_CHECKPOINT_METADATA").exists():
         raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
     raise UserError(
@@ -242,11 +260,17 @@ def _load_model(folder: Path) -> tuple[ModelConfig, Params]:
     return config, _load(folder, {"params": abstract})["params"]
 
 
+def _open_model(folder: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:
+    config = _verify(folder, without="opt_state/").model
+    with _reporting(folder):
+        return config, stored.read(folder / "params", config)
+
+
 # ------------------------------------------------------------------------------------- writing
 
 
-def _check_space(folder: Path, tree: Any) -> None:
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * 21 // 20 + _MARGIN
+def _check_space(folder: Path, nbytes: int) -> None:
+    needed = nbytes * 21 // 20 + _MARGIN
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -265,10 +289,31 @@ def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
     context = ocp.Context()
     # Weights hardly compress; and without it a file bounds the memory that reading it takes.
     context.array.saving.use_compression = False
+    context.array.saving.scoped_storage_options_creator = _storage
     # Otherwise, where it cannot make the folder, its threads wait minutes for it.
     context.asynchronous.create_directories_asynchronously = False
     with context:
         return ocp.save_checkpointables_async(partial, items, overwrite=True)
+
+
+def _remove(parent: Path, chosen: Callable[[str], bool]) -> None:
+    """Removes the folders with such names: when a part of a save fails, others still write."""
+    for _ in range(20):
+        leftovers = [path for path in parent.glob("*") if chosen(path.name)]
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not any(leftover.exists() for leftover in leftovers):
+            break
+        time.sleep(0.1)
+
+
+def _storage(path: tuple[Any, ...], leaf: Any) -> Any:
+    """In which pieces orbax stores an array: such that a layer can be read without the others."""
+    if leaf.ndim == 3:  # of stacked matrices
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
+    if leaf.ndim == 2:
+        return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=stored.PIECE)
+    return None
 
 
 def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
@@ -332,10 +377,10 @@ def _verify(folder: Path, without: str = "/") -> About:
                     raise UserError(f"{folder}: damaged: {name} has other content than was written")
     except OSError as error:
         raise Unreadable(f"{folder}: cannot be read: {error.strerror}") from None
-    stored = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
+    held = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
     needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(about.model)))
-    if needed > stored:
-        raise UserError(f"{folder}: {stored} bytes do not hold a model of {needed}")
+    if needed > 2 * held + _MARGIN:  # arrays of a kilobyte or less are compressed
+        raise UserError(f"{folder}: {held} bytes do not hold a model of {needed}")
     return about
 
 

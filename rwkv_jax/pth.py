@@ -590,7 +590,7 @@ def _records(tensors: Mapping[str, Array], dtype: Any) -> Iterator[tuple[str, An
     for index, (name, tensor) in enumerate(tensors.items()):
         with np.errstate(over="raise"):
             try:
-                values = np.ascontiguousarray(np.asarray(tensor), dtypes[name])
+                values = np.ascontiguousarray(np.asarray(tensor, dtypes[name]))
             except FloatingPointError:
                 raise _Refused(f"{name} has values beyond the range of {dtypes[name]}") from None
         yield f"data/{index}", values.reshape(-1).view(np.uint8).data

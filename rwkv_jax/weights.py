@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -90,9 +90,21 @@ def load_pth(
     Raises:
       UserError: the file cannot be used (see `pth.read`) or is not such a model.
     """
+    config, tensors = open_pth(path, expect)
+    return config, _tree(config, tensors, dtype)
+
+
+def open_pth(
+    path: str | os.PathLike[str], expect: ModelConfig | None = None
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """The model in an official `.pth` as `whole` gives it, without a copy: views of the file.
+
+    Raises:
+      UserError: as `load_pth` does.
+    """
     tensors = pth.read(path)
     try:
-        return from_official(tensors, expect, dtype)
+        return whole(tensors, expect)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -187,17 +199,49 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
 def from_official(
     tensors: Mapping[str, np.ndarray], expect: ModelConfig | None = None, dtype: Any = np.float32
 ) -> tuple[ModelConfig, Params]:
-    """The configuration and the tree of official tensors.
+    """The configuration and the tree of official tensors (see `whole`).
 
-    Each leaf is allocated once and filled, so memory is the tree's own. `v0`, `v1`, `v2` of block
-    0, when absent, become zeros: nothing reads them there, no gradient reaches them and no decay
-    applies, so they stay as they are, and an export (where the official trainer demands them) is
-    the same each time, in every dtype.
+    Each leaf is allocated once and filled, so memory is the tree's own.
 
     Args:
       tensors: by official name, as `pth.read` gives them.
       expect: refuse any other configuration, with the differences.
       dtype: of the tree.
+
+    Raises:
+      UserError: as `whole` does.
+    """
+    config, tensors = whole(tensors, expect)
+    return config, _tree(config, tensors, dtype)
+
+
+def _tree(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any) -> Params:
+    params: Params = {}
+    for name, tensor in tensors.items():
+        (*parents, last), layer = place(name)
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        shape = flat(tensor.shape)
+        if last not in node:
+            node[last] = np.empty(shape if layer is None else (config.n_layer, *shape), dtype)
+        target = node[last] if layer is None else node[last][layer]
+        target[...] = tensor.reshape(shape)
+    return params
+
+
+def whole(
+    tensors: Mapping[str, np.ndarray], expect: ModelConfig | None = None
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """The configuration of these tensors, and all that such a model has, in the official order.
+
+    `v0`, `v1`, `v2` of block 0, when absent, become zeros: nothing reads them there, no gradient
+    reaches them and no decay applies, so they stay as they are, and an export (where the official
+    trainer demands them) is the same each time, in every dtype.
+
+    Args:
+      tensors: by official name; flat vectors and a `_forward_module.` prefix are taken, too.
+      expect: refuse any other configuration, with the differences.
 
     Raises:
       UserError: see `infer_config`; or a tensor is not floating point.
@@ -216,25 +260,13 @@ def from_official(
     extra = [name for name in tensors if name not in shapes]
     if extra:
         warnings.warn(f"tensors that RWKV-7 does not have: {_list(extra)}", stacklevel=2)
-    params: Params = {}
+    found: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
-        place = _place(name)
-        *parents, last = place.path
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        flat = _flat(shape)
-        if last not in node:
-            node[last] = np.empty(flat if place.layer is None else (config.n_layer, *flat), dtype)
-        target = node[last] if place.layer is None else node[last][place.layer]
-        tensor = tensors.get(name)
-        if tensor is None:
-            target[...] = 0
-        elif tensor.dtype in _FLOATS:
-            target[...] = tensor.reshape(flat)
-        else:
+        tensor = tensors[name] if name in tensors else np.zeros(shape, np.float32)
+        if tensor.dtype not in _FLOATS:
             raise UserError(f"{name} is {tensor.dtype}, not floating point: is it quantised?")
-    return config, params
+        found[name] = tensor if tensor.shape == shape else tensor.reshape(shape)
+    return config, found
 
 
 def to_official(params: Params) -> dict[str, pth.Array]:
@@ -246,11 +278,11 @@ def to_official(params: Params) -> dict[str, pth.Array]:
     n_layer = params["blocks"]["ln1"]["weight"].shape[0]
     tensors: dict[str, pth.Array] = {}
     for name, dims in official_dims(n_layer).items():
-        place = _place(name)
+        path, layer = place(name)
         leaf: Any = params
-        for key in place.path:
+        for key in path:
             leaf = leaf[key]
-        tensors[name] = _Official(leaf, place.layer, (1, 1) if dims.startswith("11") else ())
+        tensors[name] = _Official(leaf, layer, (1, 1) if dims.startswith("11") else ())
     infer_config(tensors)
     return tensors
 
@@ -276,26 +308,21 @@ class _Official:
         return np.asarray(row, dtype).reshape(self.shape)
 
 
-class _Place(NamedTuple):
-    path: tuple[str, ...]
-    layer: int | None
-
-
 _LAYER = re.compile(r"blocks\.(\d{1,4})\.")
 _FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)
 
 
-def _place(name: str) -> _Place:
-    """Where in the tree an official tensor lies."""
+def place(name: str) -> tuple[tuple[str, ...], int | None]:
+    """Where in the tree an official tensor lies: the path of a leaf, and a row if it is stacked."""
     match = _LAYER.match(name)
     rest = name[match.end() :] if match else name
     if match is None or rest.startswith("ln0."):
-        return _Place(tuple(rest.split(".")), None)
-    return _Place(("blocks", *rest.split(".")), int(match[1]))
+        return tuple(rest.split(".")), None
+    return ("blocks", *rest.split(".")), int(match[1])
 
 
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the two leading ones that the official vectors have."""
+def flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """An official shape as the tree has it: without the two leading ones of the vectors."""
     return shape[2:] if len(shape) == 3 and shape[:2] == (1, 1) else shape
 
 
@@ -319,7 +346,7 @@ def _differences(tensors: Mapping[str, pth.Array], config: ModelConfig) -> str:
     other = [
         f"{name} is {list(tensors[name].shape)} and should be {list(shape)}"
         for name, shape in shapes.items()
-        if name in tensors and _flat(tuple(tensors[name].shape)) != _flat(shape)
+        if name in tensors and flat(tuple(tensors[name].shape)) != flat(shape)
     ]
     parts = [
         f"missing {_list(missing)}" if missing else "",

@@ -222,7 +222,7 @@ class Checkpoint:
     def __init__(self, folder: Path, canary: Path):
         self._folder, self._canary = folder / "x", canary
         model = ModelConfig(n_layer=1, n_embd=16, vocab_size=8, head_size=16)
-        checkpoint.save_model(self._folder, model, init_params(model, 0))
+        checkpoint.save_model(self._folder, model, weights.to_official(init_params(model, 0)))
         self._good = {path: path.read_bytes() for path in self._folder.rglob("*") if path.is_file()}
         self._manifest = self._folder / checkpoint.MANIFEST
         self._described = json.loads(self._good[self._manifest].split(b"\n", 1)[1])

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import rwkv_jax
-from rwkv_jax import checkpoint, sharding, step
+from rwkv_jax import checkpoint, sharding, step, weights
 from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
@@ -95,14 +95,41 @@ def test_load_newest_takes_a_run_or_a_checkpoint(run, below, number):
     assert_same_bits(rwkv_jax.load_params(run / below)[1], params)
 
 
+@pytest.mark.parametrize("devices", [4, 1])
+def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices):
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        state = jax.device_put(
+            random_state(1), jax.tree.map(lambda x: x.sharding, abstract(devices))
+        )
+        checkpoints.save(1, state, about(1))
+    model, tensors = checkpoint.open_newest(tmp_path)
+    assert model == MODEL
+    expected = weights.to_official(random_state(1).params)
+    assert list(tensors) == list(expected)
+    assert_same_bits(
+        {name: np.asarray(tensor) for name, tensor in tensors.items()},
+        {name: np.asarray(tensor) for name, tensor in expected.items()},
+    )
+
+
+def test_what_is_lost_while_it_is_read_is_said(tmp_path):
+    folder = tmp_path / "model"
+    checkpoint.save_model(folder, MODEL, weights.to_official(random_state(0).params))
+    _, tensors = checkpoint.open_newest(folder)
+    shutil.rmtree(folder / "params")
+    with pytest.raises(UserError, match="model.params: damaged: "):
+        np.asarray(tensors["head.weight"])
+
+
 def test_a_model_alone_is_a_checkpoint_too(tmp_path):
     params = random_state(0).params
-    checkpoint.save_model(tmp_path / "new" / "model", MODEL, params)
+    tensors = weights.to_official(params)
+    checkpoint.save_model(tmp_path / "new" / "model", MODEL, tensors)
     model, loaded = checkpoint.load_newest(tmp_path / "new" / "model")
     assert model == MODEL
     assert_same_bits(loaded, params)
     with pytest.raises(UserError, match="model: exists already; give a new folder"):
-        checkpoint.save_model(tmp_path / "new" / "model", MODEL, params)
+        checkpoint.save_model(tmp_path / "new" / "model", MODEL, tensors)
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints"])

@@ -1,5 +1,7 @@
 """Conversion: the same bytes after both ways, what rwkv_jax.load makes of it, and error lines."""
 
+import filecmp
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import rwkv_jax
 from convert import inspect, orbax_to_pth, pth_to_orbax
 from rwkv_jax import pth, weights
+from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
@@ -41,6 +44,47 @@ def test_round_trip_is_exact(tmp_path, source, options):
     assert back.read_bytes() == exported.read_bytes()
     assert same_tensors(pth.read(back), tensors)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "b.pth", "folder"]
+
+
+MEASURED = """
+import sys, threading, time
+import jax
+from convert import orbax_to_pth, pth_to_orbax
+
+def anonymous():  # what is neither of a file nor shared
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.002)
+
+jax.devices()
+seen = [anonymous()]
+threading.Thread(target=watch, daemon=True).start()
+pth_to_orbax.main(["a.pth", "checkpoint"])
+orbax_to_pth.main(["checkpoint", "b.pth"])
+print(max(seen) - seen[0])
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """300 MB, which are 600 as a tree: what both ways take stays far below."""
+    config = ModelConfig(n_layer=20, n_embd=768, vocab_size=8192)
+    noise = np.random.default_rng(0).integers(0, 1 << 14, 4096 * 768, np.uint16)
+    noise = noise.view(ml_dtypes.bfloat16)
+    shapes = weights.official_shapes(config)
+    pth.write(tmp_path / "a.pth", {name: np.resize(noise, shape) for name, shape in shapes.items()})
+    size = (tmp_path / "a.pth").stat().st_size
+    assert size > 300e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < size
+    assert filecmp.cmp(tmp_path / "a.pth", tmp_path / "b.pth", shallow=False)
 
 
 def test_load_takes_the_checkpoint(checkpoint):

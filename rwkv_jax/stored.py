@@ -1,0 +1,150 @@
+"""The parameters in a checkpoint, a piece of one tensor in memory at a time: `read`, `write`.
+
+Orbax keeps a tree as a database in a folder (OCDBT), with a zarr array for each leaf. It reads and
+writes whole leaves, which stack all layers; tensorstore, which it does that with, takes any part.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from rwkv_jax import pth, weights
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import UserError
+
+PIECE = 32 << 20  # bytes that are read, written or converted at once
+
+
+def read(folder: Path, config: ModelConfig) -> dict[str, pth.Array]:
+    """Official name → tensor, in the official order, of the database in `folder`.
+
+    Values are read when they are used (`np.asarray`, to any dtype), and not kept.
+
+    Raises:
+        UserError: an array is not of such a model; or, when values are read, it is damaged.
+        ValueError: what tensorstore says of a damaged database.
+    """
+    opening = {leaf: ts.open(_spec(folder, leaf)) for leaf in _leaves(config)}
+    arrays = {leaf: future.result() for leaf, future in opening.items()}
+    for leaf, shape in _leaves(config).items():
+        array = arrays[leaf]
+        if array.shape != shape or array.dtype != ts.float32:
+            raise UserError(
+                f"{leaf} is {array.dtype.name} {list(array.shape)}, not float32 {list(shape)}"
+            )
+    tensors: dict[str, pth.Array] = {}
+    for name, shape in weights.official_shapes(config).items():
+        leaf, layer = _leaf(name)
+        array = arrays[leaf] if layer is None else arrays[leaf][layer]
+        tensors[name] = _Tensor(array, shape, folder)
+    return tensors
+
+
+def write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
+    """Replaces the arrays of the database in `folder` by these tensors, in float32.
+
+    Args:
+        folder: where orbax has written a tree with the leaves of such a model, of any shapes.
+        tensors: all that `weights.official_shapes` names.
+    """
+    # Arrays are of one database where there is a cache to keep it in. Otherwise each opens its own,
+    # and their commits are in each other's way.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 1}})
+    creating = {
+        leaf: ts.open(
+            _spec(folder, leaf) | {"metadata": _metadata(leaf, shape)},
+            context=context,
+            create=True,
+            delete_existing=True,
+        )
+        for leaf, shape in _leaves(config).items()
+    }
+    arrays = {leaf: future.result() for leaf, future in creating.items()}
+    batch, size = ts.Transaction(atomic=True), 0  # a commit makes files: not one for each piece
+    for name, shape in weights.official_shapes(config).items():
+        leaf, layer = _leaf(name)
+        array = arrays[leaf] if layer is None else arrays[leaf][layer]
+        values = np.asarray(tensors[name]).reshape(weights.flat(shape))
+        for part in _pieces(values.shape):
+            if size > PIECE:
+                batch.commit_sync()
+                batch, size = ts.Transaction(atomic=True), 0
+            array.with_transaction(batch)[part] = values[part].astype(np.float32)
+            size += 4 * values[part].size
+    batch.commit_sync()
+
+
+class _Tensor:
+    """An array of the database, or one layer of it, in its official shape."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, array: Any, shape: tuple[int, ...], folder: Path):
+        self.shape = shape
+        self._array, self._folder = array, folder
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = np.empty(self._array.shape, dtype or self.dtype)
+        for part in _pieces(values.shape):
+            try:
+                read = self._array[part].read().result()
+            except ValueError as error:
+                raise UserError(f"{self._folder}: damaged: {str(error)[:200]!a}") from None
+            values[part] = read
+        return values.reshape(self.shape)
+
+
+def _leaf(name: str) -> tuple[str, int | None]:
+    """Orbax's name of the leaf that an official tensor is in, and its row there."""
+    path, layer = weights.place(name)
+    return ".".join(path), layer
+
+
+def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the leaves of such a model's tree."""
+    shapes = {}
+    for name, shape in weights.official_shapes(config).items():
+        leaf, layer = _leaf(name)
+        row = weights.flat(shape)
+        shapes[leaf] = row if layer is None else (config.n_layer, *row)
+    return shapes
+
+
+def _pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Ranges of the first axis, about as long as each other, of `PIECE` bytes of float32 or less.
+
+    >>> _pieces((10, PIECE // 16))
+    [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
+    """
+    rows = shape[0]
+    count = min(rows, math.ceil(4 * math.prod(shape) / PIECE))
+    step = math.ceil(rows / count)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _spec(folder: Path, leaf: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder}/"}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf}/"},
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _metadata(leaf: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Of an array that is stored in the pieces in which it is written."""
+    stacked = leaf.startswith("blocks.")
+    row = shape[1:] if stacked else shape
+    piece = (_pieces(row)[0].stop, *row[1:])
+    chunk = {"chunk_shape": (1, *piece) if stacked else piece}
+    return {
+        "shape": shape,
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": chunk},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
