@@ -1,12 +1,12 @@
 """`python -m rwkv_jax.doctor`: each rule on a machine that has the trouble, and the self-test."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,12 +179,7 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
 
 def test_a_machine_that_computes_something_else(monkeypatch):
     def run(command, **_):
-        folder = Path(command[command.index("--proj_dir") + 1])
-        folder.mkdir()
-        rows = [f"{step}\t1\t{loss}\t1\t1\t1" for step, loss in enumerate(losses)]
-        header = "\t".join(("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s"))
-        (folder / "step_log.tsv").write_text("\n".join([header, *rows]) + "\n")
-        return types.SimpleNamespace(returncode=0, stderr="", stdout="")
+        return types.SimpleNamespace(returncode=0, stderr="", stdout=json.dumps(losses.tolist()))
 
     monkeypatch.setattr(doctor.subprocess, "run", run)
     losses = np.array(doctor.KNOWN_LOSSES)
