@@ -20,12 +20,12 @@ from rwkv_jax.files import written_whole
 from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 # The official curve: RWKV-LM, RWKV-v7/train_temp. 0.1b, ctx_len 512, micro_bsz 16, lr 6e-4 to 6e-5,
-# MiniPile of 1,498,226,207 tokens; mean loss of the first miniepochs. A correct trainer stays
-# within 0.01 of it.
+# MiniPile of 1,498,226,207 tokens; mean loss of the first miniepochs.
 REFERENCE = (
     4.875856, 4.028621, 3.801625, 3.663070, 3.578974, 3.510906,
     3.462345, 3.412196, 3.376724, 3.336911, 3.313411, 3.295895,
 )  # fmt: skip
+REFERENCE_WITHIN = 0.01  # how far a correct trainer may be from it
 REFERENCE_CTX_LEN = 512
 REFERENCE_NAME = "official 0.1b on MiniPile"
 
@@ -97,6 +97,46 @@ def reference() -> Curve:
     loss = np.array(REFERENCE)
     tokens = (np.arange(loss.size) + 0.5) * MINIEPOCH * REFERENCE_CTX_LEN
     return Curve(REFERENCE_NAME, tokens, loss, loss, by_step=False, reference=True)
+
+
+def deviations(path: Path) -> list[tuple[int, float, float]]:
+    """(miniepoch, mean loss, official loss) of a run's train_log.txt, where both are known.
+
+    Raises:
+        UserError: the run has no train_log.txt, or it holds none of these miniepochs.
+    """
+    file = path / "train_log.txt" if path.is_dir() else path
+    if file.suffix != ".txt":
+        file = file.with_name("train_log.txt")
+    tokens, loss = _read_train_log(file, REFERENCE_CTX_LEN)
+    numbers = (tokens / (MINIEPOCH * REFERENCE_CTX_LEN)).astype(int)
+    rows = [
+        (int(number), float(mean), REFERENCE[number])
+        for number, mean in zip(numbers, loss, strict=True)
+        if 0 <= number < len(REFERENCE)
+    ]
+    if not rows:
+        raise UserError(f"{file}: has none of the miniepochs 0 to {len(REFERENCE) - 1}")
+    return rows
+
+
+def verdict(path: Path) -> str:
+    """A table of `deviations`, the largest, and whether it is within `REFERENCE_WITHIN`."""
+    rows = deviations(path)
+    lines = [f"{path} beside the {REFERENCE_NAME}:", "miniepoch      loss  official    apart"]
+    lines += [f"{n:9}  {loss:8.4f}  {known:8.4f}  {loss - known:+7.4f}" for n, loss, known in rows]
+    apart = [abs(loss - known) for _, loss, known in rows]
+    agrees = all(value <= REFERENCE_WITHIN for value in apart)  # which no NaN is
+    most = max(apart) if all(map(math.isfinite, apart)) else math.nan
+    return "\n".join(
+        [
+            *lines,
+            f"at most {most:.4f} apart: "
+            + ("agrees with it" if agrees else "does not agree with it")
+            + f" (a correct trainer stays within {REFERENCE_WITHIN}; of the same model, data, "
+            "ctx_len 512 and batch 16)",
+        ]
+    )
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
@@ -375,7 +415,8 @@ def main() -> None:
     parser.add_argument(
         "--reference",
         action="store_true",
-        help=f"also draw the official curve: {REFERENCE_NAME}, ctx_len 512, batch 16",
+        help=f"also draw the official curve, {REFERENCE_NAME}, ctx_len 512, batch 16; print how "
+        f"far each miniepoch is from it, and whether all are within {REFERENCE_WITHIN}",
     )
     parser.add_argument(
         "--ctx_len",
@@ -400,6 +441,11 @@ def main() -> None:
             f"{curve.name}: {curve.tokens[-1]:,.0f} tokens, loss {last:.4f}, "
             f"perplexity {math.exp(last):.2f}"
         )
+    for run in options.runs if options.reference else ():
+        try:
+            print(verdict(run))
+        except UserError as error:  # a run that has not come so far is drawn all the same
+            print(f"not compared: {error}")
     written = write_plots(curves, options.output)
     print("wrote " + " and ".join(map(str, written)))
     if len(written) == 1:

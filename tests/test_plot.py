@@ -73,6 +73,25 @@ def test_a_run_by_miniepochs_and_the_reference(tmp_path):
     assert read_run(tmp_path / "train_log.txt").loss.tolist() == [4.875856, 4.028621, 3.5]
 
 
+@pytest.mark.parametrize(
+    ("changed", "at_most", "agrees"),
+    [({}, "0.0000", True), ({1: 0.0099}, "0.0099", True), ({2: -0.0101}, "0.0101", False),
+     ({1: float("nan")}, "nan", False)],
+)  # fmt: skip
+def test_the_verdict_beside_the_reference(tmp_path, changed, at_most, agrees):
+    rows = {number: plot.REFERENCE[number] + changed.get(number, 0) for number in range(3)}
+    lines = [f"{number} {loss:.6f} 1 0.0006 2025-04-24 02:23:42 0" for number, loss in rows.items()]
+    (tmp_path / "train_log.txt").write_text("\n".join([*lines, "40 3.0 1 0.0006 x y 0"]) + "\n")
+    text = plot.verdict(tmp_path)
+    assert f"at most {at_most} apart: {'agrees' if agrees else 'does not agree'} with it" in text
+    assert "within 0.01" in text and len(text.splitlines()) == 6
+    for number, change in changed.items():
+        assert text.splitlines()[2 + number].split()[-1] == f"{change:+.4f}"
+    (tmp_path / "train_log.txt").write_text("40 3.0 1 0.0006 x y 0\n")
+    with pytest.raises(UserError, match="has none of the miniepochs 0 to 11"):
+        plot.verdict(tmp_path)
+
+
 def test_the_lines_are_where_the_losses_are(run):
     """The picture, read back: axis labels give the scale, the points give the losses."""
     curve = read_run(run)
@@ -157,6 +176,7 @@ def test_the_command(run, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{run}: 4,096,000 tokens, loss 3.3" in done.stdout
+    assert "not compared: " in done.stdout  # there is no train_log.txt
     assert "official 0.1b on MiniPile" in (tmp_path / "both.html").read_text("utf-8")
 
 
