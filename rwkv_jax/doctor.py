@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ OLDEST_GPU = {"cuda12": (5, 2), "cuda13": (7, 5)}
 
 # Options of the self-test, and the losses of its steps: computed in float64 by the independent
 # implementation in tests/torch_rwkv7.py (tests/test_doctor.py computes them again).
-SELF_TEST = {
+SELF_TEST: dict[str, Any] = {
     "n_layer": 1, "n_embd": 64, "vocab_size": 512, "ctx_len": 64, "micro_bsz": 2, "devices": 1,
     "my_exit_tokens": 768, "warmup_steps": 0, "lr_init": 1e-3, "lr_final": 1e-3,
 }  # fmt: skip
@@ -289,7 +290,7 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
     import jax
     import jax.numpy as jnp
 
-    from rwkv_jax import build, distributed, sharding
+    from rwkv_jax import build, sharding
     from rwkv_jax.config import TrainConfig
     from rwkv_jax.dataset import open_dataset
     from rwkv_jax.initialisation import init_params
@@ -315,10 +316,7 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
     run_step = build.build_step(config, model, mesh, optimizer)
     losses = []
     for step in range(schedule.last_step):
-        shape = (1, config.micro_bsz, config.ctx_len + 1)
-        batch = distributed.make_batch(
-            mesh, shape, lambda number, rows, at=step: squares.batch(at, 1, config.micro_bsz, rows)
-        )
+        batch = jnp.asarray(squares.batch(step, 1, config.micro_bsz)[None])
         state, metrics = run_step(state, batch)
         losses.append(float(metrics.loss))
     return losses
