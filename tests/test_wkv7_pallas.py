@@ -1,6 +1,7 @@
 """The Pallas kernels against the float64 recurrence: on a GPU, else interpreted as plain JAX."""
 
 import functools
+import itertools
 import warnings
 
 import jax
@@ -15,6 +16,7 @@ from wkv7_suite import (
     cast,
     outputs_and_gradients,
     relative_error,
+    truth,
 )
 
 from pallas_kernels.wkv7 import api, pallas_triton, wkv7
@@ -33,6 +35,18 @@ def interpret(monkeypatch):
 @pytest.mark.usefixtures("interpret")
 class TestPallasTriton(WKV7Suite):
     implementation = "pallas_triton"
+
+
+@pytest.mark.parametrize("tuning", sorted(set(pallas_triton.TUNING.values()), key=str))
+def test_every_tuning_computes_the_same(interpret, monkeypatch, tuning):
+    """Whatever card, head size and reset it was chosen for."""
+    case = Case("tuning", time=150, size=32, reset=((0, 16, 32, 64, 128), (5, 63, 64, 65, 149)))
+    tunings = dict.fromkeys(itertools.product(range(8, 13), [case.size], [False, True]), tuning)
+    monkeypatch.setattr(pallas_triton, "TUNING", tunings)
+    op = functools.partial(wkv7, implementation="pallas_triton")
+    results = outputs_and_gradients(op, *cast(case, "bfloat16"))
+    for name, x, true in zip(NAMES, results, truth(case), strict=True):
+        assert relative_error(x, true) < 1e-2, name
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])

@@ -60,18 +60,35 @@ PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the gradients' kernel is launched: chunks a program, and stages of its prefetching.
+    """How the kernels are launched on a card. Warps are not a choice: one for 16 rows of a state.
 
-    Several chunks a program hide the latency of loads, and cost registers and shared memory.
+    Attributes:
+      chunks: that a program of the gradients' kernel goes through. Several hide the latency of
+        loads, and cost registers and shared memory.
+      stages: of that kernel's prefetching.
+      reload_sequential, reload_gradients: whether forward and `D`, and the gradients' kernel, load
+        a tile again from the caches for its second use instead of keeping its operands in
+        registers: about an eighth more instructions, where they would spill.
     """
 
     chunks: int = 1
     stages: int = 1
+    reload_sequential: bool = False
+    reload_gradients: bool = False
 
 
-# By compute capability's major, head size, and whether states are reset. What is not here would
-# spill more than 32 bytes a thread, or not fit, and runs one chunk a program.
-TUNING = {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
+# By compute capability's major, head size, and whether states are reset; chosen so that nothing
+# spills more than 32 bytes a thread. Hopper's wgmma reads its right operands from shared memory, so
+# there fewer of them are in registers.
+TUNING = (
+    {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
+    | {
+        (major, 128, reset): Tuning(1, 1, True, True)
+        for major in (8, 12)
+        for reset in (False, True)
+    }
+    | {(9, 128, True): Tuning(reload_gradients=True)}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +241,17 @@ def _sum_tokens(x: jax.Array, which: jax.Array, dtype, dot) -> jax.Array:
     return dot(high.astype(dtype), ones) + dot((x - high).astype(dtype), ones)
 
 
+def _odds(w: jax.Array, exp2) -> jax.Array:
+    """exp(−w), bounded."""
+    return exp2(jnp.minimum(-LOG2_E * w.astype(jnp.float32), 100.0))
+
+
 def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]:
     """(exp(−w), log2 decay, its sum up to and with each token, half its sum over the chunk [N]).
 
     The third is counted from the middle of the chunk, the fourth, where W = 1.
     """
-    odds = exp2(jnp.minimum(-LOG2_E * w.astype(jnp.float32), 100.0))
+    odds = _odds(w, exp2)
     log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
     source, token = _positions()
     total = _sum_tokens(log, source <= token, dtype, dot)
@@ -343,10 +365,15 @@ def _forward_kernel(
         s = state.astype(dtype)
         for ref in states_ref:
             ref[chunk] = s
-        x = dot(v, ka) + _only(before, dot(s, a))
+        # What a reset cuts off is cut from the operands: fewer values than the products.
+        a, r = _only(before, a), _only(before, r)
+        x = dot(v, ka) + dot(s, a)
         u = dot(x.astype(dtype), solve).astype(dtype)
-        y = dot(v, kr) + _only(before, dot(s, r)) + dot(u, br)
+        y = dot(v, kr) + dot(s, r) + dot(u, br)
         y_ref[tokens, :] = y.astype(y_ref.dtype).T
+        if options.tuning.reload_sequential:
+            k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
+            b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         state = (
             _only(through, state) + dot(_only(after, v), k, "xY") + dot(_only(after, u), b, "xY")
         )
@@ -380,6 +407,9 @@ def _backward_ends_kernel(
         ends_ref[chunk] = d
         du = dot(dy, rb) + _only(after, dot(d, b))
         dx = dot(du.astype(dtype), solve).astype(dtype)
+        if options.tuning.reload_sequential:
+            r = _scaled(r_ref[tokens, :], exp2(total), dtype)
+            a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
         dy, dx = _only(before, dy), _only(before, dx)
         dstate = _only(through, end) + dot(dy, r, "xY") + dot(dx, a, "xY")
         return dstate * exp2(half)[None, :]
@@ -423,7 +453,7 @@ def _backward_chunks_kernel(
         s, d = states_ref[chunk], ends_ref[chunk]
         x = _only(before, dot(s, a)) + dot(v, ka)
         u = dot(x.astype(dtype), solve).astype(dtype)
-        if documents:
+        if documents or options.tuning.reload_gradients:
             passing = _sum_by_slices(states_ref, ends_ref, chunk)
         else:
             passing = _diagonal(dot(s, d, "Xy"))
@@ -432,11 +462,14 @@ def _backward_chunks_kernel(
         dx = dot(du.astype(dtype), solve, "xY").astype(dtype)
         dv = dv + dot(dx, ka, "xY")
         dv_ref[tokens, :] = dv.astype(dv_ref.dtype).T
+        if options.tuning.reload_gradients:
+            s, odds = states_ref[chunk], _odds(w_ref[tokens, :].T, exp2)
         dkr = _only(_causal(same, False), dot(v, dy, "Xy")).astype(dtype)
         dbr = _only(_causal(same, False), dot(u, dy, "Xy")).astype(dtype)
         dka = _only(_causal(same, True), dot(v, dx, "Xy")).astype(dtype)
         dba = _only(_causal(same, True), dot(u, dx, "Xy")).astype(dtype)
-        dr, da = _only(before, dot(s, dy, "Xy")), _only(before, dot(s, dx, "Xy"))
+        dr = dot(s, _only(before, dy), "Xy")
+        da = dot(s, _only(before, dx), "Xy")
         dr = dr + dot(k, dkr) + dot(b, dbr)
         da = da + dot(k, dka) + dot(b, dba)
         dr_ref[tokens, :] = (dr * up).astype(dr_ref.dtype).T
@@ -444,11 +477,15 @@ def _backward_chunks_kernel(
         gate = reciprocal(1.0 + odds)
         a_scale = up * exp2(DECAY_SCALE * LOG2_E * gate)
         da_ref[tokens, :] = (da * a_scale).astype(da_ref.dtype).T
+        if options.tuning.reload_gradients:
+            d, down = ends_ref[chunk], reciprocal(up)
+            r, a = _scaled(r_ref[tokens, :], up, dtype), _scaled(a_ref[tokens, :], a_scale, dtype)
+            k, b = _scaled(k_ref[tokens, :], down, dtype), _scaled(b_ref[tokens, :], down, dtype)
         # d log decay: the products with the rounded operands, so that what must cancel does.
         dlog = r.astype(jnp.float32) * dr
         da = a.astype(jnp.float32) * da
         dlog = dlog + da
-        kd, bd = _only(after, dot(d, v, "Xy")), _only(after, dot(d, u, "Xy"))
+        kd, bd = dot(d, _only(after, v), "Xy"), dot(d, _only(after, u), "Xy")
         kf, bf = k.astype(jnp.float32), b.astype(jnp.float32)
         passing = _only(through, passing) + jnp.sum(kf * kd + bf * bd, axis=1)
         dk = kd + dot(r, dkr, "xY") + dot(a, dka, "xY")
