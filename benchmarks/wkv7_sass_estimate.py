@@ -1,38 +1,48 @@
-"""Predicts a WKV-7 kernel's cycles a chunk from its machine code, for want of a GPU.
+"""Predicts WKV-7 kernels' cycles a chunk from their machine code, for want of a GPU.
 
-    JAX_PLATFORMS=cpu python benchmarks/wkv7_sass_estimate.py [h100 rtx4090 …]
+    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_sass_estimate
 
 The SASS of a kernel's main loop is replayed in order, with one warp of every program on each of a
 core's four schedulers: the assembler's own stall counts, scoreboard waits and barriers, and the
 latencies and issue rates of `unit`. Global loads count as prefetched where they are `cp.async`.
+Writes two tables into their places in docs/wkv7-kernel.md: the kernels as they are, and the other
+designs that `DESIGNS` makes of them.
 
-Not calibrated: no figure here was compared with a GPU's. What an instruction's encoding says of its
-scheduling, and that shared memory answers after about 30 cycles, is from Jia et al., Dissecting the
-NVIDIA Volta GPU Architecture via Microbenchmarking (arXiv 1804.06826); that mma and wgmma take some
-30 cycles, and mma.sync reaches three fifths of Hopper's peak, from Luo et al., Benchmarking and
-Dissecting the Nvidia Hopper GPU Architecture (arXiv 2402.13499, 2501.12084), rounded. How long a
-tensor core is held follows from the vendor's dense bf16 rate with float32 sums.
+Not calibrated: no figure here was compared with a GPU's. What it assumes, and from where:
+- an encoding's scheduling bits: Jia et al., arXiv 1804.06826, the section on control information;
+- shared memory after 30 cycles: Luo et al., arXiv 2402.13499 and 2501.12084, memory latencies of
+  Ampere, Ada and Hopper, rounded; ldmatrix and mma after 33: Sun et al., arXiv 2206.02874,
+  completion latencies on Ampere, and Luo et al. for mma and wgmma on Hopper, rounded;
+- mma.sync at three fifths of Hopper's peak: Luo et al.; how long a tensor core is held otherwise:
+  the vendor's dense bf16 rate with float32 sums;
+- other global loads after 500 cycles: between the L2's 281 (GH200) or 296 (RTX 4090) and the
+  memory's 690 or 636 in the table of github.com/markdewing/AI_kernels, latency/README.md;
+- shuffles, special functions, barriers: our own guesses.
+
 Needs the packages of `pallas_kernels.gpu_targets` and a `cuobjdump` on the PATH (it comes in the
 triton wheel too: triton/backends/nvidia/bin).
 """
 
-import functools
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.gpu_targets import GPU_TARGETS, assemble, compile_for
-from pallas_kernels.wkv7 import wkv7
+from benchmarks.wkv7_compiled import DOCS, KERNELS, Row, compiled, replace
+from pallas_kernels.gpu_targets import GPU_TARGETS, assemble
+from pallas_kernels.wkv7 import pallas_triton
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
 
+CARDS = ("h100", "rtx4090")
+CLOCK_GHZ = {"h100": 1.755}  # under load; the others' of GPU_TARGETS
 REPEATS = 8  # passes of each program, averaged
 # Cycles that a 16×8×16 mma holds one of a core's four tensor cores; half the rate on GeForce.
 MMA_CYCLES = {"a100": 8, "h100": 4, "a6000": 16, "l4": 16, "pro6000": 16}
@@ -139,41 +149,113 @@ def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
     return clock // REPEATS
 
 
-def disassemble(card: str) -> dict[str, str]:
-    """SASS by kernel, of forward and backward at the 0.1b's shape."""
+def replay(card: str) -> dict[str, tuple[list[int], int]]:
+    """By kernel: cycles a chunk of one, two and three programs on a core; bytes of spill."""
     tool = shutil.which("cuobjdump")
     if tool is None:
         sys.exit("error: cuobjdump is not on the PATH: see this file's docstring")
-    inputs = [jax.ShapeDtypeStruct(tuple(ARG_SPECS["0.1b_micro_batch_8"]), jnp.bfloat16)] * 6
-
-    def forward_and_backward(*inputs):
-        y, vjp = jax.vjp(functools.partial(wkv7, implementation="pallas_triton"), *inputs)
-        return y, vjp(y)
-
-    target = GPU_TARGETS[card]
-    found = {}
-    for ptx in compile_for(target, forward_and_backward, *inputs).ptx:
+    target, found = GPU_TARGETS[card], {}
+    mma_cycles = MMA_CYCLES.get(card, GEFORCE_MMA_CYCLES)
+    made = compiled(Row(card, 64, False))
+    for ptx in made.ptx:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernels.cubin"
             assemble(target, ptx, cubin)
             command = [tool, "-sass", str(cubin)]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for part in text.split("Function : ")[1:]:
-            found[part.split()[0]] = part
+            name = part.split()[0]
+            if name in KERNELS:
+                loop = main_loop(parse(part))
+                counts = [cycles(loop, programs, mma_cycles) for programs in (1, 2, 3)]
+                found[name] = counts, made.kernels[name].spill_bytes
+    return found
+
+
+@contextlib.contextmanager
+def design(**changes) -> Iterator[None]:
+    """pallas_triton with other values of its constants; what was compiled is forgotten."""
+    kept = {name: getattr(pallas_triton, name) for name in changes}
+    positions = pallas_triton._positions.__defaults__
+    try:
+        for name, value in changes.items():
+            setattr(pallas_triton, name, value)
+        pallas_triton._positions.__defaults__ = (pallas_triton.CHUNK,) * 2
+        compiled.cache_clear()
+        jax.clear_caches()
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(pallas_triton, name, value)
+        pallas_triton._positions.__defaults__ = positions
+        compiled.cache_clear()
+        jax.clear_caches()
+
+
+def _tunings(*values) -> dict:
+    tuning = pallas_triton.Tuning(*values)
+    return {(major, 64, False): tuning for major in (8, 9, 12)}
+
+
+DESIGNS = {
+    "as they are": {},
+    "chunks of 32, states every 32": {"CHUNK": 32},
+    "third kernel: one chunk a program, plain loads": {"TUNING": _tunings(1, 1)},
+    "tiles loaded again, as at N = 128": {"TUNING": _tunings(8, 2, True, True)},
+}
+
+
+def floors(card: str, replayed: dict, chunk: int) -> list[tuple[float, float]]:
+    """(µs by bytes, µs by chain) of each of KERNELS at the 0.1b's shape, micro_bsz 8."""
+    spec, target = ARG_SPECS["0.1b_micro_batch_8"], GPU_TARGETS[card]
+    clock = 1e3 * CLOCK_GHZ.get(card, target.clock_ghz)
+    heads, vector, state = spec.batch * spec.head, 2 * spec.size, 2 * spec.size**2 / chunk
+    moved = (7 * vector + state, 5 * vector + state, 13 * vector + 2 * state)
+    in_turn = -(-heads // target.core_count)
+    found = []
+    for name, count in zip(KERNELS, moved, strict=True):
+        by_bytes = heads * spec.time * count / target.bandwidth_gb_s / 1e3
+        one, two, _ = replayed[name][0]
+        chunks = spec.time / chunk
+        parallel = name == "wkv7_backward_chunks"
+        chain = heads / target.core_count * two / 2 if parallel else in_turn * one
+        found.append((by_bytes, chunks * chain / clock))
     return found
 
 
 def main() -> None:
-    for card in sys.argv[1:] or ["h100", "rtx4090"]:
-        mma_cycles = MMA_CYCLES.get(card, GEFORCE_MMA_CYCLES)
-        for kernel, sass in disassemble(card).items():
-            if kernel.startswith("wkv7"):
-                loop = main_loop(parse(sass))
-                replayed = [cycles(loop, programs, mma_cycles) for programs in (1, 2, 3)]
-                print(
-                    f"{card} {kernel}: {len(loop)} instructions, "
-                    f"cycles for 1, 2, 3 programs a core: {replayed}"
+    now = ["| kernel | card | cycles a chunk: 1, 2, 3 programs a core | bytes / chain, µs |"]
+    others = ["| design | card | cycles for 16 tokens, spill | larger floors, µs | sum |"]
+    now.append("|---" * 4 + "|")
+    others.append("|---" * 5 + "|")
+    for name, changes in DESIGNS.items():
+        chunk = changes.get("CHUNK", pallas_triton.CHUNK)
+        with design(**changes):
+            for card in CARDS:
+                try:
+                    replayed = replay(card)
+                except jax.errors.JaxRuntimeError as error:
+                    others.append(f"| {name} | {card} | {str(error).splitlines()[0]} | | |")
+                    continue
+                pairs = floors(card, replayed, chunk)
+                if not changes:
+                    for kernel, (by_bytes, chain) in zip(KERNELS, pairs, strict=True):
+                        counts = ", ".join(map(str, replayed[kernel][0]))
+                        now.append(
+                            f"| {kernel} | {card} | {counts} | {by_bytes:.0f} / {chain:.0f} |"
+                        )
+                per_16 = (
+                    f"{replayed[x][0][x == KERNELS[2]] * 16 // chunk} ({replayed[x][1]} B)"
+                    for x in KERNELS
                 )
+                larger = [max(pair) for pair in pairs]
+                each = " + ".join(f"{x:.0f}" for x in larger)
+                others.append(
+                    f"| {name} | {card} | {', '.join(per_16)} | {each} | {sum(larger):.0f} |"
+                )
+                print(others[-1], flush=True)
+    replace(DOCS, "floors", "\n".join(now))
+    replace(DOCS, "designs", "\n".join(others))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ class Kernel:
     registers: int
     spill_bytes: int  # a thread, the larger of stores and loads
     tensor_instructions: int  # mma and wgmma in the PTX
+    shared_bytes: int  # of a block, as XLA launches it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,20 +202,13 @@ def compile_for(
     with tempfile.TemporaryDirectory() as dump:
         executable = lowered.compile(compiler_options={"xla_dump_to": dump})
         ptx = [x.read_text() for x in Path(dump).glob("*.ptx") if x.stat().st_size]
-    kernels = {kernel.name: kernel for x in ptx for kernel in _kernels(target, x)}
+        launches = "".join(x.read_text() for x in Path(dump).glob("*.thunk_sequence.txt"))
+    shared = {
+        name: int(size)
+        for name, size in re.findall(r"(\S+) grid: .* shared_memory: (\d+) bytes", launches)
+    }
+    kernels = {kernel.name: kernel for x in ptx for kernel in _kernels(target, x, shared)}
     return Compiled(executable, kernels, ptx)
-
-
-def shared_memory(target: GpuTarget, function: Callable, *arguments: Any) -> int:
-    """Bytes of shared memory of the one Triton kernel in `function`, as XLA will launch it.
-
-    XLA tells them only of a kernel that does not fit; so it is asked for a GPU that has none.
-    """
-    try:
-        compile_for(dataclasses.replace(target, shared_kb_core=1), function, *arguments)
-    except jax.errors.JaxRuntimeError as error:
-        return int(_find(r"requested (\d+)", str(error))[0])
-    return 0
 
 
 def _ptxas() -> str | None:
@@ -233,7 +227,7 @@ def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
 
 
-def _kernels(target: GpuTarget, ptx: str) -> Iterator[Kernel]:
+def _kernels(target: GpuTarget, ptx: str, shared: dict[str, int]) -> Iterator[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         report = assemble(target, ptx, Path(folder) / "kernels.cubin")
     for block in report.split("Compiling entry function ")[1:]:
@@ -246,6 +240,7 @@ def _kernels(target: GpuTarget, ptx: str) -> Iterator[Kernel]:
             registers=int(_find(r"Used (\d+) registers", block)[0]),
             spill_bytes=max(int(stores), int(loads)),
             tensor_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\.", body)),
+            shared_bytes=shared.get(name, 0),
         )
 
 

@@ -1,41 +1,31 @@
 """The kernels compiled for real GPUs, without one: what interpret mode cannot show."""
 
 import functools
-import itertools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.wkv7_compiled import DOCS, KERNELS, ROWS, compiled, line
 from pallas_kernels.gpu_targets import (
     GPU_TARGETS,
     can_compile,
     compile_for,
     device_mesh,
-    shared_memory,
 )
 from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
-from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.wkv7.arg_specs import ArgSpec
 from rwkv_jax import plan
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.loss import head_loss
 
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
-
-# pytest puts its own filters in the place of the one that the module installs on import.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-
-DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
-KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
-# One card of each compute capability that the kernels know.
-CARDS = ("a100", "a6000", "rtx4090", "h100", "rtx5090")
 
 
 def arrays(spec: ArgSpec, dtype=jnp.bfloat16, **options) -> list[jax.ShapeDtypeStruct]:
@@ -51,29 +41,6 @@ def backward(*inputs):
     return forward_and_backward(*inputs)[1]
 
 
-@functools.cache
-def kernels(card: str, size: int, resets: bool):
-    """Forward's and backward's at the 0.1b's shape, but for the head size."""
-    spec = ArgSpec(8, 4096, 12, size)
-    reset = jax.ShapeDtypeStruct((8, 4096), jnp.bool_) if resets else None
-    return compile_for(
-        GPU_TARGETS[card],
-        lambda reset, *inputs: forward_and_backward(*inputs, reset=reset),
-        reset,
-        *arrays(spec),
-    ).kernels
-
-
-def row(card: str, size: int, resets: bool) -> str:
-    """Of the table in DOCS: registers / bytes of spill / tensor-core instructions."""
-    found = kernels(card, size, resets)
-    cells = [card, f"{size}, reset" if resets else str(size)]
-    for name in KERNELS:
-        kernel = found[name]
-        cells.append(f"{kernel.registers} / {kernel.spill_bytes} / {kernel.tensor_instructions}")
-    return "| " + " | ".join(cells) + " |"
-
-
 for_the_target = pytest.mark.skipif(
     jax.__version_info__ > (0, 10, 2),
     reason="jax compiles Triton kernels while lowering here, for the GPU at hand or else for 9.0",
@@ -81,23 +48,17 @@ for_the_target = pytest.mark.skipif(
 
 
 @for_the_target
-@pytest.mark.parametrize(
-    ("card", "size", "resets"),
-    [
-        *itertools.product(CARDS, (64, 128), (False,)),
-        *itertools.product(CARDS, (64,), (True,)),
-        *itertools.product(("rtx4090", "h100"), (16, 32), (False,)),
-    ],
-)
-def test_kernels_keep_to_their_registers_and_use_tensor_cores(card: str, size: int, resets: bool):
-    found = kernels(card, size, resets)
-    assert set(KERNELS) <= set(found)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_kernels_keep_to_their_registers_and_use_tensor_cores(row):
+    """As the docs say; `python -m benchmarks.wkv7_compiled` writes what they say."""
+    target = GPU_TARGETS[row.card]
+    found = compiled(row).kernels
     for name in KERNELS:
-        assert found[name].tensor_instructions >= 20, found[name]
-        if size <= 64 or card == "h100":
-            assert found[name].spill_bytes <= 32, found[name]
-    expected = row(card, size, resets)
-    assert expected in DOCS.read_text(), f"{DOCS.name} should say\n{expected}"
+        kernel = found[name]
+        assert kernel.tensor_instructions >= 20, kernel
+        assert kernel.spill_bytes <= 32, kernel
+        assert 0 < kernel.shared_bytes <= (target.shared_kb_core - 1) * 1024, kernel
+    assert line(row) in DOCS.read_text(), f"{DOCS.name} should say\n{line(row)}"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
@@ -111,13 +72,6 @@ def test_other_dtypes_and_resets_compile(dtype):
         *arrays(spec, dtype),
     )
     assert all(name in compiled.executable.as_text() for name in KERNELS)
-
-
-@for_the_target
-def test_shared_memory_is_that_of_a_kernel_that_does_not_fit():
-    forward = functools.partial(wkv7, implementation="pallas_triton")
-    spec = ARG_SPECS["0.1b_micro_batch_8"]
-    assert 8_000 < shared_memory(GPU_TARGETS["a100"], forward, *arrays(spec)) < 100_000
 
 
 def test_sharded_over_batch_and_heads_nothing_is_gathered():

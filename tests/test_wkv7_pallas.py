@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +87,12 @@ def test_refuses_what_it_cannot_serve(monkeypatch, capability):
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
         wkv7(*(x.astype(jnp.float64) for x in inputs), implementation="pallas_triton")
     huge = [jax.ShapeDtypeStruct((32, 4096, 64, 64), jnp.bfloat16)] * 6
+    many = [jax.ShapeDtypeStruct((1024, 16, 64, 16), jnp.bfloat16)] * 6
+    op = functools.partial(wkv7, implementation="pallas_triton")
     with pytest.raises(NotImplementedError, match="32 bits"):
-        jax.eval_shape(functools.partial(wkv7, implementation="pallas_triton"), *huge)
+        jax.eval_shape(op, *huge)
+    with pytest.raises(NotImplementedError, match="65535 heads"):
+        jax.eval_shape(op, *many)
 
 
 def test_float32_decay_logits_beside_bfloat16(interpret):
@@ -171,10 +174,3 @@ def test_bytes_by_the_block_specs(interpret):
         "wkv7_backward_ends": 1152 + state,
         "wkv7_backward_chunks": 2688,
     }
-
-
-def test_no_warning_reaches_the_caller(interpret):
-    inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        wkv7(*inputs, implementation="pallas_triton")

@@ -55,6 +55,7 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
 CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
 LOG2_E = math.log2(math.e)
+MAX_PROGRAMS = 65535  # along the second axis of a grid
 PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 
 
@@ -66,6 +67,7 @@ class Tuning:
       chunks: that a program of the gradients' kernel goes through. Several hide the latency of
         loads, and cost registers and shared memory.
       stages: of that kernel's prefetching.
+      sequential_stages: of forward's and `D`'s.
       reload_sequential, reload_gradients: whether forward and `D`, and the gradients' kernel, load
         a tile again from the caches for its second use instead of keeping its operands in
         registers: about an eighth more instructions, where they would spill.
@@ -73,6 +75,7 @@ class Tuning:
 
     chunks: int = 1
     stages: int = 1
+    sequential_stages: int = 2
     reload_sequential: bool = False
     reload_gradients: bool = False
 
@@ -83,12 +86,14 @@ class Tuning:
 TUNING = (
     {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
     | {
-        (major, 128, reset): Tuning(1, 1, True, True)
+        (major, 128, reset): Tuning(reload_sequential=True, reload_gradients=True)
         for major in (8, 12)
         for reset in (False, True)
     }
     | {(9, 128, True): Tuning(reload_gradients=True)}
 )
+# Tiles of twice the size: prefetched ones of N = 128 exceed a consumer card's shared memory.
+FLOAT32_TUNING = Tuning(sequential_stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,8 @@ def wkv7_pallas_triton(
         segment = jnp.pad(segment, padding[:2], mode="edge")
     major = 9 if capability is None else capability[0]
     tuning = TUNING.get((major, size, reset is not None), Tuning())
+    if v.dtype == jnp.float32:
+        tuning = FLOAT32_TUNING
     chunks = math.gcd(tuning.chunks, r.shape[1] // CHUNK)
     options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
     y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
@@ -146,6 +153,10 @@ def refusal(v: jax.Array, interpret: bool = False) -> str | None:
     if v.size * v.shape[-1] // CHUNK >= 2**31:
         return (
             f"addresses its states with 32 bits: too many tokens and heads in {v.shape}; cut them"
+        )
+    if v.shape[0] * v.shape[2] > MAX_PROGRAMS:
+        return (
+            f"launches at most {MAX_PROGRAMS} heads of sequences: too many in {v.shape}; cut them"
         )
     capability = current_compute_capability()
     if not interpret and (capability is None or capability < (8, 0)):
@@ -571,7 +582,7 @@ def _forward(options, save, r, w, k, v, a, b, initial_state, segment):
         _forward_kernel,
         options,
         (batch * head,),
-        2,
+        options.tuning.sequential_stages,
         [r, w, k, v, a, b, initial_state],
         [tokens] * 6 + [state],
         segment,
@@ -590,7 +601,7 @@ def _backward_ends(options, r, w, a, b, dy, dfinal_state, segment):
         _backward_ends_kernel,
         options,
         (batch * head,),
-        2,
+        options.tuning.sequential_stages,
         [r, w, a, b, dy, dfinal_state],
         [tokens] * 5 + [state],
         segment,
