@@ -192,16 +192,18 @@ def design(**changes) -> Iterator[None]:
         jax.clear_caches()
 
 
-def _tunings(*values) -> dict:
-    tuning = pallas_triton.Tuning(*values)
+def _tunings(**values) -> dict:
+    tuning = pallas_triton.Tuning(**values)
     return {(major, 64, False): tuning for major in (8, 9, 12)}
 
 
 DESIGNS = {
     "as they are": {},
     "chunks of 32, states every 32": {"CHUNK": 32},
-    "third kernel: one chunk a program, plain loads": {"TUNING": _tunings(1, 1)},
-    "tiles loaded again, as at N = 128": {"TUNING": _tunings(8, 2, True, True)},
+    "third kernel: one chunk a program, plain loads": {"TUNING": _tunings()},
+    "tiles loaded again, as at N = 128": {
+        "TUNING": _tunings(chunks=8, stages=2, reload_sequential=True, reload_gradients=True)
+    },
 }
 
 
