@@ -21,6 +21,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.step import TrainState
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+ONE_PRESS_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal has sent already
 
 # Options that a run may go on with changed; every later step is another for it.
 _CHANGEABLE = (
@@ -153,26 +154,29 @@ class Stop:
 
 
 def _answer(numbers: socket.socket) -> None:
-    """Tells of the first signal, and leaves at the next SIGINT; in a thread of its own.
+    """Tells of the first signal, and leaves at a later SIGINT; in a thread of its own.
 
     Python calls handlers in the main thread, when it next gets there: not ahead of the compiler's
     end, which can be a minute away. The numbers of signals come here when they happen.
     """
-    first = True
+    first_at = None
     with numbers:
         while received := numbers.recv(1):
-            number = received[0]
+            number, now = received[0], time.monotonic()
             if number not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
-                if first:
-                    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-                elif number == signal.SIGINT:
-                    os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # bars hide the cursor
-            if not first and number == signal.SIGINT:
+            if first_at is None:
+                first_at = now
+                _write_error(b"\nstopping after this step; Ctrl-C again stops at once\n")
+            elif number == signal.SIGINT and now - first_at > ONE_PRESS_SECONDS:
+                _write_error(b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # bars hide the cursor
                 # Not an exception: clean-up would wait for the checkpoint that is being written.
                 os._exit(130)
-            first = False
+
+
+def _write_error(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
+        os.write(2, text)
 
 
 class Saver:

@@ -3,12 +3,13 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.run import Saver
+from rwkv_jax.run import ONE_PRESS_SECONDS, Saver
 
 WAITING = """
 import time
@@ -34,7 +35,11 @@ def test_the_second_interrupt_leaves_at_once(first):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
+        process.send_signal(signal.SIGINT)  # so soon, it is the first one sent twice
+        time.sleep(2 * ONE_PRESS_SECONDS)
         process.send_signal(signal.SIGTERM)  # a second of those changes nothing
+        time.sleep(ONE_PRESS_SECONDS)
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
@@ -49,6 +54,7 @@ def test_a_signal_counts_though_nobody_reads():
         process.stderr.close()
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "SIGINT\n"
+        time.sleep(2 * ONE_PRESS_SECONDS)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
 
@@ -71,6 +77,7 @@ def test_the_second_interrupt_does_not_wait_for_what_python_waits_for():
             process.send_signal(signal.SIGINT)
             assert process.stderr.readline() == "\n"
             assert process.stderr.readline().startswith("stopping after this step")
+            time.sleep(2 * ONE_PRESS_SECONDS)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 130
         finally:
