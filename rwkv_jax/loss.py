@@ -14,7 +14,11 @@ import jax.numpy as jnp
 Array = jax.Array
 
 L2WRAP = 1e-4  # pulls each token's largest logit towards zero; enters the gradient alone
-AUTO_CHUNK_BYTES = 128 * 2**20  # float32 logits that exist at once when the chunk is automatic
+
+# Float32 logits that exist at once when the chunk is automatic. Each chunk reads and writes the
+# head's float32 gradient once: of 0.1b at B 8, T 4096, planned for an H100, the loss moves 97 GB
+# with 128 MiB, 77 with 256, 73 with 384, and takes 0.69, 0.96 and 1.16 GB.
+AUTO_CHUNK_BYTES = 256 * 2**20
 
 
 def head_loss(
@@ -29,7 +33,7 @@ def head_loss(
         hidden: [B, T, C], any float dtype; the products accumulate in float32.
         head: [V, C], same dtype.
         targets: [B, T] integers in [0, V).
-        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 128 MiB.
+        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 256 MiB.
         scale: of the gradients, but not of the loss: float16 has no numbers for the unscaled ones.
     Returns:
         A float32 scalar.

@@ -171,9 +171,7 @@ def fitting_batch(
     """
     kind = mesh.devices.flat[0].device_kind
     if limit is None:
-        stats = [device.memory_stats() or {} for device in mesh.local_devices]
-        limit = min(each.get("bytes_limit", 0) for each in stats)
-        limit = int(0.97 * limit)  # for what the plan does not know: the next batch, an export
+        limit = int(0.97 * device_memory(mesh))  # the rest: the next batch, an export
         if not limit:
             raise UserError(f"--micro_bsz auto: {kind} does not tell its memory; give a number")
         if jax.process_count() > 1:  # all compile the same; in MiB, for int32
@@ -188,6 +186,12 @@ def fitting_batch(
             f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {WAYS_OUT}"
         )
     return batch
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int:
+    """Bytes that jax's allocator has of this process's smallest device; 0: it does not tell."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    return min(each.get("bytes_limit", 0) for each in stats)
 
 
 def _peak(memory: Any) -> int:
@@ -359,7 +363,14 @@ TABLE: list[tuple[str, int, str, str]] = [
     ("h100", 6, "--size 0.4b", "22.51"),
     ("h100", 1, "--size 1.5b", "41.12"),
     ("h100", 1, "--size 2.9b", "89.21"),
+    (
+        "rtx4090",
+        1,
+        "--size 7.2b --devices 4 --strategy deepspeed_stage_3_offload",
+        "out of memory",
+    ),
     ("h100", 1, "--size 13.3b --devices 8 --strategy deepspeed_stage_3", ""),
+    ("h100", 1, "--size 13.3b --num_nodes 16 --devices 8 --strategy deepspeed_stage_3", ""),
 ]
 MARKERS = "<!-- python -m rwkv_jax.plan --table -->", "<!-- end of the table -->"
 

@@ -1,8 +1,10 @@
 """Two processes of four devices train as one of eight, and none goes on without the other."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +29,15 @@ OPTIONS = {
     "strategy": "fsdp", "data_file": ROOT / "data" / "demo.jsonl",
 }  # fmt: skip
 
-# The command, at a walking pace and noting whose samples it reads.
+# The command, at a walking pace and noting whose samples it reads. By its devices' memory, which a
+# CPU does not tell, the first process has room for two samples, the second for one.
 PROGRAM = """
 import sys, time
-from rwkv_jax import dataset, train
+import jax
+from rwkv_jax import dataset, plan, train
 from rwkv_jax.errors import run_command
+plan.device_memory = lambda _: (7 - 2 * jax.process_index()) * plan.GIB
+plan.measure = lambda config, *_: plan.Need(0, 0, 3 * config.micro_bsz * plan.GIB, 0, 0, 0)
 batch = dataset.Dataset.batch
 def noting(self, step, world_size, micro_bsz, rows):
     time.sleep(0.1)
@@ -47,23 +53,67 @@ def options(folder: Path, **more: object) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def start(folder: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+def named_by(cluster: str, number: int, port: int) -> tuple[dict[str, object], dict[str, str]]:
+    """Options and environment of a process, as whatever starts it gives them.
+
+    SLURM's and Open MPI's job numbers are such that jax takes this port, from 61440 up.
+    """
+    job = port - 61440
+    return {
+        "options": ({"coordinator_address": f"localhost:{port}", "process_id": number}, {}),
+        "SLURM": (
+            {},
+            {
+                "SLURM_JOB_ID": str(job),
+                "SLURM_STEP_NODELIST": "localhost,elsewhere",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(number),
+                "SLURM_LOCALID": "0",
+            },
+        ),
+        "Open MPI": (
+            {},
+            {
+                "OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:4711",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": str(number),
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            },
+        ),
+    }[cluster]
+
+
+def free_port() -> int:
+    for port in range(61440 + os.getpid() % 4000, 65536):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
+
+
+def start(folder: Path, cluster: str) -> list[subprocess.Popen]:
+    port = free_port()
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "16", "JAX_NUM_CPU_DEVICES": "4"}
-    return [
-        subprocess.Popen(
+
+    def process(number: int) -> subprocess.Popen:
+        named, environment = named_by(cluster, number, port)
+        return subprocess.Popen(
             [sys.executable, "-c", PROGRAM]
-            + options(folder, num_nodes=2, coordinator_address=address, process_id=number),
+            + options(folder, num_nodes=2, micro_bsz="auto", **named),
             cwd=ROOT,
-            env={**os.environ, **quick},
+            env={**os.environ, **quick, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
-    ]
+
+    return [process(number) for number in range(2)]
+
+
+def wait_for(checkpoint: Path, process: subprocess.Popen) -> None:
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -76,10 +126,8 @@ def quick_compiles():
 
 def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    first, second = start(together)
-    while not (together / "checkpoints" / "5").exists():
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
+    first, second = start(together, "options")
+    wait_for(together / "checkpoints" / "5", first)
     second.kill()
     since = time.monotonic()
     said = first.communicate(timeout=60)[1]
@@ -89,9 +137,18 @@ def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
     second.communicate()
     assert not (together / "rwkv-final.pth").exists()
 
-    out, errors = zip(
-        *(process.communicate(timeout=300) for process in start(together)), strict=True
-    )
+    first, second = start(together, "Open MPI")
+    wait_for(together / "checkpoints" / "10", first)
+    second.send_signal(signal.SIGTERM)  # to one of them: all stop, after the same step
+    said, others = first.communicate(timeout=300), second.communicate(timeout=300)
+    assert (first.returncode, second.returncode) == (1, 1), said[1] + others[1]
+    stopped = re.findall(r"stopped and saved at step (\d+)", said[0] + said[1])
+    assert "micro_bsz 1 x 1" in said[0] and len(stopped) == 1
+    assert (together / "checkpoints" / stopped[0]).exists()
+
+    running = start(together, "SLURM")
+    out, errors = zip(*(process.communicate(timeout=300) for process in running), strict=True)
+    assert f"at step {stopped[0]}" in out[0]
     assert "resumed from" in out[0] and (together / "rwkv-final.pth").exists(), errors[0]
     assert all(line.startswith("[Gloo]") for line in out[1].splitlines())  # one of them logs
     for number, said in enumerate(errors):
