@@ -16,6 +16,13 @@ from rwkv_jax.step import Metrics, TrainState, make_step
 
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "fp16": jnp.float16}
 
+# What the backward pass computes again, by --grad_cp.
+RECOMPUTED = (
+    "no recomputation",
+    "blocks recomputed in the backward pass",
+    "blocks but their matrix products recomputed in the backward pass",
+)
+
 # Of a GPU's memory, what jax takes for arrays and programs (its own default is three quarters). The
 # rest is for the CUDA context, the libraries' workspaces and the buffers of communication.
 MEMORY_FRACTION = 0.95
@@ -70,6 +77,6 @@ def build_step(
         mesh,
         sharding.STRATEGIES[config.strategy],
         PRECISIONS[config.precision],
-        remat=bool(config.grad_cp),
+        remat=config.grad_cp,
         head_chunk=config.head_chunk,
     )

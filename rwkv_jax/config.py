@@ -156,8 +156,8 @@ class TrainConfig:
     grad_clip: float = _option(
         1.0, "training", "largest global norm of the gradient; 0: any", least=0)
     grad_cp: int = _option(
-        -1, "training", "1: recompute each block in the backward pass, to save memory; 0: do not; "
-        "-1: 0 on a CPU, 1 on a GPU", -1, 0, 1)
+        -1, "training", "1: recompute each block in the backward pass, to save memory; 2: all of "
+        "it but its matrix products; 0: nothing; -1: 0 on a CPU, 1 on a GPU", -1, 0, 1, 2)
     head_chunk: int = _option(
         0, "training", "tokens of a sequence whose logits exist at once; 0: automatic", least=0)
     precision: str = _option(

@@ -205,13 +205,14 @@ class RWKV7(nnx.Module):
         tokens: Array,
         state: State | None = None,
         *,
-        remat: bool = False,
+        remat: int = 0,
         read: Callable[[Params, Array], Params] | None = None,
     ) -> tuple[Array, State]:
         """The input of the head: tokens [B,T] → ([B,T,C] in the parameters' dtype, state).
 
         Args:
-            remat: the backward pass recomputes each block from its input (`--grad_cp 1`).
+            remat: 1: the backward pass recomputes each block from its input; 2: all of it but its
+                matrix products, which are saved; 0: nothing (`--grad_cp`).
             read: (a block's parameters, the layer's number) → the parameters to compute with, made
                 anew for the backward pass in any case. So a layer that is, say, gathered from other
                 devices is there while it is at work.
@@ -241,7 +242,9 @@ class RWKV7(nnx.Module):
             return x, State(x_att[:, -1], x_ffn[:, -1], wkv)
 
         if remat or read:
-            body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else _is_activation)
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            saved = (_is_activation, None, products)[remat]
+            body = jax.checkpoint(body, prevent_cse=False, policy=saved)
         layers = jnp.arange(self.config.n_layer, dtype=jnp.int32)
         x, after = jax.lax.scan(body, x, (blocks, layers, state))
         return self.ln_out(x), after

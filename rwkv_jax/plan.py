@@ -32,7 +32,7 @@ from pallas_kernels.gpu_targets import (
     lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
-from rwkv_jax.build import MEMORY_FRACTION, build_step, decide
+from rwkv_jax.build import MEMORY_FRACTION, RECOMPUTED, build_step, decide
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, written_whole
@@ -310,7 +310,6 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     """What `main` prints of a plan, at one of its micro_bsz."""
     target, config, model, needs, largest = result
     need = needs[micro_bsz]
-    remat = "blocks recomputed in the backward pass" if config.grad_cp else "no recomputation"
     fits = need.total <= available(target)
     a, b = sorted(needs)[0], sorted(needs)[-1]
     per_sample = (needs[b].total - needs[a].total) / max(b - a, 1)
@@ -327,7 +326,7 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "model": brief(model),
         "devices": f"{count} x {target.device_kind}"
         + (f" in {config.num_nodes} machines" if config.num_nodes > 1 else "")
-        + f", {config.precision}, {remat}"
+        + f", {config.precision}, {RECOMPUTED[config.grad_cp]}"
         + (f", {config.strategy}" if count > 1 or need.host else ""),
         "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
         "parameters": f"{_gib(need.parameters)} float32 masters{where}",

@@ -55,7 +55,7 @@ def make_step(
     mesh: jax.sharding.Mesh,
     strategy: sharding.Strategy,
     dtype: jnp.dtype,
-    remat: bool,
+    remat: int,
     head_chunk: int = 0,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The compiled step: (state, batch [A, B, T + 1]) → (state, metrics).
@@ -72,7 +72,7 @@ def make_step(
     Args:
         dtype: in which the parameters are read, of the activations and of the gradients; float16
             wants an optimizer that begins with `optimizer.unscale`.
-        remat: recompute each block in the backward pass.
+        remat: what the backward pass computes again, as in `RWKV7.hidden`.
         head_chunk: as in `loss.head_loss`.
     """
     params = abstract_params(config)

@@ -15,7 +15,7 @@ import optax
 
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import distributed, plan, sharding, weights
-from rwkv_jax.build import build_step, decide, prepare_jax
+from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
@@ -234,12 +234,12 @@ def _describe(
     device, model = mesh.devices.flat[0], begin.about.model
     init = config.lr_init or 0.45 / model.n_embd
     final = config.lr_final or 0.04 / model.n_embd
-    remat = "blocks recomputed in the backward pass" if config.grad_cp else "no recomputation"
     tokens = schedule.last_step * schedule.tokens_per_step
     rows = {
         "model": brief(model),
         "start": begin.origin + (f", at step {begin.step}" if begin.step else ""),
-        "device": f"{mesh.size} x {device.device_kind}, {config.precision}, {remat}"
+        "device": f"{mesh.size} x {device.device_kind}, {config.precision}, "
+        + RECOMPUTED[config.grad_cp]
         + (f", {config.strategy}" if mesh.size > 1 else ""),
         "data": f"{data.name}: {len(data.tokens):,} tokens, magic_prime {data.magic_prime} "
         f"(samples of {data.ctx_len} in one pass)",

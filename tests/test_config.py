@@ -146,7 +146,7 @@ def test_without_options_everything_is_official():
         (["--precision", "fp8"], ["fp8", "bf16"]),
         (["--strategy", "ddp"], ["ddp", "deepspeed_stage_2"]),
         (["--train_stage", "4"], ["--train_stage 4"]),
-        (["--grad_cp", "2"], ["--grad_cp 2"]),
+        (["--grad_cp", "3"], ["--grad_cp 3"]),
         (["--lora_dims", "g2"], ["--lora_dims g2", "g1"]),
         (["--lora_dims", "64,64,32"], ["--lora_dims 64,64,32", "four"]),
         (["--lora_dims", "64,64,32,0"], ["--lora_dims 64,64,32,0"]),
