@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,12 +31,17 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `… | head` closed our output: not an error of ours
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # of standard output: those of files are UserErrors
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -364,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.think != "off" and not args.chat:
         raise UserError("--think goes with --chat")
 
+    if args.prompt and re.search("[\ud800-\udfff]", args.prompt):
+        raise UserError("--prompt: is not UTF-8")  # argv escapes such bytes so
     prompts = _read_prompts(args.prompts) if args.prompts else []
     use_precision(args.precision)
     decoder = load_decoder(args.load_model, args.precision)

@@ -134,6 +134,17 @@ def test_error_lines(checkpoint, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[str(BF16)], [str(BF16), str(BF16)]])
+def test_output_that_does_not_fit_is_an_error_in_one_line(arguments):
+    """Much of it, which is written at once, and a line that waits for the end."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "convert.inspect", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
 # ------------------------------------------------------------------------------------- inspect
 
 
