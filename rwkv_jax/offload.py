@@ -59,9 +59,9 @@ class OffloadedStep:
         last, weights = self._last
         if state is not last:
             weights = merge([self._read_part(part(state.params, group)) for group in self._groups])
-        gradients, metrics = self._differentiate(
-            weights, batch, self._fetch(loss_scale(state.opt_state))
-        )
+        scale = loss_scale(state.opt_state)
+        scale = self._fetch(scale) if sharding.in_host_memory(scale) else scale
+        gradients, metrics = self._differentiate(weights, batch, scale)
         states, read = [], []
         for group in self._groups:
             _free(part(weights, group))
@@ -70,6 +70,7 @@ class OffloadedStep:
             _free([old, own])
             states.append(self._store(visitor))
             read.append(read_of_it)
+            del visitor  # or it would be there still while the next one comes
         self._last = merge(states), merge(read)
         return self._last[0], metrics
 

@@ -44,7 +44,7 @@ from rwkv_jax.step import abstract_state, programs
 GIB = 2**30
 PCIE_GB_S = 25  # each way, what a card's 16 lanes of PCIe 4.0 reach
 WAYS_OUT = (
-    "try --grad_cp 1, a smaller --ctx_len, or a --strategy that shards more over more devices"
+    "try --grad_cp 1, a smaller --ctx_len, --strategy fsdp_offload, or more devices to shard over"
 )
 
 
@@ -54,17 +54,23 @@ class Need:
 
     parameters: int  # float32 masters
     optimizer: int  # float32 moments
-    total: int  # at the peak: these, the batch, and all that lives within a step
+    passes: int  # at the peak of forward and backward pass: these, the batch, and all within
     flops: int
     traffic: int  # bytes to and from the device's memory
     compile_seconds: float  # of CPU time
     host: int = 0  # of masters and moments, what is in the host's memory instead
+    visit: int = 0  # at the peak of their visits to the device, which no batch size changes
     moved: int = 0  # bytes between the two memories
+
+    @property
+    def total(self) -> int:
+        """At the peak of the whole step."""
+        return max(self.passes, self.visit)
 
     @property
     def temporary(self) -> int:
         """Activations, gradients, working copies of parameters."""
-        return self.total - (self.parameters + self.optimizer - self.host)
+        return self.passes - (self.parameters + self.optimizer - self.host)
 
 
 def measure(
@@ -94,7 +100,9 @@ def measure(
         lowered = [each.lower() for each in traced]
     kept = None
     if target:
-        texts = [each.as_text() for each in lowered]
+        texts = [
+            f"{each.as_text()}{part.beside}" for each, part in zip(lowered, parts, strict=True)
+        ]
         program = "\n".join((*texts, target.text(), jax.__version__))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
         if kept.exists():
@@ -106,17 +114,19 @@ def measure(
         compiled = [each.compile() for each in lowered]
     parameters, optimizers = bytes_of(state.params), bytes_of(state.opt_state)
     offloaded = sharding.STRATEGIES[config.strategy].offload
+    passes, *visits = [
+        _peak(one.memory_analysis()) + part.beside
+        for one, part in zip(compiled, parts, strict=True)
+    ]
     need = Need(
         parameters=parameters,
         optimizer=optimizers,
-        total=max(
-            _peak(one.memory_analysis()) + part.beside
-            for one, part in zip(compiled, parts, strict=True)
-        ),
+        passes=passes,
         flops=sum(cost.flops(one.jaxpr.jaxpr) for one in traced),
         traffic=sum(cost.memory_traffic(one.as_text()) for one in compiled),
         compile_seconds=_cpu_seconds() - cpu_began,
         host=parameters + optimizers if offloaded else 0,
+        visit=max(visits, default=0),
         moved=sum(part.moved for part in parts),
     )
     seconds = time.monotonic() - began
@@ -178,7 +188,9 @@ def fitting_batch(
             limit = 2**20 * int(np.min(process_allgather(np.int32(limit // 2**20))))
 
     def need(batch: int) -> int:
-        return measure(dataclasses.replace(config, micro_bsz=batch), model, mesh).total
+        return _for_search(
+            measure(dataclasses.replace(config, micro_bsz=batch), model, mesh), limit
+        )
 
     batch = largest_batch(need, limit)
     if not batch:
@@ -186,6 +198,11 @@ def fitting_batch(
             f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {WAYS_OUT}"
         )
     return batch
+
+
+def _for_search(need: Need, limit: int) -> int:
+    """What `largest_batch` asks for: affine in the batch, and beyond the limit if a visit is."""
+    return need.passes if need.visit <= limit else limit + need.passes
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> int:
@@ -296,7 +313,7 @@ def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     def need(batch: int) -> int:
         options = dataclasses.replace(config, micro_bsz=batch)
         needs[batch] = measure(options, model, mesh, target)
-        return needs[batch].total
+        return _for_search(needs[batch], limit)
 
     limit = available(target)
     if search:
@@ -312,7 +329,7 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     need = needs[micro_bsz]
     fits = need.total <= available(target)
     a, b = sorted(needs)[0], sorted(needs)[-1]
-    per_sample = (needs[b].total - needs[a].total) / max(b - a, 1)
+    per_sample = (needs[b].passes - needs[a].passes) / max(b - a, 1)
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
     arithmetic = need.flops / (rate * 1e12)
@@ -392,8 +409,9 @@ def write_table(readmes: list[Path], results: Path) -> None:
         config, _ = parse_train_options(arguments)
         result = plan(config, find_target(gpu), search=False)
         rows.append(table_row(result, options, tutorial))
-        record = dataclasses.asdict(result.needs[micro_bsz])
-        records.append({"gpu": gpu, "options": shlex.join(arguments), **record})
+        need = result.needs[micro_bsz]
+        record = {"gpu": gpu, "options": shlex.join(arguments), "total": need.total}
+        records.append({**record, **dataclasses.asdict(need)})
     _write(results, json.dumps(records, indent=1) + "\n")
     print("\n".join(rows))
     for readme in readmes:

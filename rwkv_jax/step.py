@@ -37,7 +37,7 @@ def abstract_state(
     mesh: jax.sharding.Mesh,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
-    offload: bool = False,
+    offloaded: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state: masters and moments are cut over the devices."""
     params = abstract_params(config)
@@ -45,7 +45,7 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         state,
-        sharding.cut(mesh, state, offload),
+        sharding.cut(mesh, state, offloaded),
     )
 
 
@@ -226,7 +226,9 @@ def fresh_moments(optimizer: optax.GradientTransformation, abstract: TrainState)
     for group in offload.groups(abstract.params):
         part = offload.part(abstract, group)
         where = jax.tree.map(lambda leaf: leaf.sharding, part.opt_state)
-        made.append(jax.jit(functools.partial(of_part, part), out_shardings=where)())
+        here = sharding.cut(jax.tree.leaves(where)[0].mesh, part.opt_state)
+        zeros = jax.jit(functools.partial(of_part, part), out_shardings=here)()
+        made.append(jax.block_until_ready(jax.device_put(zeros, where)))
     return offload.merge(made)
 
 

@@ -240,7 +240,7 @@ def _describe(
         "start": begin.origin + (f", at step {begin.step}" if begin.step else ""),
         "device": f"{mesh.size} x {device.device_kind}, {config.precision}, "
         + RECOMPUTED[config.grad_cp]
-        + (f", {config.strategy}" if mesh.size > 1 else ""),
+        + (f", {config.strategy}" if mesh.size > 1 or "offload" in config.strategy else ""),
         "data": f"{data.name}: {len(data.tokens):,} tokens, magic_prime {data.magic_prime} "
         f"(samples of {data.ctx_len} in one pass)",
         "batch": f"{schedule.batch} samples = {mesh.size} devices x micro_bsz {config.micro_bsz} "

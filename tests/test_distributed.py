@@ -62,7 +62,7 @@ def named_by(cluster: str, number: int, port: int) -> tuple[dict[str, object], d
     return {
         "options": ({"coordinator_address": f"localhost:{port}", "process_id": number}, {}),
         "SLURM": (
-            {},
+            {"strategy": "fsdp_offload"},
             {
                 "SLURM_JOB_ID": str(job),
                 "SLURM_STEP_NODELIST": "localhost,elsewhere",

@@ -48,7 +48,7 @@ def test_the_parts_of_a_state_make_the_state():
 
 
 def state_on_the_host(mesh) -> step.TrainState:
-    abstract = step.abstract_state(mesh, MODEL, ADAM, offload=True)
+    abstract = step.abstract_state(mesh, MODEL, ADAM, offloaded=True)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     params = distributed.place(init_params(MODEL, 0), where.params)
     state = step.TrainState(params, step.fresh_moments(ADAM, abstract))
@@ -68,11 +68,38 @@ def test_a_state_on_the_host_is_saved_and_exported(tmp_path):
         for leaf in jax.tree.leaves(state):  # as the next step does
             leaf.delete()
         checkpoints.close()
-        abstract = step.abstract_state(sharding.make_mesh(2), MODEL, ADAM, offload=True)
+        abstract = step.abstract_state(sharding.make_mesh(2), MODEL, ADAM, offloaded=True)
         back = checkpoints.restore(1, abstract)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(back)} == {"pinned_host"}
     for ours, theirs in zip(*map(jax.tree.leaves, (back, expected)), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+def test_one_part_at_a_time_is_on_the_devices(monkeypatch):
+    mesh = sharding.make_mesh(2)
+    seen, fetch = [], offload.OffloadedStep._fetch
+
+    def there() -> int:
+        """Float32 tensors on the devices; what the passes read is bf16."""
+        live = [leaf for leaf in jax.live_arrays() if leaf.ndim and leaf.dtype == jnp.float32]
+        return sum(leaf.sharding.memory_kind == "device" for leaf in live)
+
+    def noting(self, tree):
+        seen.append(there())
+        return fetch(self, tree)
+
+    with jax.numpy_dtype_promotion("standard"):
+        run = step.make_step(
+            MODEL, ADAM, mesh, sharding.STRATEGIES["fsdp_offload"], jnp.bfloat16, remat=False
+        )
+        state = state_on_the_host(mesh)
+        tokens = np.arange(2 * 9, dtype=np.int32).reshape(1, 2, 9)
+        batch = jax.device_put(tokens, sharding.batch_sharding(mesh))
+        state, _ = run(state, batch)
+        monkeypatch.setattr(offload.OffloadedStep, "_fetch", noting)
+        before = there()
+        run(state, batch)
+    assert len(seen) == len(offload.groups(state.params)) and set(seen) == {before}
 
 
 @pytest.mark.parametrize("strategy, parts", [("zero2_offload", 1), ("fsdp_offload", 4)])

@@ -147,10 +147,10 @@ def test_what_is_measured(measured):
 def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys):
     config = decide(TINY, on_gpu=False)
     model, mesh = config.model_config(), sharding.make_mesh(1)
-    need = Need(parameters=1, optimizer=2, total=0, flops=0, traffic=0, compile_seconds=0.0)
+    need = Need(parameters=1, optimizer=2, passes=0, flops=0, traffic=0, compile_seconds=0.0)
 
     def measure(config, *_):
-        return dataclasses.replace(need, total=100 + 10 * config.micro_bsz)
+        return dataclasses.replace(need, passes=100 + 10 * config.micro_bsz)
 
     monkeypatch.setattr(plan, "measure", measure)
     assert plan.fitting_batch(config, model, mesh, limit=155) == 5
@@ -188,7 +188,7 @@ def some_plan(total: float, largest: int = 4, **options) -> Plan:
         TrainConfig(size="0.1b", ctx_len=4096, devices=2, micro_bsz=2, **options), on_gpu=True
     )
     need = Need(GIB, 2 * GIB, int(total * GIB), 10**13, 67 * 10**9, 30.0)
-    larger = dataclasses.replace(need, total=need.total + GIB)
+    larger = dataclasses.replace(need, passes=need.passes + GIB)
     return Plan(
         GPU_TARGETS["h100"], config, config.model_config(), {2: need, largest or 1: larger}, largest
     )
@@ -212,6 +212,40 @@ def test_the_report():
     )
     assert lines["speed"].startswith("at most 819,689 tokens/s")
     assert lines["train"] == "python -m rwkv_jax.train"
+
+
+def test_the_report_of_what_is_in_the_host_s_memory():
+    """The largest visit, 7 GiB, is the peak; activations and gradients are those of the passes."""
+    result = some_plan(5, strategy="fsdp_offload")
+    away = {"host": 3 * GIB, "visit": 7 * GIB, "moved": 50 * 10**9}
+    needs = {batch: dataclasses.replace(need, **away) for batch, need in result.needs.items()}
+    text = plan.report(result._replace(needs=needs), 2, "")
+    lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
+    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in the host's memory"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["gradients"].strip() == "4.00 GiB and working copies"
+    assert lines["peak"].strip().startswith("7.00 GiB a device")
+    assert lines["host"] == "50 GB to and from its memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB there"
+    assert lines["speed"].startswith(f"at most {16384 / (2 + 67 / 3352):,.0f} tokens/s")
+
+
+@pytest.mark.parametrize("visit, largest", [(11, 52), (23, 0)])
+def test_a_visit_of_the_state_has_to_fit_and_does_not_mislead_the_search(
+    visit, largest, monkeypatch
+):
+    measured = []
+
+    def measure(config, *_):
+        measured.append(config.micro_bsz)
+        passes = int((7.2 + 0.3 * config.micro_bsz) * GIB)
+        return Need(GIB, 2 * GIB, passes, 1, 1, 1.0, host=3 * GIB, visit=visit * GIB)
+
+    monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "available", lambda _: int(22.8 * GIB))
+    options = dataclasses.replace(TINY, strategy="fsdp_offload")
+    assert abs(plan.plan(options, GPU_TARGETS["rtx4090"]).largest - largest) <= 1
+    assert len(measured) <= 3
 
 
 def test_the_report_of_what_does_not_fit():

@@ -200,6 +200,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tm
         assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
 
 
+def test_a_run_goes_on_with_its_state_elsewhere(data, run, tmp_path):
+    """From the host's memory, saved while the next step is under way, to that of two devices."""
+    options = config(data, tmp_path, strategy="fsdp_offload", save_every_steps=2)
+    before = train(options, stop_after=6)
+    after = train(config(data, tmp_path, strategy="zero2"))
+    assert before + after == pytest.approx(run[1], abs=1e-5)
+
+
 def command(data: Path, folder: Path, *more: str) -> list[str]:
     """The same options as `config`'s, as a command."""
     options = ["--data_file", str(data), "--proj_dir", str(folder), "--ctx_len", str(T)]
