@@ -1,7 +1,6 @@
 """The kernels compiled for real GPUs, without one: what interpret mode cannot show."""
 
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -169,25 +168,6 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
     need = first.needs[2]
     assert need.total > need.parameters + need.optimizer > 2 * need.parameters
     assert need.flops > 0 and need.traffic > 3 * need.parameters
-
-
-def test_the_command_finds_the_largest_batch(tmp_path):
-    """The command itself, search and all."""
-    command = "-m rwkv_jax.plan --gpu rtx3060 --n_layer 2 --n_embd 128 --vocab_size 4096"
-    run = subprocess.run(
-        [sys.executable, *command.split(), "--ctx_len", "1024"],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-        cwd=DOCS.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = dict(line.strip().split("  ", 1) for line in run.stdout.splitlines())
-    found = re.fullmatch(r"micro_bsz (\d+) fits: +([\d.]+) GiB", lines["largest"])
-    limit = plan.available(GPU_TARGETS["rtx3060"]) / plan.GIB
-    assert found and 0.95 * limit < float(found[2]) <= limit
-    assert lines["peak"].endswith("fits") and lines["train"].endswith(f"--micro_bsz {found[1]}")
-    assert 3 <= run.stderr.count("compiling for NVIDIA GeForce RTX 3060") <= 6
 
 
 def test_the_loss_of_a_large_batch_and_its_gradients_stay_below_a_gigabyte():
