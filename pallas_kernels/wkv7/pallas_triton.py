@@ -55,7 +55,6 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
 CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
 LOG2_E = math.log2(math.e)
-MAX_PROGRAMS = 65535  # along the second axis of a grid
 PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 
 
@@ -69,8 +68,8 @@ class Tuning:
       stages: of that kernel's prefetching.
       sequential_stages: of forward's and `D`'s.
       reload_sequential, reload_gradients: whether forward and `D`, and the gradients' kernel, load
-        a tile again from the caches for its second use instead of keeping its operands in
-        registers: about an eighth more instructions, where they would spill.
+        a tile again from the caches for its second use, where its operands would be registers
+        that spill.
     """
 
     chunks: int = 1
@@ -87,7 +86,7 @@ TUNING = (
     {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
     | {
         (major, 128, reset): Tuning(reload_sequential=True, reload_gradients=True)
-        for major in (8, 12)
+        for major in (8, 10, 11, 12)
         for reset in (False, True)
     }
     | {(9, 128, True): Tuning(reload_gradients=True)}
@@ -153,10 +152,6 @@ def refusal(v: jax.Array, interpret: bool = False) -> str | None:
     if v.size * v.shape[-1] // CHUNK >= 2**31:
         return (
             f"addresses its states with 32 bits: too many tokens and heads in {v.shape}; cut them"
-        )
-    if v.shape[0] * v.shape[2] > MAX_PROGRAMS:
-        return (
-            f"launches at most {MAX_PROGRAMS} heads of sequences: too many in {v.shape}; cut them"
         )
     capability = current_compute_capability()
     if not interpret and (capability is None or capability < (8, 0)):
