@@ -166,7 +166,7 @@ class Checkpoints:
             _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except UserError as error:
             return str(error)
-        _remove(self.folder, lambda name: ".partial" in name)
+        _remove(self.folder, lambda name: ".partial" in name, tries=1)
         return ""
 
     def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Checkpoints:
 def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
     """Writes one checkpoint that holds a model and no optimizer, for `load_newest`.
 
-    Little more than a layer of one tensor is in memory at a time, whatever the model's size.
+    Little more than one tensor is in memory at a time, whatever the model's size.
 
     Args:
         folder: becomes the checkpoint; appears under its name only when it is complete.
@@ -296,13 +296,13 @@ def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
         return ocp.save_checkpointables_async(partial, items, overwrite=True)
 
 
-def _remove(parent: Path, chosen: Callable[[str], bool]) -> None:
+def _remove(parent: Path, chosen: Callable[[str], bool], tries: int = 20) -> None:
     """Removes the folders with such names: when a part of a save fails, others still write."""
-    for _ in range(20):
+    for left in reversed(range(tries)):
         leftovers = [path for path in parent.glob("*") if chosen(path.name)]
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
-        if not any(leftover.exists() for leftover in leftovers):
+        if not left or not any(leftover.exists() for leftover in leftovers):
             break
         time.sleep(0.1)
 

@@ -286,17 +286,18 @@ def write_self_test_data(prefix: Path) -> None:
 
 
 def losses_of_small_model(data: Path, precision: str) -> list[float]:
-    """The losses of the steps of `SELF_TEST`: what train runs, without a run's files around it."""
+    """The losses of the steps of `SELF_TEST`: the step that train runs, without its files."""
     import jax
     import jax.numpy as jnp
 
     from rwkv_jax import build, sharding
     from rwkv_jax.config import TrainConfig
     from rwkv_jax.dataset import open_dataset
+    from rwkv_jax.distributed import place
     from rwkv_jax.initialisation import init_params
     from rwkv_jax.optimizer import learning_rate, make_optimizer
     from rwkv_jax.schedule import make_schedule
-    from rwkv_jax.step import TrainState, abstract_state
+    from rwkv_jax.step import TrainState, abstract_state, fresh_moments
 
     build.prepare_jax()
     mesh = sharding.make_mesh(1)
@@ -310,9 +311,9 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
     params = jax.tree.map(  # a run starts from a file in bf16
         lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), init_params(model)
     )
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, model, optimizer))
-    begin = jax.jit(lambda params: TrainState(params, optimizer.init(params)), out_shardings=where)
-    state = begin(params)
+    abstract = abstract_state(mesh, model, optimizer)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    state = TrainState(place(params, where), fresh_moments(optimizer, abstract))
     run_step = build.build_step(config, model, mesh, optimizer)
     losses = []
     for step in range(schedule.last_step):
@@ -349,10 +350,11 @@ def self_test(precision: str) -> str:
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"self-test in {precision}: not done after five minutes") from None
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+    said = done.stdout.strip().splitlines()[-1:]
+    if done.returncode or not said:
+        words = done.stderr.strip().splitlines()[-1:] or said
         raise UserError(f"self-test in {precision}: training fails: {' '.join(words)}")
-    losses = json.loads(done.stdout.splitlines()[-1])
+    losses = json.loads(said[0])
     apart = float(np.max(np.abs(np.array(losses) - np.array(KNOWN_LOSSES))))
     summary = f"{len(losses)} training steps, losses within {apart:.1g} of the known ones"
     if not apart <= TOLERANCE[precision]:

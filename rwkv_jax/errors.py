@@ -38,9 +38,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # `… | head` closed our output: not an error of ours
         sys.stderr.close()
         sys.exit(141)
-    except OSError as error:  # of standard output: those of files are UserErrors
-        print(f"error: {error.strerror or error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more
+    except OSError as error:  # without a file name: of standard output
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        if not where:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it is tried once more
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -126,7 +126,7 @@ def verdict(path: Path) -> str:
     lines = [f"{path} beside the {REFERENCE_NAME}:", "miniepoch      loss  official    apart"]
     lines += [f"{n:9}  {loss:8.4f}  {known:8.4f}  {loss - known:+7.4f}" for n, loss, known in rows]
     apart = [abs(loss - known) for _, loss, known in rows]
-    agrees = all(value <= REFERENCE_WITHIN for value in apart)  # which no NaN is
+    agrees = all(round(value, 6) <= REFERENCE_WITHIN for value in apart)  # which no NaN is
     most = max(apart) if all(map(math.isfinite, apart)) else math.nan
     return "\n".join(
         [

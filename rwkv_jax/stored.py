@@ -36,6 +36,8 @@ def read(folder: Path, config: ModelConfig) -> dict[str, pth.Array]:
             raise UserError(
                 f"{leaf} is {array.dtype.name} {list(array.shape)}, not float32 {list(shape)}"
             )
+        if math.prod(_chunk(array)) > math.prod(shape):  # which reading would make room for
+            raise UserError(f"{leaf} is stored in pieces of {list(_chunk(array))}")
     tensors: dict[str, pth.Array] = {}
     for name, shape in weights.official_shapes(config).items():
         leaf, layer = _leaf(name)
@@ -63,6 +65,9 @@ def write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -
         )
         for leaf, shape in _leaves(config).items()
     }
+    failures = [future.exception() for future in creating.values()]  # waits for all of them
+    for failure in filter(None, failures):
+        raise failure
     arrays = {leaf: future.result() for leaf, future in creating.items()}
     batch, size = ts.Transaction(atomic=True), 0  # a commit makes files: not one for each piece
     for name, shape in weights.official_shapes(config).items():
@@ -89,7 +94,7 @@ class _Tensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = np.empty(self._array.shape, dtype or self.dtype)
-        for part in _pieces(values.shape):
+        for part in _pieces(values.shape, _chunk(self._array)[0]):
             try:
                 read = self._array[part].read().result()
             except ValueError as error:
@@ -114,15 +119,22 @@ def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _pieces(shape: tuple[int, ...]) -> list[slice]:
+def _chunk(array: Any) -> tuple[int, ...]:
+    """The shape in which an array is stored: reading any of it reads as much."""
+    return array.chunk_layout.read_chunk.shape
+
+
+def _pieces(shape: tuple[int, ...], least: int = 1) -> list[slice]:
     """Ranges of the first axis, about as long as each other, of `PIECE` bytes of float32 or less.
+
+    None but the last is shorter than `least`, whatever bytes that makes.
 
     >>> _pieces((10, PIECE // 16))
     [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
     """
     rows = shape[0]
     count = min(rows, math.ceil(4 * math.prod(shape) / PIECE))
-    step = math.ceil(rows / count)
+    step = max(math.ceil(rows / count), least)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 

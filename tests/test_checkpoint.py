@@ -1,9 +1,12 @@
 """What is saved comes back to the bit; what cannot be used is refused in one line."""
 
 import contextlib
+import dataclasses
+import math
 import re
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import optax
 import pytest
 
 import rwkv_jax
-from rwkv_jax import checkpoint, sharding, step, weights
+from rwkv_jax import checkpoint, sharding, step, stored, weights
 from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
@@ -96,7 +99,10 @@ def test_load_newest_takes_a_run_or_a_checkpoint(run, below, number):
 
 
 @pytest.mark.parametrize("devices", [4, 1])
-def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices):
+def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", dataclasses.replace(MODEL, n_layer=3))
+    if devices == 1:
+        monkeypatch.setattr(stored, "PIECE", 1 << 10)
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
         state = jax.device_put(
             random_state(1), jax.tree.map(lambda x: x.sharding, abstract(devices))
@@ -104,6 +110,10 @@ def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices):
         checkpoints.save(1, state, about(1))
     model, tensors = checkpoint.open_newest(tmp_path)
     assert model == MODEL
+    with pytest.MonkeyPatch.context() as patch:  # a layer is read without the others
+        patch.setattr(stored, "_Tensor", lambda array, *_: array.chunk_layout.read_chunk.shape)
+        chunks = checkpoint.open_newest(tmp_path)[1]
+    assert math.prod(chunks["blocks.1.ffn.key.weight"]) <= 4 * MODEL.n_embd**2
     expected = weights.to_official(random_state(1).params)
     assert list(tensors) == list(expected)
     assert_same_bits(
@@ -121,7 +131,25 @@ def test_what_is_lost_while_it_is_read_is_said(tmp_path):
         np.asarray(tensors["head.weight"])
 
 
-def test_a_model_alone_is_a_checkpoint_too(tmp_path):
+def test_larger_pieces_than_the_array_are_refused(tmp_path, monkeypatch):
+    """Reading a kilobyte that is said to be in a piece of gigabytes would take those."""
+    metadata = stored._metadata
+
+    def larger(leaf, shape):
+        made = metadata(leaf, shape)
+        made["chunk_grid"]["configuration"]["chunk_shape"] = tuple(2 * size for size in shape)
+        return made
+
+    folder = tmp_path / "model"
+    monkeypatch.setattr(stored, "_metadata", larger)
+    checkpoint.save_model(folder, MODEL, weights.to_official(random_state(0).params))
+    with pytest.raises(UserError, match="is stored in pieces of"):
+        checkpoint.open_newest(folder)
+
+
+@pytest.mark.parametrize("piece", [stored.PIECE, 1 << 10])
+def test_a_model_alone_is_a_checkpoint_too(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(stored, "PIECE", piece)
     params = random_state(0).params
     tensors = weights.to_official(params)
     checkpoint.save_model(tmp_path / "new" / "model", MODEL, tensors)
