@@ -10,7 +10,6 @@ while it lowers, for the GPU at hand or else for compute capability 9.0.
 
 import functools
 import itertools
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.gpu_targets import GPU_TARGETS, Compiled, compile_for
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
+from rwkv_jax.files import written_whole
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
 KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
@@ -69,10 +69,9 @@ def line(row: Row) -> str:
 def replace(path: Path, name: str, text: str) -> None:
     """Puts text between the markers of this name in a Markdown file."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    before, rest = path.read_text().split(begin)
-    partial = path.with_suffix(".partial")
-    partial.write_text(before + begin + text + "\n" + end + rest.split(end)[1])
-    os.replace(partial, path)
+    before, rest = path.read_text("utf-8").split(begin)
+    with written_whole(path) as temporary:
+        temporary.write_text(before + begin + text + "\n" + end + rest.split(end)[1], "utf-8")
 
 
 def main() -> None:

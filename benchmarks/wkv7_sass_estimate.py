@@ -176,18 +176,15 @@ def replay(card: str) -> dict[str, tuple[list[int], int]]:
 def design(**changes) -> Iterator[None]:
     """pallas_triton with other values of its constants; what was compiled is forgotten."""
     kept = {name: getattr(pallas_triton, name) for name in changes}
-    positions = pallas_triton._positions.__defaults__
     try:
         for name, value in changes.items():
             setattr(pallas_triton, name, value)
-        pallas_triton._positions.__defaults__ = (pallas_triton.CHUNK,) * 2
         compiled.cache_clear()
         jax.clear_caches()
         yield
     finally:
         for name, value in kept.items():
             setattr(pallas_triton, name, value)
-        pallas_triton._positions.__defaults__ = positions
         compiled.cache_clear()
         jax.clear_caches()
 

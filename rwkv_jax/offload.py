@@ -17,7 +17,7 @@ from rwkv_jax import sharding
 from rwkv_jax.model import Params
 from rwkv_jax.optimizer import loss_scale
 
-Path = tuple[str, ...]  # of a parameter
+Name = tuple[str, ...]  # a parameter's path in the tree
 
 
 class Program(NamedTuple):
@@ -103,11 +103,11 @@ class OffloadedStep:
         return jax.block_until_ready(jax.device_put(tree, where))
 
 
-def groups(params: Params) -> list[frozenset[Path]]:
+def groups(params: Params) -> list[frozenset[Name]]:
     """The tensors' paths, in groups none of which is larger than the largest tensor."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     sizes = {tuple(entry.key for entry in path): leaf.size for path, leaf in paths}
-    found: list[list[Path]] = [[]]
+    found: list[list[Name]] = [[]]
     room = most = max(sizes.values())
     for path in sorted(sizes, key=lambda path: sizes[path]):
         if sizes[path] > room:
@@ -118,10 +118,10 @@ def groups(params: Params) -> list[frozenset[Path]]:
     return [frozenset(group) for group in found]
 
 
-def part(tree: Any, group: frozenset[Path]) -> Any:
+def part(tree: Any, group: frozenset[Name]) -> Any:
     """Of a tree whose dicts are trees of parameters, or of moments, these alone."""
 
-    def only(node: Params, at: Path = ()) -> Params:
+    def only(node: Params, at: Name = ()) -> Params:
         kept = {
             name: only(below, (*at, name)) if _is_dict(below) else below
             for name, below in node.items()

@@ -108,7 +108,7 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
         state: optax.ScaleByAdamState,
         params: Params | None = None,
         *,
-        skip: jax.Array | bool = False,
+        skip: jax.Array,
         **_: Any,
     ):
         def unless_skipped(new: Any, old: Any) -> Any:

@@ -235,12 +235,13 @@ def _describe(
     init = config.lr_init or 0.45 / model.n_embd
     final = config.lr_final or 0.04 / model.n_embd
     tokens = schedule.last_step * schedule.tokens_per_step
+    offload = sharding.STRATEGIES[config.strategy].offload
     rows = {
         "model": brief(model),
         "start": begin.origin + (f", at step {begin.step}" if begin.step else ""),
         "device": f"{mesh.size} x {device.device_kind}, {config.precision}, "
         + RECOMPUTED[config.grad_cp]
-        + (f", {config.strategy}" if mesh.size > 1 or "offload" in config.strategy else ""),
+        + (f", {config.strategy}" if mesh.size > 1 or offload else ""),
         "data": f"{data.name}: {len(data.tokens):,} tokens, magic_prime {data.magic_prime} "
         f"(samples of {data.ctx_len} in one pass)",
         "batch": f"{schedule.batch} samples = {mesh.size} devices x micro_bsz {config.micro_bsz} "

@@ -166,7 +166,9 @@ def test_updates_by_hand(grad_clip, adam_eps):
     ):
         with jax.numpy_dtype_promotion("standard"):  # optax adds its Python floats as arrays
             norm = optax.tree.norm(tree(grads))
-            updates, state = optimizer.update(tree(grads), state, params, norm=norm)
+            updates, state = optimizer.update(
+                tree(grads), state, params, norm=norm, skip=jnp.bool(False)
+            )
         params = optax.apply_updates(params, updates)
         jax.tree.map_with_path(
             lambda path, ours, theirs: np.testing.assert_allclose(
@@ -185,7 +187,11 @@ def test_a_vanishing_gradient_still_moves_by_the_rate():
     grads = {"ln_out": {"bias": jnp.array([1e-15, -1e-12, 1e-6])}}
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(
-            grads, optimizer.init(params), params, norm=optax.tree.norm(grads)
+            grads,
+            optimizer.init(params),
+            params,
+            norm=optax.tree.norm(grads),
+            skip=jnp.bool(False),
         )
     np.testing.assert_allclose(updates["ln_out"]["bias"], [-0.5, 0.5, -0.5], rtol=2e-3)
 
@@ -210,7 +216,8 @@ def test_adam_and_clipping_are_optax_s():
             grads = {
                 n: jnp.float32(scale * rng.standard_normal(p.shape)) for n, p in params.items()
             }
-            updates, state = ours.update(grads, state, norm=optax.tree.norm(grads))
+            norm = optax.tree.norm(grads)
+            updates, state = ours.update(grads, state, norm=norm, skip=jnp.bool(False))
             expected, expected_state = theirs.update(grads, expected_state)
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=0),

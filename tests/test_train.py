@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tm
 
 
 def test_a_run_goes_on_with_its_state_elsewhere(data, run, tmp_path):
-    """From the host's memory, saved while the next step is under way, to that of two devices."""
+    """From the host's memory, saved while the next step is under way, to the device's."""
     options = config(data, tmp_path, strategy="fsdp_offload", save_every_steps=2)
     before = train(options, stop_after=6)
     after = train(config(data, tmp_path, strategy="zero2"))

@@ -225,7 +225,7 @@ def _operand_dtype(dtype):
     return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
 
 
-def _positions(rows: int = CHUNK, columns: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+def _positions(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     shape = (rows, columns)
     row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return row, column
@@ -259,7 +259,7 @@ def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]
     """
     odds = _odds(w, exp2)
     log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
-    source, token = _positions()
+    source, token = _positions(CHUNK, CHUNK)
     total = _sum_tokens(log, source <= token, dtype, dot)
     last = _positions(*total.shape)[1] == CHUNK - 1
     half = 0.5 * jnp.sum(jnp.where(last, total, 0.0), axis=1)
@@ -286,7 +286,7 @@ def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
 
     The highest set bit of i xor j is half the size of the smallest aligned block that holds both.
     """
-    row, column = _positions()
+    row, column = _positions(CHUNK, CHUNK)
     apart = row ^ column
     inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, m, 0.0))
     size = 2
@@ -336,7 +336,7 @@ def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
 
 
 def _causal(same, strictly: bool) -> jax.Array:
-    source, token = _positions()
+    source, token = _positions(CHUNK, CHUNK)
     causal = source < token if strictly else source <= token
     return causal if same is None else causal & same
 
@@ -500,7 +500,7 @@ def _backward_chunks_kernel(
         db = bd + dot(r, dbr, "xY") + dot(a, dba, "xY")
         db_ref[tokens, :] = (db * reciprocal(up)).astype(db_ref.dtype).T
         dlog = dlog - bf * db
-        source, token = _positions()
+        source, token = _positions(CHUNK, CHUNK)
         dlog = _sum_tokens(dlog, source >= token, dtype, dot) - da + passing[:, None]
         dw = dlog * (-DECAY_SCALE * odds * gate * gate)
         dw_ref[tokens, :] = dw.astype(dw_ref.dtype).T
