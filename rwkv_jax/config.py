@@ -271,6 +271,8 @@ WITHOUT_MEANING: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "dim_att": ("in x070 it equals n_embd", None),  # compared with it in parse_train_options
     "data_type": ("a .jsonl is known by its name, anything else is binidx", ("binidx", "jsonl")),
     "ds_bucket_mb": ("XLA sizes and schedules the communication itself", None),
+    "kernel": ("the WKV kernel follows the device and the precision", None),
+    "epoch_steps": ("a miniepoch is 40320 samples, there as here", None),
 }
 
 

@@ -366,6 +366,12 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     }
     if not need.host:
         del rows["host"]
+    if len(needs) == 1:  # one batch does not tell what grows with it
+        rows["activations"] = f"{_gib(need.temporary)} with gradients and working copies"
+        del rows["gradients"]
+        rows["largest"] = "leave --micro_bsz out to search for the largest that fits"
+        if not fits:
+            rows["largest"] += f", or {WAYS_OUT}"
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items())
 
 
@@ -429,7 +435,8 @@ def main() -> None:
         prog="python -m rwkv_jax.plan",
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Whether a run fits a GPU, how large a batch does, and how fast a step could "
-        "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run.",
+        "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run: "
+        "once where --micro_bsz is a number, else three or four times to find the largest.",
         epilog="Every option of python -m rwkv_jax.train is taken; those that matter are --size, "
         "--n_layer, --n_embd, --ctx_len, --micro_bsz, --accumulate_grad_batches, --grad_cp, "
         "--head_chunk, --precision, --devices, --num_nodes and --strategy.",
@@ -449,7 +456,7 @@ def main() -> None:
         write_table(readmes, Path("benchmarks/results/plan.json"))
         return
     config, _ = parse_train_options(rest)
-    result = plan(config, find_target(options.gpu))
+    result = plan(config, find_target(options.gpu), search=config.micro_bsz < 1)
     micro_bsz = config.micro_bsz if config.micro_bsz > 0 else result.largest or 1
     given = _without(rest, "--micro_bsz")
     command = shlex.join(["python", "-m", "rwkv_jax.train", *given, "--micro_bsz", str(micro_bsz)])

@@ -75,9 +75,14 @@ def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:
         shape: "data=D,fsdp=F", or one of the two; all devices along `fsdp` without it.
 
     Raises:
-        UserError: there are fewer devices, or not D·F.
+        UserError: there are fewer devices, or not D·F; or jax finds none at all.
     """
-    there, processes = jax.devices(), jax.process_count()
+    try:
+        there, processes = jax.devices(), jax.process_count()
+    except (RuntimeError, AssertionError) as error:  # the latter where it has no CUDA plugin
+        asked = f"JAX_PLATFORMS={jax.config.jax_platforms or ''}"  # type: ignore[attr-defined]
+        why = next(iter(str(error).splitlines()), "no such device here")
+        raise UserError(f"{asked}: jax does not start ({why}); unset it") from None
     if devices:
         each, left = divmod(devices * nodes, processes)
         own = {device.process_index: [] for device in there}  # type: dict[int, list[jax.Device]]

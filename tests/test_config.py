@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 OFFICIAL = {
     "my_testing": "x070",
     "MODEL_TYPE": "x070",
+    "kernel": "@rwkv3",
+    "epoch_steps": "1000",
     "n_layer": "12",
     "n_embd": "768",
     "ctx_len": "512",
@@ -64,7 +66,10 @@ OFFICIAL = {
     "head_chunk": "0",
     "load_partial": "0",
 }
-MEANINGLESS = {"my_testing", "MODEL_TYPE", "ds_bucket_mb", "data_type", "dim_att"}
+MEANINGLESS = {
+    *("my_testing", "MODEL_TYPE", "ds_bucket_mb", "data_type", "dim_att"),
+    *("kernel", "epoch_steps"),
+}
 
 
 def options(values: dict[str, str]) -> list[str]:

@@ -1,12 +1,9 @@
 """`python -m rwkv_jax.doctor`: each rule on a machine that has the trouble, and the self-test."""
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.dataset import open_dataset
 from rwkv_jax.doctor import Facts, Gpu, notes, problems
 from rwkv_jax.errors import UserError
-from rwkv_jax.initialisation import init_params
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", 81559, 4, (9, 0))
 CUDA13 = {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda13-plugin": "0.12.0"}
@@ -44,6 +40,10 @@ def without_gpu(**fields) -> Facts:
         ),
         (changed(versions=CUDA13 | {"jax-cuda13-plugin": "0.11.0"}), "ignores a plugin"),
         (changed(platform="", jax_says="RuntimeError: boom"), "does not start: RuntimeError: boom"),
+        (
+            changed(platform="", jax_says="AssertionError", variables={"JAX_PLATFORMS": "cuda"}),
+            "JAX_PLATFORMS=cuda: jax does not start with it: unset it",
+        ),
         (changed(ON_CPU, versions={"jax": "0.12.0", "jaxlib": "0.12.0"}), r"jax\[cuda13\]"),
         (
             changed(ON_CPU, gpu={"driver": "535.1"}, versions={"jax": "0", "jaxlib": "0"}),
@@ -177,27 +177,76 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
     assert within and float(within[1]) < 1e-4
 
 
-def test_a_machine_that_computes_something_else(monkeypatch):
-    def run(command, **_):
-        return types.SimpleNamespace(returncode=0, stderr="", stdout=json.dumps(losses.tolist()))
-
-    monkeypatch.setattr(doctor.subprocess, "run", run)
-    losses = np.array(doctor.KNOWN_LOSSES)
-    assert "within 0 of" in doctor.self_test("fp32")
-    losses[3] += 0.01
-    assert "within 0.01 of" in doctor.self_test("bf16")
-    with pytest.raises(UserError, match="computes something else"):
-        doctor.self_test("fp32")
-    losses[3] = float("nan")
-    with pytest.raises(UserError, match="computes something else"):
-        doctor.self_test("bf16")
+def trial(**changes) -> doctor.Trial:
+    done = doctor.Trial({}, {"fp32": doctor.KNOWN_LOSSES, "bf16": doctor.KNOWN_LOSSES}, "", "")
+    return dataclasses.replace(done, **changes)
 
 
-def test_a_training_that_fails(monkeypatch):
-    done = subprocess.CompletedProcess([], 1, "", "warning\nXlaRuntimeError: no kernel image")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
+def test_a_machine_that_computes_something_else():
+    assert "within 0 of" in doctor.self_test(trial(), "fp32")
+    for apart in (0.01, float("nan")):
+        losses = np.array(doctor.KNOWN_LOSSES)
+        losses[3] += apart
+        with pytest.raises(UserError, match="computes something else"):
+            doctor.self_test(trial(losses={"fp32": losses}), "fp32")
+    losses = np.array(doctor.KNOWN_LOSSES) + 0.01
+    assert "within 0.01 of" in doctor.self_test(trial(losses={"bf16": losses}), "bf16")
+
+
+def test_a_training_that_fails():
+    failed = trial(losses={}, says="XlaRuntimeError: no kernel image")
     with pytest.raises(UserError, match="training fails: XlaRuntimeError: no kernel image"):
-        doctor.self_test("fp32")
+        doctor.self_test(failed, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("program", "facts", "losses", "start_says", "says"),
+    [
+        ("raise MemoryError('no GPU')", {}, {}, "MemoryError: no GPU", "MemoryError: no GPU"),
+        (
+            "print('warning'); print('{\"kinds\": 1}'); print('{\"fp32\": [1.5]}'); 1/0",
+            {"kinds": 1}, {"fp32": [1.5]}, "warning", "ZeroDivisionError: division by zero",
+        ),
+        (
+            "import os; print('{\"kinds\": 1}', flush=True); os.write(2, b'no cheese'); os.abort()",
+            {"kinds": 1}, {}, "", "no cheese",
+        ),
+        ("import time; time.sleep(9)", {}, {}, *["not done after 2 seconds"] * 2),
+    ],
+    ids=["does not start", "fails in bf16", "crashes", "hangs"],
+)  # fmt: skip
+def test_whatever_happens_to_the_trial(program, facts, losses, start_says, says, monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL", program)
+    monkeypatch.setattr(doctor, "PATIENCE", 2.0)
+    assert doctor.run_trial() == doctor.Trial(facts, losses, start_says, says)
+
+
+BREAKAGES = {
+    "the kernel": """
+from pallas_kernels.wkv7 import chunked_xla
+chunked_xla.DECAY_SCALE *= 1.1
+""",
+    "its gradient": """
+from pallas_kernels.wkv7 import chunked_xla
+backward = chunked_xla._backward
+def wrong(precision, saved, cotangents):
+    dr, dw, dk, *rest = backward(precision, saved, cotangents)
+    return dr, dw, -dk, *rest
+chunked_xla._wkv7.defvjp(chunked_xla._forward, wrong)
+""",
+    "Adam": """
+from rwkv_jax import optimizer
+adam = optimizer.adam
+optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
+""",
+}
+
+
+@pytest.mark.parametrize("part", BREAKAGES)
+def test_a_broken_part_fails_the_self_test(part, monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL", BREAKAGES[part] + doctor.TRIAL)
+    with pytest.raises(UserError, match="computes something else"):
+        doctor.self_test(doctor.run_trial(), "fp32")
 
 
 @pytest.mark.torch
@@ -210,7 +259,7 @@ def test_the_known_losses_are_torchs(tmp_path):
     doctor.write_self_test_data(tmp_path / "squares")
     data = open_dataset(str(tmp_path / "squares"), options.ctx_len, None, options.vocab_size)
     model = ModelConfig(options.n_layer, options.n_embd, options.vocab_size)
-    weights.save_pth(tmp_path / "init.pth", init_params(model, 0))
+    weights.save_pth(tmp_path / "init.pth", doctor.starting_params(model))
     tensors = torch.load(tmp_path / "init.pth", weights_only=True).items()
     params = {name: tensor.double().requires_grad_() for name, tensor in tensors}
     adam = torch_rwkv7.adamw(params, options.weight_decay)

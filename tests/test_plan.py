@@ -214,6 +214,17 @@ def test_the_report():
     assert lines["train"] == "python -m rwkv_jax.train"
 
 
+def test_the_report_of_one_batch():
+    result = some_plan(5)
+    alone = {2: result.needs[2]}
+    text = plan.report(result._replace(needs=alone, largest=2), 2, "")
+    assert "2.00 GiB with gradients and working copies" in text
+    assert "gradients  " not in text and "leave --micro_bsz out to search" in text
+    alone = {2: some_plan(90).needs[2]}
+    text = plan.report(result._replace(needs=alone, largest=0), 2, "")
+    assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
+
+
 def test_the_report_of_what_is_in_the_host_s_memory():
     """The largest visit, 7 GiB, is the peak; activations and gradients are those of the passes."""
     result = some_plan(5, strategy="fsdp_offload")
@@ -295,13 +306,13 @@ def command(monkeypatch, *arguments: str) -> None:
 
 def test_the_command_ends_with_the_command_to_train(monkeypatch, capsys):
     monkeypatch.setattr(plan, "can_compile", lambda: True)
-    monkeypatch.setattr(plan, "plan", lambda *_: some_plan(5))
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: some_plan(5))
     command(
         monkeypatch, "--gpu", "h100", "--size", "0.1b", "--micro_bsz", "auto", "--data_file", "my x"
     )
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith("python -m rwkv_jax.train --size 0.1b --data_file 'my x' --micro_bsz 4")
-    monkeypatch.setattr(plan, "plan", lambda *_: some_plan(90, largest=0))
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: some_plan(90, largest=0))
     with pytest.raises(SystemExit) as left:
         command(monkeypatch, "--gpu", "h100", "--micro_bsz=2")
     assert left.value.code == 1

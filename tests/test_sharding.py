@@ -173,3 +173,12 @@ def test_devices_that_are_not_there():
     assert sharding.make_mesh().size == DEVICES
     with pytest.raises(UserError, match=r"--devices 9: jax sees 8 \(cpu\)"):
         sharding.make_mesh(9)
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'typo': not known\nmore")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match=r"jax does not start \(Unable .* not known\); unset it"):
+        sharding.make_mesh(1)

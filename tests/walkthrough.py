@@ -4,8 +4,9 @@ the checkout, by bash, one block after the other.
     python -m pytest tests/walkthrough.py
 
 Takes minutes, so its name keeps it out of the suite; `.ci/run` runs it. What is typed is not
-changed. But `python` and `pip` are shims, first in the path: training is made small by options that
-they add at the end, and pip installs nothing, it only checks that the extra exists.
+changed. But `python` and `pip` are shims, first in the path: training is made small, and planning
+quick, by options that they add at the end, and pip installs nothing, it only checks that the extra
+exists.
 """
 
 import os
@@ -19,14 +20,19 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.gpu_targets import can_compile
+
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/data.md",
     "docs/coming-from-rwkv-lm.md",
-    # docs/plan.md's search compiles for minutes: it is not among them
     "docs/many-gpus.md",  # what needs SLURM or other machines is fenced as bash, not sh
     "docs/arithmetic.md",
+    pytest.param(
+        "docs/plan.md",
+        marks=pytest.mark.skipif(not can_compile(), reason="needs the compiler for GPUs: [plan]"),
+    ),
 )
 SMALL = (
     "--n_layer 2 --n_embd 64 --ctx_len 32 --micro_bsz 1 --my_exit_tokens 256 --magic_prime 0 "
@@ -40,6 +46,8 @@ PREFACE = "import jax.numpy as jnp\ntokens = more = jnp.array([[24281, 59, 33]])
 PYTHON_SHIM = f"""\
 #!/bin/bash
 [ "$1 $2 $SMALL" = "-m rwkv_jax.train yes" ] && set -- "$@" {SMALL}
+# A search compiles for minutes; one batch is compiled once, and the second time remembered.
+[ "$1 $2" = "-m rwkv_jax.plan" ] && set -- "$@" --micro_bsz 2
 exec {sys.executable} "$@"
 """
 PIP_SHIM = """\
