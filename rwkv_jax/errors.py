@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -28,7 +29,13 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C."""
+    """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C.
+
+    What a terminal that is not UTF-8 cannot show becomes a question mark, and no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

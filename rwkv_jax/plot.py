@@ -67,7 +67,9 @@ def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
         log = read_step_log(file)
         tokens, loss = log["Gtokens"] * 1e9, log["loss"]
     else:
-        tokens, loss = _read_train_log(file, ctx_len)
+        means = _read_train_log(file)  # each is drawn at the middle of its miniepoch
+        tokens = (np.array(list(means), np.float64) + 0.5) * MINIEPOCH * ctx_len
+        loss = np.array(list(means.values()), np.float64)
     finite = np.isfinite(loss)
     tokens, loss = tokens[finite], loss[finite]
     if not loss.size:
@@ -77,10 +79,13 @@ def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
     return Curve(str(path), tokens, loss, trend, by_step)
 
 
-def _read_train_log(file: Path, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (at the middle of each miniepoch, whose mean the line gives) and losses."""
+def _read_train_log(file: Path) -> dict[int, float]:
+    """The mean loss of each miniepoch, in their order; a last line that was cut is passed over."""
     try:
-        rows = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        text = file.read_text("utf-8")
+        rows = [line.split() for line in text.splitlines() if line.strip()]
+        if rows and not text.endswith("\n") and len(rows[-1]) < 3:
+            rows.pop()
         means = {int(row[0]): float(row[1]) for row in rows}  # a run that went on writes one again
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give a run's folder or its log") from None
@@ -88,8 +93,7 @@ def _read_train_log(file: Path, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{file}: is no train_log.txt; its lines begin with a miniepoch and its mean loss"
         ) from None
-    miniepochs = np.array(sorted(means), np.float64)
-    return (miniepochs + 0.5) * MINIEPOCH * ctx_len, np.array([means[n] for n in sorted(means)])
+    return dict(sorted(means.items()))
 
 
 def reference() -> Curve:
@@ -108,11 +112,9 @@ def deviations(path: Path) -> list[tuple[int, float, float]]:
     file = path / "train_log.txt" if path.is_dir() else path
     if file.suffix != ".txt":
         file = file.with_name("train_log.txt")
-    tokens, loss = _read_train_log(file, REFERENCE_CTX_LEN)
-    numbers = (tokens / (MINIEPOCH * REFERENCE_CTX_LEN)).astype(int)
     rows = [
-        (int(number), float(mean), REFERENCE[number])
-        for number, mean in zip(numbers, loss, strict=True)
+        (number, loss, REFERENCE[number])
+        for number, loss in _read_train_log(file).items()
         if 0 <= number < len(REFERENCE)
     ]
     if not rows:
@@ -185,7 +187,7 @@ def _unit(tokens: float) -> tuple[float, str]:
 
 def draw_svg(curves: Sequence[Curve]) -> str:
     """The picture of the page: axes, each run's losses faintly and its trend, the reference."""
-    width, height, left, right, top, bottom = 960, 480, LEFT, RIGHT, 12, 44
+    width, height, left, right, top, bottom = 960, 480, LEFT, RIGHT, 12, 34
     x_end, y_low, y_high = _limits(curves)
     scale, unit = _unit(x_end)
 
@@ -215,12 +217,11 @@ def draw_svg(curves: Sequence[Curve]) -> str:
     for tick in _ticks(0, x_end / scale, 9):
         parts.append(
             f'<path class="grid" d="M{x(tick * scale):.1f} {top}V{height - bottom}"/>'
-            f'<text x="{x(tick * scale):.1f}" y="{height - bottom + 18}" text-anchor="middle">'
+            f'<text x="{x(tick * scale):.1f}" y="{height - bottom + 24}" text-anchor="middle">'
             f"{tick:.10g}{unit if tick else ''}</text>"
         )
     parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
-        "tokens</text>"
+        f'<text x="{width - right - 8}" y="{top + 24}" text-anchor="end">loss over tokens</text>'
     )
     for curve, colour in zip(curves, _colours(curves), strict=True):
         if curve.by_step:
@@ -255,6 +256,7 @@ PAGE = """<!doctype html>
 body {{ font: 15px system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1000px; margin: 1.5em auto; padding: 0 1em; }}
 svg {{ width: 100%; height: auto; }}
+@media (max-width: 600px) {{ svg text {{ font-size: 22px; }} }}
 svg text {{ fill: var(--ink); }} .grid {{ stroke: var(--line); }} #cursor {{ stroke: var(--ink); }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .25em 1em .25em 0; text-align: right; font-variant-numeric: tabular-nums; }}
@@ -271,7 +273,7 @@ b {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; margi
 const curves = {data}, end = {end}, svg = document.querySelector("svg");
 const cursor = document.getElementById("cursor"), where = document.getElementById("where");
 const cells = [...document.querySelectorAll("td.at")];
-svg.addEventListener("mousemove", event => {{
+svg.addEventListener("pointermove", event => {{
   const point = new DOMPoint(event.clientX, event.clientY)
     .matrixTransform(svg.getScreenCTM().inverse());
   const tokens = (point.x - {left}) / {inner} * end;
@@ -348,7 +350,12 @@ def draw_png(curves: Sequence[Curve], path: Path) -> None:
             markersize=4,
             label=f"{curve.name}: {curve.trend[-1]:.4f}",
         )
-    axes.set(xlabel=f"{unit}tokens", ylabel="loss", xlim=(0, x_end / scale), ylim=(y_low, y_high))
+    axes.set(
+        xlabel=f"tokens, {unit}" if unit else "tokens",
+        ylabel="loss",
+        xlim=(0, x_end / scale),
+        ylim=(y_low, y_high),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

@@ -4,9 +4,12 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +139,12 @@ def test_the_layout_names_every_module_and_folder(page):
     assert modules <= set(re.findall(r"\w+\.py", layout))
     folders = {"rwkv_jax/", "pallas_kernels/", "data/", "convert/", "docs/", "notebooks/", "tests/"}
     assert folders <= set(layout.split())
+
+
+@pytest.mark.parametrize("command", ["rwkv_jax.train", "data.make_data"])
+def test_help_on_a_terminal_that_is_not_utf8(command):
+    done = subprocess.run(
+        [sys.executable, "-m", command, "--help"],
+        cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
