@@ -170,7 +170,9 @@ class TrainConfig:
     epoch_begin: int = _option(
         0, "training", "miniepoch to begin with, when weights alone are loaded", least=0)
     train_stage: int = _option(
-        3, "training", "1: write rwkv-init.pth and stop; 2, 3: train", 1, 2, 3)
+        3, "training", "1: write rwkv-init.pth and stop; 2, 3: train, and continue from the last "
+        "rwkv-{n}.pth of a folder without checkpoints; 0: train, without a look at those", 0, 1, 2,
+        3)
 
     proj_dir: str = _option("out", "output", "folder of the .pth files, checkpoints and logs")
     epoch_save: int = _option(

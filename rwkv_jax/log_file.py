@@ -1,4 +1,4 @@
-"""A log that a kill does not double, a full disk does not tear, and neither lets stop a run."""
+"""A log that a resumed run does not double, a full disk does not tear, and neither stops a run."""
 
 import contextlib
 import os
@@ -8,26 +8,33 @@ _MOST_WAITING = 8 << 20  # bytes of lines that are kept in memory while they can
 
 
 class LogFile:
-    """Lines that begin with an ascending number (a step, a miniepoch), each of them once.
+    """Lines that begin with an ascending number: a step, a miniepoch.
 
-    A run that goes on does some steps again, so opening the file drops the lines from `first` on,
-    and one that a kill cut short. Lines that cannot be written wait, in order, for the next try.
+    A resumed run does some steps again, so the lines from `first` on are dropped, and one that a
+    kill cut short: each number is there once. A run that starts without a checkpoint appends: what
+    is there may be another's. Lines that cannot be written wait, in order, for the next try.
 
     Args:
         header: line of a new file.
-        first: number of the first line that is going to be written.
+        first: number of the first line that is going to be written; None: append.
     """
 
-    def __init__(self, path: Path, first: int, header: str = ""):
+    def __init__(self, path: Path, first: int | None, header: str = ""):
         self._path = path
         self._waiting = b""
-        self._size = 0  # of the whole lines in the file
+        size, cut, last, line = 0, None, -1, b"\n"
         with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
             for line in lines:
-                number = line.split(maxsplit=1)[:1]
-                if not line.endswith(b"\n") or number and _number(number[0]) >= first:
-                    break
-                self._size += len(line)
+                number = _number(line)
+                if number <= last:  # where a run began to append
+                    cut = None
+                if cut is None and first is not None:
+                    if number >= first or not line.endswith(b"\n"):
+                        cut = size
+                size, last = size + len(line), number
+        if first is None and not line.endswith(b"\n"):
+            self._waiting = b"\n"
+        self._size = size if cut is None else cut  # of what stays
         if not self._size:
             self._waiting = header.encode()
         self.append("")
@@ -56,8 +63,8 @@ class LogFile:
             os.fsync(file.fileno())
 
 
-def _number(word: bytes) -> int:
+def _number(line: bytes) -> int:
     try:
-        return int(word)
-    except ValueError:
+        return int(line.split(maxsplit=1)[0])
+    except (ValueError, IndexError):
         return -1  # a header

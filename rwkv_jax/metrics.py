@@ -114,11 +114,11 @@ class TrainLog:
     `{miniepoch} {mean loss:.6f} {exp(loss):.4f} {lr:.8f} {timestamp} {miniepoch of this run}`
 
     Args:
-        first: the miniepoch that is done next; lines from there on are of a run that was cut short.
+        first: as for `LogFile`: the miniepoch in which a resumed run begins.
         begin: the run's first.
     """
 
-    def __init__(self, folder: Path, first: int, begin: int):
+    def __init__(self, folder: Path, first: int | None, begin: int):
         self._file = LogFile(folder / "train_log.txt", first)
         self._begin = begin
 

@@ -38,7 +38,7 @@ from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, written_whole
 from rwkv_jax.offload import bytes_of
 from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.start import brief
+from rwkv_jax.start import brief, partial_model
 from rwkv_jax.step import abstract_state, programs
 
 GIB = 2**30
@@ -258,8 +258,10 @@ def model_of(config: TrainConfig) -> ModelConfig:
     Raises:
         UserError: the file cannot be used.
     """
-    if not config.load_model or config.load_partial:
+    if not config.load_model:
         return config.model_config()
+    if config.load_partial:
+        return partial_model(config, Path(config.load_model))[0]
     if Path(config.load_model).is_dir():
         return rwkv_jax.load_params(config.load_model)[0]
     try:

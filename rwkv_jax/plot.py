@@ -80,10 +80,18 @@ def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
 
 
 def _read_train_log(file: Path) -> dict[int, float]:
-    """The mean loss of each miniepoch, in their order; a last line that was cut is passed over."""
+    """The mean loss of each miniepoch, in their order.
+
+    What the official trainer writes when it starts (NEW RUN, its options) and a last line that was
+    cut are passed over.
+    """
     try:
         text = file.read_text("utf-8")
-        rows = [line.split() for line in text.splitlines() if line.strip()]
+        rows = [
+            line.split()
+            for line in text.splitlines()
+            if line.strip() and not line.startswith(("NEW RUN", "{"))
+        ]
         if rows and not text.endswith("\n") and len(rows[-1]) < 3:
             rows.pop()
         means = {int(row[0]): float(row[1]) for row in rows}  # a run that went on writes one again

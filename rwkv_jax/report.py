@@ -11,9 +11,10 @@ from rwkv_jax import distributed, weights
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.dataset import Dataset
 from rwkv_jax.errors import UserError
-from rwkv_jax.metrics import LossWatch, MiniepochLoss, ProgressLine, TrainLog
+from rwkv_jax.metrics import LossWatch, ProgressLine, TrainLog
 from rwkv_jax.model import Params
 from rwkv_jax.schedule import Schedule
+from rwkv_jax.start import Start
 from rwkv_jax.step import Metrics
 from rwkv_jax.step_log import StepLog
 from rwkv_jax.tracking import open_trackers
@@ -26,8 +27,7 @@ class Report(contextlib.ExitStack):
 
     Args:
         rates: learning rate of each step, from the schedule's first on.
-        first: the step that is done next.
-        running: the mean loss of its miniepoch so far.
+        begin: with the step that is done next, and the mean loss of its miniepoch so far.
 
     Attributes:
         running: that mean, kept.
@@ -41,28 +41,34 @@ class Report(contextlib.ExitStack):
         schedule: Schedule,
         data: Dataset,
         rates: np.ndarray,
-        first: int,
-        running: MiniepochLoss,
+        begin: Start,
     ):
         super().__init__()
         self._config, self._schedule, self._data, self._rates = config, schedule, data, rates
-        self.running, self.before, self.skipped = running, copy.copy(running), list[int]()
+        self.running, self.skipped = begin.about.loss, list[int]()
+        self.before = copy.copy(self.running)
         folder, bar = Path(config.proj_dir), {"auto": None, "True": True, "False": False}
         is_first = distributed.is_first()
         if not is_first:
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
-        self._train_log = TrainLog(folder, schedule.miniepoch(first), config.epoch_begin)
+        first = begin.step if begin.resumed else None
+        miniepoch = schedule.miniepoch(begin.step) if begin.resumed else None
+        self._train_log = TrainLog(folder, miniepoch, config.epoch_begin)
         self._step_log = StepLog(folder, first)
         self._progress = ProgressLine(
-            first, schedule.last_step, schedule.tokens_per_step, bar[config.enable_progress_bar]
+            begin.step,
+            schedule.last_step,
+            schedule.tokens_per_step,
+            bar[config.enable_progress_bar],
         )
         self.say = self._progress.say
         self.callback(self._progress.close)
+        trackers = open_trackers(config, begin.about.model, folder, self.say, begin.resumed)
         self._trackers = [
             self.enter_context(contextlib.closing(tracker))
-            for tracker in (open_trackers(config, folder, self.say) if is_first else ())
+            for tracker in (trackers if is_first else ())
         ]
         self.callback(self.flush)
 

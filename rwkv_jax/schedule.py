@@ -45,7 +45,7 @@ def make_schedule(config: TrainConfig, batch: int, data_tokens: int) -> Schedule
         last = min(last, (config.epoch_begin + config.epoch_count) * MINIEPOCH // batch)
     if first >= last:
         raise UserError(
-            f"--epoch_begin {config.epoch_begin} is step {first}, but the run ends at step {last}: "
-            "give a smaller one, or a larger --my_exit_tokens"
+            f"miniepoch {config.epoch_begin} begins at step {first}, but the run ends at step "
+            f"{last}: give a smaller --epoch_begin, or a larger --my_exit_tokens"
         )
     return Schedule(batch, config.ctx_len, first, exit_step, last)

@@ -1,7 +1,9 @@
-"""Where a run begins: its newest good checkpoint, --load_model, or a fresh initialisation."""
+"""Where a run begins: its newest good checkpoint, weights in a file, or a fresh initialisation."""
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,10 @@ from rwkv_jax.optimizer import at_step
 from rwkv_jax.run import changes
 from rwkv_jax.sharding import STRATEGIES
 from rwkv_jax.step import TrainState, abstract_state, fresh_moments
+from rwkv_jax.step_log import STEP_LOG
+
+INIT = "rwkv-init.pth"
+_NUMBERED = re.compile(r"rwkv-(\d+)\.pth")
 
 MakeOptimizer = Callable[[ModelConfig], optax.GradientTransformation]
 
@@ -32,6 +38,61 @@ class Start(NamedTuple):
     state: TrainState
     about: About
     origin: str
+    resumed: bool  # from a checkpoint
+
+
+def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
+    """The options, with load_model and epoch_begin as the output folder decides them.
+
+    A folder with checkpoints is resumed, with the epoch_begin of its run. One that has none, but
+    has weights rwkv-{n}.pth, is a run of the official trainer (or one whose checkpoints were
+    removed): as there, in its train_stage 2 and 3, the largest n is loaded and miniepoch n + 1 is
+    the next. Else rwkv-init.pth is loaded, if it is there.
+
+    Raises:
+        UserError: the options would have such weights overwritten, or leave a gap after them.
+    """
+    for step in checkpoints.steps():
+        with contextlib.suppress(UserError):  # `start` names what is damaged
+            begun = checkpoints.claim(step).run.get("epoch_begin", 0)
+            return dataclasses.replace(config, epoch_begin=config.epoch_begin or begun)
+    folder = Path(config.proj_dir)
+    numbers = [
+        int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))
+    ]
+    last = max(numbers, default=-1)
+    if numbers and config.train_stage > 0 and not _redoes(folder, last, config.epoch_begin):
+        there = f"{folder / f'rwkv-{last}.pth'}: is there without a checkpoint"
+        if not config.load_model and config.epoch_begin not in (0, last + 1):
+            raise UserError(
+                f"{there}: training continues at miniepoch {last + 1}, not at --epoch_begin "
+                f"{config.epoch_begin}; leave the option out, or give another --proj_dir"
+            )
+        if not config.load_model:
+            path = str(folder / f"rwkv-{last}.pth")
+            return dataclasses.replace(config, load_model=path, epoch_begin=last + 1)
+        if last >= config.epoch_begin:
+            raise UserError(
+                f"{there}, and would be overwritten: to continue from it leave --load_model out; "
+                "else give another --proj_dir, or --train_stage 0 to overwrite"
+            )
+    if not config.load_model and (folder / INIT).exists():
+        return dataclasses.replace(config, load_model=str(folder / INIT))
+    return config
+
+
+def _redoes(folder: Path, last: int, begin: int) -> bool:
+    """Whether a run of ours was killed between its first export and its first checkpoint.
+
+    It is done again from its beginning, where its step log began, and comes to the same weights.
+    """
+    try:
+        with (folder / STEP_LOG).open(encoding="utf-8", errors="replace") as lines:
+            words = [line.split() for _, line in zip(range(2), lines, strict=False)]
+    except OSError:
+        return False
+    first = words[1][0] if len(words) > 1 and words[1] else ""
+    return last == begin and first.isdecimal() and (int(first) > 0) == (begin > 0)
 
 
 def start(
@@ -42,46 +103,58 @@ def start(
     checkpoints: Checkpoints,
     run: dict[str, Any],
 ) -> Start:
-    """In this order: the newest good checkpoint of this run, --load_model, rwkv-init.pth.
+    """In this order: the newest good checkpoint of this run, the load_model of `settle`, neither.
 
-    The last is written first if it is not there, so that a run always starts from weights that a
+    For the last, rwkv-init.pth is written first, so that a run always starts from weights that a
     file holds.
 
     Args:
+        config: settled.
         first_step: of a run that has weights alone.
         run: `run.identity`, which a checkpoint's has to equal.
 
     Raises:
         UserError: what is there cannot be used, or is of another run.
     """
+
+    def abstract(model: ModelConfig) -> TrainState:
+        offload = STRATEGIES[config.strategy].offload
+        return abstract_state(mesh, model, make_optimizer(model), offload)
+
     if checkpoints.steps():
-        return _resume(config, mesh, make_optimizer, first_step, checkpoints, run)
-    if config.load_model:
-        source = Path(config.load_model)
-        model, params = _load_partial(config) if config.load_partial else _load(config)
-    else:
-        source = Path(config.proj_dir) / "rwkv-init.pth"
-        with distributed.first_ahead():
-            if not source.exists():
-                write_init(source, config)
-        model, params = weights.load_pth(source, config.model_config())
-        if config.random_seed and not is_of_seed(params["emb"]["weight"], config.random_seed):
+        return _resume(config, abstract, first_step, checkpoints, run)
+    init = Path(config.proj_dir) / INIT
+    source = Path(config.load_model or init)
+    with distributed.first_ahead():
+        if source == init and not init.exists():
+            write_init(init, config)
+    model, params = load(config, source)
+    if source == init and config.random_seed:
+        if not is_of_seed(params["emb"]["weight"], config.random_seed):
             raise UserError(
                 f"{source}: is not of --random_seed {config.random_seed}; remove it, leave the "
                 "option out, or give another --proj_dir"
             )
-    optimizer = make_optimizer(model)
-    abstract = abstract_state(mesh, model, optimizer, STRATEGIES[config.strategy].offload)
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    params, opt_state = distributed.place(params, where), fresh_moments(optimizer, abstract)
+    of_model = abstract(model)
+    where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
+    params = distributed.place(params, where)
+    opt_state = fresh_moments(make_optimizer(model), of_model)
     origin = f"the weights of {source} and a fresh optimizer"
-    return Start(first_step, TrainState(params, opt_state), About(model, run=run), origin)
+    if _is_numbered_of(config, source):
+        origin = (
+            f"continued from {source} at miniepoch {config.epoch_begin}, with the weights alone: "
+            "the optimizer and the warm-up start anew"
+        )
+    return Start(first_step, TrainState(params, opt_state), About(model, run=run), origin, False)
+
+
+def _is_numbered_of(config: TrainConfig, source: Path) -> bool:
+    return source == Path(config.proj_dir) / f"rwkv-{config.epoch_begin - 1}.pth"
 
 
 def _resume(
     config: TrainConfig,
-    mesh: jax.sharding.Mesh,
-    make_optimizer: MakeOptimizer,
+    abstract: Callable[[ModelConfig], TrainState],
     first_step: int,
     checkpoints: Checkpoints,
     run: dict[str, Any],
@@ -109,9 +182,7 @@ def _resume(
         then.get("samples a step", 0) * then.get("ctx_len", 0) for then in (about.run, run)
     ]
     step = max(first_step, saved * tokens_per_step[0] // tokens_per_step[1])
-    offload = STRATEGIES[config.strategy].offload
-    abstract = abstract_state(mesh, about.model, make_optimizer(about.model), offload)
-    state = checkpoints.restore(saved, abstract)
+    state = checkpoints.restore(saved, abstract(about.model))
     state = state._replace(opt_state=at_step(state.opt_state, step - first_step))
     run = {**run, "load_model": run["load_model"] or about.run.get("load_model", "")}
     about = dataclasses.replace(about, run=run)
@@ -125,7 +196,7 @@ def _resume(
             for other in checkpoints.steps():
                 if other != step:
                     checkpoints.set_aside(other)
-    return Start(step, state, about, f"resumed from {source}")
+    return Start(step, state, about, f"resumed from {source}", True)
 
 
 def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
@@ -148,32 +219,49 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
     )
 
 
-def _load(config: TrainConfig) -> tuple[ModelConfig, Params]:
-    model, params = rwkv_jax.load_params(config.load_model)
-    check_shape(config, model, config.load_model)
+def load(config: TrainConfig, source: Path) -> tuple[ModelConfig, Params]:
+    """The model in a .pth, the output folder of a run or a checkpoint, held to the options.
+
+    Raises:
+        UserError: it cannot be read, or the options contradict its shape.
+    """
+    if config.load_partial:
+        return _load_partial(config, source)
+    model, params = rwkv_jax.load_params(source)
+    check_shape(config, model, str(source))
     return model, params
 
 
-def _load_partial(config: TrainConfig) -> tuple[ModelConfig, Params]:
-    """Tensors of the file where it has them in the right shape, fresh ones elsewhere."""
-    model = config.model_config()
-    there = {
-        name.removeprefix("_forward_module."): tensor
-        for name, tensor in pth.read(config.load_model).items()
-    }
-    fresh = weights.to_official(init_params(model, config.random_seed))
-    merged = {name: np.asarray(tensor) for name, tensor in fresh.items()}
-    taken = [
-        name
-        for name, tensor in merged.items()
-        if name in there and np.squeeze(there[name]).shape == np.squeeze(tensor).shape
-    ]
-    if not taken:
-        raise UserError(
-            f"{config.load_model}: no tensor fits {brief(model)}; is it another model's?"
+def partial_model(config: TrainConfig, source: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape that `--load_partial 1` gives a model, and the tensors of the file.
+
+    What the file has decides; the options decide about the number of layers, and the rest.
+    """
+    tensors = weights.without_prefix(pth.read(source))
+    try:
+        asked = config.model_config()
+        n_layer = asked.n_layer if config.n_layer or config.size else 0
+        return weights.infer_partial(tensors, asked, n_layer), tensors
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _load_partial(config: TrainConfig, source: Path) -> tuple[ModelConfig, Params]:
+    """The file's tensors, and fresh ones where it has none."""
+    model, there = partial_model(config, source)
+    check_shape(config, model, str(source))
+    initial = weights.to_official(init_params(model, config.random_seed))
+    merged = {name: np.asarray(tensor) for name, tensor in initial.items()}
+    fresh = [name for name in merged if name not in there]
+    if distributed.is_first():
+        print(
+            f"{len(merged) - len(fresh)} of {len(merged)} tensors are from {source}; fresh: "
+            + (", ".join(fresh) or "none")
         )
-    print(f"{len(taken)} of {len(merged)} tensors are from {config.load_model}, the rest is fresh")
-    return weights.from_official({**merged, **{name: there[name] for name in taken}}, model)
+    try:
+        return weights.from_official({**merged, **there}, model)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:

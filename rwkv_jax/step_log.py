@@ -12,15 +12,15 @@ COLUMNS = ("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s")
 
 
 class StepLog:
-    """step_log.tsv: a header, then a line a step, each step once, whatever interrupted the run.
+    """step_log.tsv: a header, then a line a step. A resumed run leaves each step once.
 
     train_log.txt has one line in 40320 samples; this is what curves are drawn from.
 
     Args:
-        first: the step that is done next; lines from there on are of a run that was cut short.
+        first: as for `LogFile`: the step at which a resumed run begins.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first: int | None):
         self._file = LogFile(folder / STEP_LOG, first, "\t".join(COLUMNS) + "\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -1,13 +1,16 @@
 """Where a run's numbers go, step by step: the trackers that were asked for."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.plot import LivePlot
+
+WANDB_ID = "wandb-run-id.txt"
 
 
 class Tracker(Protocol):
@@ -25,16 +28,33 @@ class Tracker(Protocol):
 class Wandb:
     """Weights & Biases under the official keys; imported, and started, only when asked for.
 
-    `WANDB_MODE=offline` needs no account.
+    As in the official trainer, the first step is 1. `WANDB_MODE=offline` needs no account.
+
+    Args:
+        name: of a new run.
+        resumed: continue the run whose id an earlier start has left in the folder.
     """
 
-    def __init__(self, project: str, folder: Path, options: dict[str, Any]):
+    def __init__(
+        self, project: str, folder: Path, name: str, options: dict[str, Any], resumed: bool
+    ):
         import wandb
 
-        self._run = wandb.init(project=project, dir=folder, config=options)
+        id_file = folder / WANDB_ID
+        known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+        given: dict[str, Any] = {"id": known, "resume": "allow"} if known else {"name": name}
+        self._run = wandb.init(
+            project=project,
+            dir=folder,
+            config=options,
+            save_code=False,
+            allow_val_change=True,
+            **given,
+        )
+        id_file.write_text(f"{self._run.id}\n")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+        self._run.log(values, step=step + 1)
 
     def close(self) -> None:
         self._run.finish()
@@ -99,14 +119,25 @@ class Guarded:
 
 
 def open_trackers(
-    config: TrainConfig, folder: Path, say: Callable[[str], None]
+    config: TrainConfig,
+    model: ModelConfig,
+    folder: Path,
+    say: Callable[[str], None],
+    resumed: bool,
 ) -> Iterator[Tracker]:
-    """Those that the options ask for, one after the other (the step log is the trainer's own)."""
+    """Those that the options ask for, one after the other (the step log is the trainer's own).
+
+    Args:
+        resumed: the run continues from a checkpoint, and so do those that can.
+    """
+    time = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    name = f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {time}"
+    options = dataclasses.asdict(config)
     openers: dict[str, Callable[[], Tracker]] = {
-        "wandb": lambda: Wandb(config.wandb, folder, dataclasses.asdict(config)),
+        "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed),
         "tensorboard": lambda: TensorBoard(folder),
         "plot": lambda: LivePlot(folder),
     }
-    for name, opener in openers.items():
-        if getattr(config, name):
+    for option, opener in openers.items():
+        if getattr(config, option):
             yield Guarded(opener, say)

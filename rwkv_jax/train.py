@@ -25,7 +25,7 @@ from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
 from rwkv_jax.run import Saver, Stop, identity, lock
 from rwkv_jax.schedule import Schedule, make_schedule
-from rwkv_jax.start import Start, brief, start, write_init
+from rwkv_jax.start import INIT, Start, brief, settle, start, write_init
 from rwkv_jax.step import TrainState
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
     with lock(folder) if distributed.is_first() else contextlib.nullcontext():
         if config.train_stage == 1:
             if distributed.is_first():
-                print(f"wrote {write_init(folder / 'rwkv-init.pth', config)}")
+                print(f"wrote {write_init(folder / INIT, config)}")
         else:
             _train(config, mesh, folder, began)
 
@@ -63,6 +63,7 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
     data = open_dataset(*source, config.vocab_size)
     final = folder / FINAL
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as checkpoints:
+        config = settle(config, checkpoints)
         if config.micro_bsz == AUTO:
             micro_bsz = _auto_batch(config, mesh, checkpoints)
             config = dataclasses.replace(config, micro_bsz=micro_bsz)
@@ -171,7 +172,7 @@ def _loop(
 
     agree = distributed.make_agree(mesh)
     exported: dict[str, bool] = {}
-    with stop, Report(config, schedule, data, rates, begin.step, begin.about.loss) as report:
+    with stop, Report(config, schedule, data, rates, begin) as report:
         saver = Saver(checkpoints, config, report.say)
         report.callback(saver.finish)
         batches = prefetch(make_batch, begin.step, stalled=report.stalled)

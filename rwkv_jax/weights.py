@@ -162,17 +162,8 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
         of the wrong shape.
     """
     tensors = without_prefix(tensors)
-    _check_architecture(tensors)
-    layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
-    n_layer = max(layers) + 1
-    if len(layers) != n_layer:
-        raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
-    sizes: dict[str, int] = {}
-    for name, dims in official_dims(n_layer).items():
-        shape = tensors[name].shape if name in tensors else ()
-        if len(shape) == len(dims):
-            for letter, size in zip(dims, shape, strict=True):
-                sizes.setdefault(letter, size)
+    n_layer = _count_layers(tensors)
+    sizes = _sizes(tensors, n_layer)
     V, C, H, N = (sizes.get(letter, 0) for letter in "VCHN")
     if min(V, C, H, N) < 1 or C != H * N:
         raise UserError(
@@ -194,6 +185,48 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
     if differences:
         raise UserError(f"is not a whole RWKV-7 model of {_brief(config)}: {differences}")
     return config
+
+
+def infer_partial(
+    tensors: Mapping[str, pth.Array], otherwise: ModelConfig, n_layer: int = 0
+) -> ModelConfig:
+    """The configuration of a model of which these are some tensors.
+
+    Args:
+      otherwise: gives the sizes that no tensor shows.
+      n_layer: of the model; 0: as many as the tensors are of.
+
+    Raises:
+      UserError: not of an RWKV-7 model.
+    """
+    count = _count_layers(tensors)
+    sizes = _sizes(tensors, count)
+    fields = {"C": "n_embd", "V": "vocab_size", "N": "head_size", "F": "dim_ffn"}
+    fields |= {letter: f"dim_{letter}" for letter in "wavg"}
+    known = {field: sizes[letter] for letter, field in fields.items() if letter in sizes}
+    if sizes.get("C", otherwise.n_embd) != otherwise.n_embd:  # what follows from another width
+        otherwise = ModelConfig(count, sizes["C"], head_size=sizes.get("N", otherwise.head_size))
+    return dataclasses.replace(otherwise, n_layer=n_layer or count, **known)
+
+
+def _count_layers(tensors: Mapping[str, pth.Array]) -> int:
+    _check_architecture(tensors)
+    layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
+    n_layer = max(layers) + 1
+    if len(layers) != n_layer:
+        raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
+    return n_layer
+
+
+def _sizes(tensors: Mapping[str, pth.Array], n_layer: int) -> dict[str, int]:
+    """Letter → size, from the first tensor that has such a dimension."""
+    sizes: dict[str, int] = {}
+    for name, dims in official_dims(n_layer).items():
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) == len(dims):
+            for letter, size in zip(dims, shape, strict=True):
+                sizes.setdefault(letter, size)
+    return sizes
 
 
 def from_official(

@@ -14,6 +14,20 @@ def test_lines_from_the_first_on_are_dropped_and_torn_ones(tmp_path):
     assert path.read_text() == "step loss\n0 a\n1 b\n2 d\n9 e\n"
 
 
+def test_without_a_checkpoint_nothing_is_dropped(tmp_path):
+    """The run that was there, cut short, then two that append, the second of them resumed."""
+    path = tmp_path / "log"
+    path.write_text("NEW RUN\n{}\n0 a\n1 b\n2 c\n3 ")
+    LogFile(path, None, "header").append("0 d\n")
+    before = "NEW RUN\n{}\n0 a\n1 b\n2 c\n3 \n0 d\n"
+    assert path.read_text() == before
+    LogFile(path, None).append("1 e\n2 f\n")
+    LogFile(path, 2).append("2 g\n")
+    assert path.read_text() == before + "1 e\n2 g\n"
+    LogFile(path, 1).append("1 h\n")
+    assert path.read_text() == before + "1 h\n"
+
+
 def test_the_header_is_written_once(tmp_path):
     LogFile(tmp_path / "log", 0, "step\n").append("0\n")
     LogFile(tmp_path / "log", 1, "step\n").append("1\n")

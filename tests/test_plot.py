@@ -68,6 +68,10 @@ def test_a_run_by_miniepochs_and_the_reference(tmp_path):
     assert official.tokens.tolist() == [(n + 0.5) * 40320 * 512 for n in range(3)]
     assert read_run(tmp_path, ctx_len=4096).tokens[0] == official.tokens[0] * 8
     assert published.loss[-1] == 3.295895 and published.loss.size == 12
+    (tmp_path / "train_log.txt").write_text(
+        f"NEW RUN 2025-04-24-02-18-58\n{{'n_layer': 12}}\n{{'zero_optimization': {{}}}}\n{OFFICIAL}"
+    )
+    np.testing.assert_array_equal(read_run(tmp_path).loss, official.loss)
     # A run that went on after a crash writes a miniepoch again: the later line counts.
     (tmp_path / "train_log.txt").write_text(OFFICIAL + "2 3.5 33.1 0.0005 2025-04-25 1:00 2\n")
     assert read_run(tmp_path / "train_log.txt").loss.tolist() == [4.875856, 4.028621, 3.5]

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.step_log import COLUMNS, STEP_LOG, StepLog, read_step_log
-from rwkv_jax.tracking import Guarded, TensorBoard, Wandb
+from rwkv_jax.tracking import WANDB_ID, Guarded, TensorBoard, Wandb
 
 WD = 0.001
 
@@ -85,29 +85,59 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
         TensorBoard(tmp_path)
 
 
-def test_wandb_is_called_with_what_was_given(monkeypatch, tmp_path):
+@pytest.fixture
+def wandb_calls(monkeypatch) -> list:
+    """What the package is called with."""
     calls = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append(("log", step, values)),
-        finish=lambda: calls.append(("finish",)),
-    )
 
     def init(**given):
         calls.append(("init", given))
-        return run
+        return types.SimpleNamespace(
+            id=given.get("id") or f"made{len(calls)}",
+            log=lambda values, step: calls.append(("log", step, values)),
+            finish=lambda: calls.append(("finish",)),
+        )
 
     fake = types.ModuleType("wandb")
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return calls
+
+
+def test_wandb_is_called_with_what_was_given(wandb_calls, tmp_path):
+    """The first step is 1, as in the official trainer."""
     options = {"n_layer": 12, "lr_init": 6e-4}
-    wandb = Wandb("goose", tmp_path, options)
-    wandb.log(3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1})
+    wandb = Wandb("goose", tmp_path, "65536 ctx512", options, resumed=False)
+    wandb.log(0, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1})
     wandb.close()
-    assert calls == [
-        ("init", {"project": "goose", "dir": tmp_path, "config": options}),
-        ("log", 3, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
+    general = {"project": "goose", "dir": tmp_path, "config": options}
+    general |= {"save_code": False, "allow_val_change": True}
+    assert wandb_calls == [
+        ("init", {**general, "name": "65536 ctx512"}),
+        ("log", 1, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
         ("finish",),
     ]
+
+
+def test_wandb_continues_the_run_of_a_resumed_one_only(wandb_calls, tmp_path):
+    for resumed in (True, True, False, True):
+        Wandb("goose", tmp_path, "new", {}, resumed)
+    told = [{key: given.get(key) for key in ("id", "resume", "name")} for _, given in wandb_calls]
+    new = {"id": None, "resume": None, "name": "new"}
+    again = {"id": "made1", "resume": "allow", "name": None}
+    assert told == [new, again, new, {**again, "id": "made3"}]
+
+
+def test_wandb_offline_keeps_its_id(tmp_path, monkeypatch):
+    """The package itself, without a network."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    for resumed in (False, True):
+        wandb = Wandb("goose", tmp_path, "65536 ctx512", {"lr_init": float(resumed)}, resumed)
+        wandb.log(int(resumed), {"loss": 4.5})
+        wandb.close()
+    (run_id,) = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert (tmp_path / WANDB_ID).read_text() == f"{run_id}\n"
 
 
 class Failing:

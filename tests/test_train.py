@@ -489,20 +489,25 @@ def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path,
         np.testing.assert_array_equal(accumulated[:, 0], at_once[0])
 
 
-def test_wandb_gets_the_official_keys(data, tmp_path, monkeypatch, standing_still):
-    logged = []
-    fake = types.SimpleNamespace(
-        init=lambda **_: types.SimpleNamespace(
-            log=lambda values, step: logged.append((step, values)), finish=lambda: None
+def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch, standing_still):
+    logged, names = [], []
+
+    def init(**given):
+        names.append(given.get("name"))
+        return types.SimpleNamespace(
+            id="x1", log=lambda values, step: logged.append((step, values)), finish=lambda: None
         )
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     train(config(data, tmp_path, wandb="project"))
-    assert [step for step, _ in logged] == list(range(STEPS))
+    assert [step for step, _ in logged] == list(range(1, STEPS + 1))
     official = {"loss", "lr", "wd", "Gtokens", "kt/s"}
     assert all(set(values) == official | {"grad_norm"} for _, values in logged)
     assert logged[-1][1]["Gtokens"] == STEPS * T / 1e9
     assert logged[-1][1]["wd"] == 0.001
+    train(config(data, tmp_path, wandb="project", my_exit_tokens=(STEPS + 1) * T))
+    assert re.fullmatch(rf"{V} ctx{T} L2 D64 \d{{4}}(-\d\d){{5}}", names[0])
+    assert names[1:] == [None] and logged[-1][0] == STEPS + 1
 
 
 def test_plot_draws_the_run(data, tmp_path, standing_still):
@@ -552,22 +557,128 @@ def test_load_model_takes_the_folder_of_a_run(data, run, tmp_path, standing_stil
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
 
-def test_load_partial_fills_in(data, run, tmp_path, standing_still):
-    there = pth.read(run[0] / "rwkv-final.pth")
-    del there["blocks.1.ffn.key.weight"]
-    there["blocks.0.att.w1"] = there["blocks.0.att.w1"][:, :8]
+def test_load_partial_fills_in(data, run, tmp_path, standing_still, capsys):
+    """Low-rank widths are the file's; the tensors that it lacks are named."""
+    other = dataclasses.replace(MODEL, dim_w=8, dim_a=16, dim_v=24, dim_g=40)
+    weights.save_pth(tmp_path / "whole.pth", init_params(other, 3))
+    lacking = ("blocks.1.ffn.key.weight", "blocks.0.att.w1")
+    there = pth.read(tmp_path / "whole.pth")
+    there = {name: tensor for name, tensor in there.items() if name not in lacking}
     pth.write(tmp_path / "part.pth", there)
     options = config(data, tmp_path / "out", load_model=str(tmp_path / "part.pth"))
-    with pytest.raises(UserError, match=r"part.pth: .*missing blocks.1.ffn.key.weight"):
+    with pytest.raises(UserError, match=r"part.pth: .*missing blocks.0.att.w1, blocks.1.ffn.key"):
         train(options)
     train(dataclasses.replace(options, load_partial=1))
+    said = capsys.readouterr().out
+    assert "part.pth; fresh: blocks.0.att.w1, blocks.1.ffn.key.weight\n" in said
+    assert "low-rank 8/16/24/40" in said
 
-    merged, fresh = (
-        pth.read(path) for path in (tmp_path / "out" / "rwkv-final.pth", run[0] / "rwkv-init.pth")
+    weights.save_pth(tmp_path / "fresh.pth", init_params(other, 0))
+    merged, fresh, kept = (
+        pth.read(tmp_path / name) for name in ("out/rwkv-final.pth", "fresh.pth", "part.pth")
     )
     for name, tensor in merged.items():
-        missing = name in ("blocks.1.ffn.key.weight", "blocks.0.att.w1")
-        assert np.array_equal(tensor, (fresh if missing else there)[name]), name
+        expected = (fresh if name in lacking else kept)[name]
+        assert np.array_equal(tensor, expected), name
+
+
+def test_load_partial_adds_layers(data, run, tmp_path, standing_still, capsys):
+    more = config(data, tmp_path, load_model=str(run[0]) + "/rwkv-final.pth", load_partial=1)
+    train(dataclasses.replace(more, n_layer=3))
+    assert "fresh: blocks.2.ln1.weight, blocks.2.ln1.bias, " in capsys.readouterr().out
+    assert rwkv_jax.load_params(tmp_path / "rwkv-final.pth")[0].n_layer == 3
+    with pytest.raises(UserError, match="final.pth: .*layers too many blocks.1.ln1.weight"):
+        train(dataclasses.replace(more, n_layer=1, proj_dir=str(tmp_path / "fewer")))
+
+
+def test_load_partial_refuses_other_shapes(data, run, tmp_path):
+    there = pth.read(run[0] / "rwkv-final.pth")
+    there["blocks.1.att.w1"] = there["blocks.1.att.w1"][:, :8]
+    pth.write(tmp_path / "part.pth", there)
+    options = {"load_model": str(tmp_path / "part.pth"), "load_partial": 1}
+    wrong = r"part.pth: .*blocks.1.att.w1 is \[64, 8\] and should be \[64, 32\]"
+    with pytest.raises(UserError, match=wrong):
+        train(config(data, tmp_path / "out", **options))
+    with pytest.raises(UserError, match="part.pth: has n_embd 64, not 128"):
+        train(config(data, tmp_path / "out", **{**options, "n_embd": 128}))
+
+
+def test_an_initialisation_of_other_widths_decides(data, tmp_path, standing_still, capsys):
+    """The official way to continue from a base model: renamed, in the output folder."""
+    other = dataclasses.replace(MODEL, dim_w=8, dim_a=16, dim_v=24, dim_g=40)
+    weights.save_pth(tmp_path / "rwkv-init.pth", init_params(other, 3))
+    before = (tmp_path / "rwkv-init.pth").read_bytes()
+    train(config(data, tmp_path))
+    assert "low-rank 8/16/24/40" in capsys.readouterr().out
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == before
+    assert (tmp_path / "rwkv-init.pth").read_bytes() == before
+
+
+@pytest.fixture
+def official_folder(run, tmp_path) -> Path:
+    """As the official trainer leaves one behind: no checkpoints, a log with its header."""
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for name, source in {"init": "init", "0": "1", "1": "0"}.items():  # which is which shows below
+        shutil.copy(run[0] / f"rwkv-{source}.pth", folder / f"rwkv-{name}.pth")
+    stamp = "2025-04-24 02:23:42.481256"
+    (folder / "train_log.txt").write_text(
+        f"NEW RUN 2025\n{{}}\n0 6.2 500.0 0.003 {stamp} 0\n1 6.1 450.0 0.006 {stamp} 1\n"
+    )
+    return folder
+
+
+def test_an_official_folder_is_continued(data, run, official_folder, capsys):
+    """With the largest rwkv-{n}.pth, at miniepoch n + 1, by the official command."""
+    folder = official_folder
+    files = {path: path.read_bytes() for path in folder.glob("rwkv-*.pth")}
+    before = (folder / "train_log.txt").read_text()
+    usual = {"load_model": "0", "epoch_begin": 0, "train_stage": 3, "my_exit_tokens": 14 * T}
+    first = train(config(data, folder, **usual), stop_after=12)
+    said = capsys.readouterr().out
+    assert f"continued from {folder}/rwkv-1.pth at miniepoch 2, with the weights alone" in said
+    assert "the optimizer and the warm-up start anew, at step 10" in said
+    after = train(config(data, folder, **usual))  # now from a checkpoint
+    assert "resumed from" in capsys.readouterr().out
+    assert len(first) + len(after) == 14 - 2 * MINIEPOCH
+    assert files == {path: path.read_bytes() for path in files}
+    log_now = (folder / "train_log.txt").read_text()
+    assert log_now.startswith(before) and log_now.removeprefix(before).split()[0] == "2"
+    steps = [line.split() for line in (folder / "step_log.tsv").read_text().splitlines()[1:]]
+    assert [int(words[0]) for words in steps] == [10, 11, 12, 13]
+    assert float(steps[0][3]) < 0.45 / 64 * 0.02  # warm-up
+
+    # The same weights, and the same steps, as asked for in words.
+    words = {**usual, "load_model": str(folder / "rwkv-1.pth"), "epoch_begin": 2}
+    alone = train(config(data, folder.parent / "alone", **words))
+    assert first + after == alone
+
+
+def test_official_weights_are_not_overwritten(data, official_folder, run):
+    before = {path: path.read_bytes() for path in official_folder.iterdir()}
+    base = {"load_model": str(run[0] / "rwkv-final.pth")}
+    with pytest.raises(UserError, match="rwkv-1.pth: is there without .* leave --load_model out"):
+        train(config(data, official_folder, **base))
+    with pytest.raises(UserError, match="continues at miniepoch 2, not at --epoch_begin 1"):
+        train(config(data, official_folder, epoch_begin=1))
+    now = {path: path.read_bytes() for path in official_folder.iterdir() if path.name != ".lock"}
+    assert now == before
+
+
+def test_stage_zero_does_not_look_for_official_weights(data, run, official_folder, standing_still):
+    assert len(train(config(data, official_folder, train_stage=0))) == STEPS
+    final = (official_folder / "rwkv-final.pth").read_bytes()
+    assert final == (run[0] / "rwkv-init.pth").read_bytes()
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_done_again(data, run, tmp_path):
+    """After its first export: that is not taken for an official one."""
+    shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
+    shutil.copy(run[0] / "rwkv-0.pth", tmp_path)
+    lines = (run[0] / "step_log.tsv").read_text().splitlines(keepends=True)
+    (tmp_path / "step_log.tsv").write_text("".join(lines[: 1 + MINIEPOCH]))
+    assert train(config(data, tmp_path)) == run[1]
+    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
 
 def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_still):
@@ -577,7 +688,9 @@ def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_sti
     assert [words[0] + words[4] for words in log(tmp_path)] == ["10"]
     assert not list(tmp_path.glob("rwkv-[0-9].pth"))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
-    with pytest.raises(UserError, match="--epoch_begin 3 is step 15, but the run ends at step 12"):
+    with pytest.raises(
+        UserError, match="miniepoch 3 begins at step 15, but the run ends at step 12"
+    ):
         train(config(data, tmp_path / "late", epoch_begin=3))
 
 
