@@ -190,13 +190,13 @@ def design(**changes) -> Iterator[None]:
 
 
 def _tunings(**values) -> dict:
-    tuning = pallas_triton.Tuning(**values)
+    tuning = pallas_triton.Tuning(**({"warps": 4} | values))
     return {(major, 64, False): tuning for major in (8, 9, 12)}
 
 
 DESIGNS = {
     "as they are": {},
-    "chunks of 32, states every 32": {"CHUNK": 32},
+    "chunks of 32, states every 32": {"TUNING": _tunings(chunk_length=32, chunks=8, stages=2)},
     "third kernel: one chunk a program, plain loads": {"TUNING": _tunings()},
     "tiles loaded again, as at N = 128": {
         "TUNING": _tunings(chunks=8, stages=2, reload_sequential=True, reload_gradients=True)
@@ -228,7 +228,7 @@ def main() -> None:
     now.append("|---" * 4 + "|")
     others.append("|---" * 5 + "|")
     for name, changes in DESIGNS.items():
-        chunk = changes.get("CHUNK", pallas_triton.CHUNK)
+        chunk = 32 if "32" in name else 16
         with design(**changes):
             for card in CARDS:
                 try:

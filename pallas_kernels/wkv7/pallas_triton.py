@@ -19,9 +19,17 @@ Cost. A token of one head, N = 64, 16-bit operands (an [N] vector is 128 bytes),
     backward 1    r w a b dy              640         D 512                     40 k      1152 B
     backward 2    r w k v a b dy S D     1920         six gradients 768        146 k      2688 B
 
-Of a forward chunk three dependent products need the state before it (S ãᵀ, the solved U, Uᵀ b̃).
-The rest does not, but a Triton program has one instruction stream, so all of it is on the path
-from chunk to chunk; docs/wkv7-kernel.md has the streams' lengths and the designs weighed.
+Critical path. Of a forward chunk, two dependent products lie between the state before it and the
+operands that update it (S ãᵀ, the solve), a third is the update; of D's chunk as well (D b̃ᵀ, the
+solve, the update). But a Triton program has one instruction stream: what needs no state is in it
+as well, ten dependent products a chunk (the sums of decays, b̃ᵀã, six of the inverse, the solve,
+the update). In the second backward kernel it is twelve, and chunks do not wait for each other.
+
+Occupancy. Forward and `D` have B·H programs: 96 at 0.1b's micro_bsz 8, 192 at 16, for an H100's
+132 cores. So at 96 a program has a core to itself, at 192 60 cores hold two, and up to three fit.
+Value rows could be cut over more programs, but all that is local to a chunk would be done again in
+each, and that is most of the stream. The second backward kernel has B·H·T/128 programs (3072 at
+96), two on a core. docs/wkv7-kernel.md has the streams' lengths and the designs weighed.
 
 Layout. Arrays stay [B,T,H,N] in memory. In registers every tile is transposed, channels by tokens
 [N, L]: N/16 warps then own 16 rows each, the state's rows (values) never leave their warp, and an
@@ -53,25 +61,32 @@ from pallas_kernels.gpu_targets import current_compute_capability
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 DECAY_SCALE = math.exp(-0.5)  # log decay = −DECAY_SCALE·sigmoid(w)
-CHUNK = 16  # tokens; the smallest side of a tensor-core product, and the shortest inverse
 LOG2_E = math.log2(math.e)
 PADDED_LOGIT = -3e4  # its decay is exactly 1, in float16 too
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernels are launched on a card. Warps are not a choice: one for 16 rows of a state.
+    """How the kernels are launched on a card.
 
     Attributes:
+      warps: of a program; one has 16 rows of the state, the tile of an `mma`.
+      chunk_length: tokens of a chunk. 16 is the smallest side of a tensor-core product.
       chunks: that a program of the gradients' kernel goes through. Several hide the latency of
         loads, and cost registers and shared memory.
-      stages: of that kernel's prefetching.
+      stages: of that kernel's prefetching (1: none).
       sequential_stages: of forward's and `D`'s.
-      reload_sequential, reload_gradients: whether forward and `D`, and the gradients' kernel, load
-        a tile again from the caches for its second use, where its operands would be registers
-        that spill.
+      reload_sequential: whether forward loads k and b again (`D`: r and a) for the update of the
+        state, instead of holding their tiles in registers since the products between tokens.
+      reload_gradients: whether the gradients' kernel loads S, D, r, w, a, k and b again for their
+        second use, and sums Σ S·D elementwise in slices.
+
+    Either reload is for where those registers would spill. A store lies in between, so that the
+    compiler does not merge the loads; what they read is in the caches.
     """
 
+    warps: int
+    chunk_length: int = 16
     chunks: int = 1
     stages: int = 1
     sequential_stages: int = 2
@@ -82,17 +97,42 @@ class Tuning:
 # By compute capability's major, head size, and whether states are reset; chosen so that nothing
 # spills more than 32 bytes a thread. Hopper's wgmma reads its right operands from shared memory, so
 # there fewer of them are in registers.
-TUNING = (
-    {(major, size, False): Tuning(8, 2) for major in (8, 9) for size in (16, 32, 64)}
-    | {
-        (major, 128, reset): Tuning(reload_sequential=True, reload_gradients=True)
-        for major in (8, 10, 11, 12)
-        for reset in (False, True)
-    }
-    | {(9, 128, True): Tuning(reload_gradients=True)}
-)
-# Tiles of twice the size: prefetched ones of N = 128 exceed a consumer card's shared memory.
-FLOAT32_TUNING = Tuning(sequential_stages=1)
+TUNING = {
+    (major, size, reset): tuning
+    for majors, size, resets, tuning in (
+        ((8, 9), 16, (False,), Tuning(warps=1, chunk_length=16, chunks=8, stages=2)),
+        ((8, 9), 16, (True,), Tuning(warps=1, chunk_length=16)),
+        ((10, 11, 12), 16, (False, True), Tuning(warps=1, chunk_length=16)),
+        ((8, 9), 32, (False,), Tuning(warps=2, chunk_length=16, chunks=8, stages=2)),
+        ((8, 9), 32, (True,), Tuning(warps=2, chunk_length=16)),
+        ((10, 11, 12), 32, (False, True), Tuning(warps=2, chunk_length=16)),
+        ((8, 9), 64, (False,), Tuning(warps=4, chunk_length=16, chunks=8, stages=2)),
+        ((8, 9), 64, (True,), Tuning(warps=4, chunk_length=16)),
+        ((10, 11, 12), 64, (False, True), Tuning(warps=4, chunk_length=16)),
+        ((9,), 128, (False,), Tuning(warps=8, chunk_length=16)),
+        ((9,), 128, (True,), Tuning(warps=8, chunk_length=16, reload_gradients=True)),
+        (
+            (8, 10, 11, 12),
+            128,
+            (False, True),
+            Tuning(warps=8, chunk_length=16, reload_sequential=True, reload_gradients=True),
+        ),
+    )
+    for major in majors
+    for reset in resets
+}
+
+
+def tuning_for(
+    capability: tuple[int, int] | None, size: int, reset: bool, dtype: jnp.dtype
+) -> Tuning:
+    """The row of `TUNING`; a card newer than all in it takes the newest's, no GPU Hopper's."""
+    major = 9 if capability is None else min(capability[0], 12)
+    tuning = TUNING[major, size, reset]
+    if dtype == jnp.float32:
+        # Tiles twice as large: prefetched, those of N = 128 exceed a consumer card's shared memory.
+        return Tuning(warps=tuning.warps, chunk_length=tuning.chunk_length, sequential_stages=1)
+    return tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +163,10 @@ def wkv7_pallas_triton(
     reason = refusal(v, interpret)
     if reason is not None:
         raise NotImplementedError(f"pallas_triton {reason}")
-    capability = current_compute_capability()
     time, size = v.shape[1], v.shape[-1]
-    padding = ((0, 0), (0, -time % CHUNK), (0, 0), (0, 0))
-    if time % CHUNK:
+    tuning = tuning_for(current_compute_capability(), size, reset is not None, v.dtype)
+    padding = ((0, 0), (0, -time % tuning.chunk_length), (0, 0), (0, 0))
+    if time % tuning.chunk_length:
         r, k, v, a, b = (jnp.pad(x, padding) for x in (r, k, v, a, b))
         w = jnp.pad(w, padding, constant_values=PADDED_LOGIT)
     segment = None
@@ -135,11 +175,7 @@ def wkv7_pallas_triton(
         documents = jnp.cumsum(reset.astype(jnp.int32), axis=1)
         segment = jnp.pad(documents, ((0, 0), (1, 0)))
         segment = jnp.pad(segment, padding[:2], mode="edge")
-    major = 9 if capability is None else capability[0]
-    tuning = TUNING.get((major, size, reset is not None), Tuning())
-    if v.dtype == jnp.float32:
-        tuning = FLOAT32_TUNING
-    chunks = math.gcd(tuning.chunks, r.shape[1] // CHUNK)
+    chunks = math.gcd(tuning.chunks, r.shape[1] // tuning.chunk_length)
     options = _Options(dataclasses.replace(tuning, chunks=chunks), _precision(interpret), interpret)
     y, final_state = _wkv7(options, r, w, k, v, a, b, initial_state, segment)
     return y[:, :time], final_state
@@ -149,7 +185,7 @@ def refusal(v: jax.Array, interpret: bool = False) -> str | None:
     """Why this implementation cannot serve v [B,T,H,N] on the present device; None when it can."""
     if v.dtype == jnp.float64:
         return "has no float64: use implementation='xla'"
-    if v.size * v.shape[-1] // CHUNK >= 2**31:
+    if v.size * v.shape[-1] // Tuning.chunk_length >= 2**31:
         return (
             f"addresses its states with 32 bits: too many tokens and heads in {v.shape}; cut them"
         )
@@ -259,9 +295,10 @@ def _decays(w: jax.Array, dtype, dot, exp2, reciprocal) -> tuple[jax.Array, ...]
     """
     odds = _odds(w, exp2)
     log = -DECAY_SCALE * LOG2_E * reciprocal(1.0 + odds)
-    source, token = _positions(CHUNK, CHUNK)
+    length = w.shape[1]
+    source, token = _positions(length, length)
     total = _sum_tokens(log, source <= token, dtype, dot)
-    last = _positions(*total.shape)[1] == CHUNK - 1
+    last = _positions(*total.shape)[1] == length - 1
     half = 0.5 * jnp.sum(jnp.where(last, total, 0.0), axis=1)
     return odds, log, total - half[:, None], half
 
@@ -286,11 +323,11 @@ def _inverse(m: jax.Array, dtype, dot) -> jax.Array:
 
     The highest set bit of i xor j is half the size of the smallest aligned block that holds both.
     """
-    row, column = _positions(CHUNK, CHUNK)
+    row, column = _positions(*m.shape)
     apart = row ^ column
     inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, m, 0.0))
     size = 2
-    while size < CHUNK:
+    while size < m.shape[0]:
         between = jnp.where((apart >= size) & (apart < 2 * size), m, 0.0).astype(dtype)
         blocks = inverse.astype(dtype)
         inverse = inverse + dot(dot(blocks, between).astype(dtype), blocks)
@@ -308,25 +345,25 @@ def _diagonal(x: jax.Array) -> jax.Array:
 
 
 def _sum_by_slices(x_ref, y_ref, chunk) -> jax.Array:
-    size = x_ref.shape[-1]
-    total = jnp.zeros((CHUNK, size), jnp.float32)
-    for first in range(0, size, CHUNK):
-        here = (chunk, pl.ds(first, CHUNK))
+    size, rows = x_ref.shape[-1], 16
+    total = jnp.zeros((rows, size), jnp.float32)
+    for first in range(0, size, rows):
+        here = (chunk, pl.ds(first, rows))
         total = total + x_ref[here].astype(jnp.float32) * y_ref[here].astype(jnp.float32)
     return jnp.sum(total, axis=0)
 
 
-def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
-    """What may reach what when states are reset; all None without `reset`.
+def _documents(segment_ref, first, length: int) -> tuple[Any, Any, Any, Any]:
+    """What may reach what when states are reset, in the chunk from token `first`; else all None.
 
     (token and token [L, L], the state before and token [1, L], token and the state after [1, L],
     the state before and the state after []).
     """
     if segment_ref is None:
         return None, None, None, None
-    before = segment_ref[chunk * CHUNK]
-    own = segment_ref[pl.ds(chunk * CHUNK + 1, CHUNK)]
-    after = segment_ref[chunk * CHUNK + CHUNK]
+    before = segment_ref[first]
+    own = segment_ref[pl.ds(first + 1, length)]
+    after = segment_ref[first + length]
     return (
         own[:, None] == own[None, :],
         own[None, :] == before,
@@ -335,10 +372,14 @@ def _documents(segment_ref, chunk) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def _causal(same, strictly: bool) -> jax.Array:
-    source, token = _positions(CHUNK, CHUNK)
-    causal = source < token if strictly else source <= token
-    return causal if same is None else causal & same
+def _between(dot, x, y, same, strictly: bool = False, to_first: bool = False) -> jax.Array:
+    """xᵀ y, [from, to] of a chunk's tokens, where one reaches the other; elsewhere 0.
+
+    `to_first`: x is of the tokens that are reached, and the matrix [to, from].
+    """
+    source, token = _positions(x.shape[1], y.shape[1])[:: -1 if to_first else 1]
+    reaches = source < token if strictly else source <= token
+    return _only(reaches if same is None else reaches & same, dot(x, y, "Xy"))
 
 
 def _split(rest: tuple, documents: bool) -> tuple[Any, tuple]:
@@ -352,20 +393,21 @@ def _forward_kernel(
     segment_ref, (y_ref, final_ref, *states_ref) = _split(rest, documents)
     dtype = _operand_dtype(r_ref.dtype)
     dot, exp2, reciprocal = _tools(options, dtype)
+    length = options.tuning.chunk_length
 
     def body(chunk, state):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        same, before, after, through = _documents(segment_ref, chunk)
+        tokens = pl.ds(chunk * length, length)
+        same, before, after, through = _documents(segment_ref, chunk * length, length)
         _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
         r = _scaled(r_ref[tokens, :], exp2(total), dtype)
         a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
         k = _scaled(k_ref[tokens, :], exp2(-total), dtype)
         b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         v = v_ref[tokens, :].astype(dtype).T
-        ba = _only(_causal(same, True), dot(b, a, "Xy"))
-        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
-        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
-        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
+        ba = _between(dot, b, a, same, strictly=True)
+        ka = _between(dot, k, a, same, strictly=True).astype(dtype)
+        kr = _between(dot, k, r, same).astype(dtype)
+        br = _between(dot, b, r, same).astype(dtype)
         solve = _inverse(ba, dtype, dot)
         state = state * exp2(half)[None, :]
         s = state.astype(dtype)
@@ -385,7 +427,7 @@ def _forward_kernel(
         )
         return state * exp2(half)[None, :]
 
-    final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // CHUNK, body, initial_ref[...])
+    final_ref[...] = jax.lax.fori_loop(0, r_ref.shape[0] // length, body, initial_ref[...])
 
 
 def _backward_ends_kernel(
@@ -394,20 +436,21 @@ def _backward_ends_kernel(
     segment_ref, (ends_ref, dinitial_ref) = _split(rest, documents)
     dtype = _operand_dtype(r_ref.dtype)
     dot, exp2, reciprocal = _tools(options, dtype)
-    chunks = r_ref.shape[0] // CHUNK
+    length = options.tuning.chunk_length
+    chunks = r_ref.shape[0] // length
 
     def body(step, dstate):
         chunk = chunks - 1 - step
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        same, before, after, through = _documents(segment_ref, chunk)
+        tokens = pl.ds(chunk * length, length)
+        same, before, after, through = _documents(segment_ref, chunk * length, length)
         _, log, total, half = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
         r = _scaled(r_ref[tokens, :], exp2(total), dtype)
         a = _scaled(a_ref[tokens, :], exp2(total - log), dtype)
         b = _scaled(b_ref[tokens, :], exp2(-total), dtype)
         dy = dy_ref[tokens, :].astype(dtype).T
         # [to, from] here: only their transposes are needed, which cost a trip to shared memory.
-        rb = _only(_causal(same, False).T, dot(r, b, "Xy")).astype(dtype)
-        solve = _inverse(_only(_causal(same, True).T, dot(a, b, "Xy")), dtype, dot)
+        rb = _between(dot, r, b, same, to_first=True).astype(dtype)
+        solve = _inverse(_between(dot, a, b, same, strictly=True, to_first=True), dtype, dot)
         end = dstate * exp2(half)[None, :]
         d = end.astype(dtype)
         ends_ref[chunk] = d
@@ -440,11 +483,12 @@ def _backward_chunks_kernel(
     segment_ref, (dr_ref, dw_ref, dk_ref, dv_ref, da_ref, db_ref) = _split(rest, documents)
     dtype = _operand_dtype(r_ref.dtype)
     dot, exp2, reciprocal = _tools(options, dtype)
+    length = options.tuning.chunk_length
     first = pl.program_id(0) * options.tuning.chunks
 
     def body(chunk, carry):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        same, before, after, through = _documents(segment_ref, first + chunk)
+        tokens = pl.ds(chunk * length, length)
+        same, before, after, through = _documents(segment_ref, (first + chunk) * length, length)
         odds, log, total, _ = _decays(w_ref[tokens, :].T, dtype, dot, exp2, reciprocal)
         up = exp2(total)
         a = _scaled_once(a_ref[tokens, :], exp2(total - log), dtype)
@@ -452,10 +496,10 @@ def _backward_chunks_kernel(
         k = _scaled_once(k_ref[tokens, :], exp2(-total), dtype)
         r = _scaled_once(r_ref[tokens, :], up, dtype)
         v, dy = v_ref[tokens, :].astype(dtype).T, dy_ref[tokens, :].astype(dtype).T
-        solve = _inverse(_only(_causal(same, True), dot(b, a, "Xy")), dtype, dot)
-        ka = _only(_causal(same, True), dot(k, a, "Xy")).astype(dtype)
-        br = _only(_causal(same, False), dot(b, r, "Xy")).astype(dtype)
-        kr = _only(_causal(same, False), dot(k, r, "Xy")).astype(dtype)
+        solve = _inverse(_between(dot, b, a, same, strictly=True), dtype, dot)
+        ka = _between(dot, k, a, same, strictly=True).astype(dtype)
+        br = _between(dot, b, r, same).astype(dtype)
+        kr = _between(dot, k, r, same).astype(dtype)
         s, d = states_ref[chunk], ends_ref[chunk]
         x = _only(before, dot(s, a)) + dot(v, ka)
         u = dot(x.astype(dtype), solve).astype(dtype)
@@ -470,10 +514,10 @@ def _backward_chunks_kernel(
         dv_ref[tokens, :] = dv.astype(dv_ref.dtype).T
         if options.tuning.reload_gradients:
             s, odds = states_ref[chunk], _odds(w_ref[tokens, :].T, exp2)
-        dkr = _only(_causal(same, False), dot(v, dy, "Xy")).astype(dtype)
-        dbr = _only(_causal(same, False), dot(u, dy, "Xy")).astype(dtype)
-        dka = _only(_causal(same, True), dot(v, dx, "Xy")).astype(dtype)
-        dba = _only(_causal(same, True), dot(u, dx, "Xy")).astype(dtype)
+        dkr = _between(dot, v, dy, same).astype(dtype)
+        dbr = _between(dot, u, dy, same).astype(dtype)
+        dka = _between(dot, v, dx, same, strictly=True).astype(dtype)
+        dba = _between(dot, u, dx, same, strictly=True).astype(dtype)
         dr = dot(s, _only(before, dy), "Xy")
         da = dot(s, _only(before, dx), "Xy")
         dr = dr + dot(k, dkr) + dot(b, dbr)
@@ -500,7 +544,7 @@ def _backward_chunks_kernel(
         db = bd + dot(r, dbr, "xY") + dot(a, dba, "xY")
         db_ref[tokens, :] = (db * reciprocal(up)).astype(db_ref.dtype).T
         dlog = dlog - bf * db
-        source, token = _positions(CHUNK, CHUNK)
+        source, token = _positions(length, length)
         dlog = _sum_tokens(dlog, source >= token, dtype, dot) - da + passing[:, None]
         dw = dlog * (-DECAY_SCALE * odds * gate * gate)
         dw_ref[tokens, :] = dw.astype(dw_ref.dtype).T
@@ -532,9 +576,7 @@ def _call(kernel, options, grid, stages, inputs, specs, segment, out_specs, out_
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=max(1, inputs[0].shape[3] // 16), num_stages=stages
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=options.tuning.warps, num_stages=stages),
         interpret=options.interpret,
         name=name,
     )(*inputs)
@@ -548,7 +590,9 @@ def _remainder(program, head: int):
     return jax.lax.rem(program, jnp.int32(head))
 
 
-def _head_specs(time: int, head: int, size: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+def _head_specs(
+    time: int, head: int, size: int, length: int
+) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     """(tokens [T,N], a state [N,N], states [C,N,N]) of program b·H + h."""
 
     def index(program):
@@ -561,16 +605,17 @@ def _head_specs(time: int, head: int, size: int) -> tuple[pl.BlockSpec, pl.Block
     return (
         pl.BlockSpec((None, time, None, size), tokens),
         pl.BlockSpec((None, None, size, size), lambda i: (*index(i), 0, 0)),
-        pl.BlockSpec((None, None, time // CHUNK, size, size), lambda i: (*index(i), 0, 0, 0)),
+        pl.BlockSpec((None, None, time // length, size, size), lambda i: (*index(i), 0, 0, 0)),
     )
 
 
 def _forward(options, save, r, w, k, v, a, b, initial_state, segment):
     batch, time, head, size = v.shape
-    tokens, state, states = _head_specs(time, head, size)
+    length = options.tuning.chunk_length
+    tokens, state, states = _head_specs(time, head, size, length)
     out_specs, out_shape = [tokens, state], [_like(v), _like(initial_state)]
     if save:
-        shape = (batch, head, time // CHUNK, size, size)
+        shape = (batch, head, time // length, size, size)
         out_specs.append(states)
         out_shape.append(_like(v, shape, _operand_dtype(v.dtype)))
     return _call(
@@ -590,8 +635,9 @@ def _forward(options, save, r, w, k, v, a, b, initial_state, segment):
 def _backward_ends(options, r, w, a, b, dy, dfinal_state, segment):
     """D [B,H,C,N,N] of every chunk, and the initial state's cotangent [B,H,N,N]."""
     batch, time, head, size = r.shape
-    tokens, state, states = _head_specs(time, head, size)
-    shape = (batch, head, time // CHUNK, size, size)
+    length = options.tuning.chunk_length
+    tokens, state, states = _head_specs(time, head, size, length)
+    shape = (batch, head, time // length, size, size)
     ends, dinitial_state = _call(
         _backward_ends_kernel,
         options,
@@ -610,9 +656,9 @@ def _backward_ends(options, r, w, a, b, dy, dfinal_state, segment):
 def _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment):
     """The gradients of r, w, k, v, a, b, each in its array's dtype."""
     batch, time, head, size = r.shape
-    chunks = options.tuning.chunks
+    chunks, length = options.tuning.chunks, options.tuning.chunk_length
     tokens = pl.BlockSpec(
-        (None, chunks * CHUNK, None, size),
+        (None, chunks * length, None, size),
         lambda c, i: (_divide(i, head), c, _remainder(i, head), 0),
     )
     state = pl.BlockSpec(
@@ -622,7 +668,7 @@ def _backward_chunks(options, r, w, k, v, a, b, dy, states, ends, segment):
     return _call(
         _backward_chunks_kernel,
         options,
-        (time // CHUNK // chunks, batch * head),
+        (time // length // chunks, batch * head),
         options.tuning.stages,
         [r, w, k, v, a, b, dy, states, ends],
         [tokens] * 7 + [state] * 2,
