@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +36,19 @@ from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
 
 # When a part of a save or a load fails, orbax raises that, and it is told in a line below. It also
-# logs it, and leaves its other parts to themselves: a traceback by absl or asyncio for each.
+# logs it, and abandons its other parts, each of which then complains: by absl's or asyncio's log,
+# as a coroutine that nobody awaited, or from a thread of tensorstore whose event loop is gone.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+
+
+def _report_unraisable(error: Any, hook: Callable[[Any], object] = sys.unraisablehook) -> None:
+    if str(error.exc_value) != "Event loop is closed" or error.object is not None:
+        hook(error)
+
+
+sys.unraisablehook = _report_unraisable
 
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
@@ -136,10 +147,11 @@ class Checkpoints:
             UserError: the last save failed, or this one cannot begin (no space, no permission).
         """
         self.close()
-        if step in self.steps():
+        # One process's answer: the others may not see yet what it has just given its name.
+        if distributed.from_first(distributed.is_first() and step in self.steps()):
             return
         refused = self._make_room(state) if distributed.is_first() else ""
-        if not distributed.as_first(not refused):
+        if distributed.from_first(bool(refused)):
             raise UserError(refused or f"{self.folder}: the first process cannot write there")
         partial = self.folder / f"{step}.partial"
         try:
@@ -174,15 +186,24 @@ class Checkpoints:
             response.result()
             if distributed.is_first():
                 _commit(partial, self.folder / str(step), about)
-                # Later steps are of a run with other steps, which `start` sets aside.
-                for old in [other for other in self.steps() if other <= step][self._keep :]:
-                    # Renamed first: half of it under its own name would look damaged. What cannot
-                    # be removed now is tried again by the next save.
-                    gone = (self.folder / str(old)).rename(self.folder / f"{old}.partial")
-                    shutil.rmtree(gone, ignore_errors=True)
         except Exception as error:
             _remove(self.folder, lambda name: name.startswith(partial.name))
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+        if distributed.is_first():
+            self._remove_older(step)
+
+    def _remove_older(self, step: int) -> None:
+        """Leaves the newest `keep` up to a step; later ones are of a run that `start` sets aside.
+
+        What cannot be removed is tried again after the next save.
+        """
+        with contextlib.suppress(OSError, UserError):
+            for old in [other for other in self.steps() if other <= step][self._keep :]:
+                # Renamed first: half of it under its own name would look damaged.
+                gone = self.folder / f"{old}.partial"
+                shutil.rmtree(gone, ignore_errors=True)
+                (self.folder / str(old)).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:

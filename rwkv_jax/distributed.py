@@ -32,7 +32,7 @@ END_TIMEOUT = 3600  # seconds that a process waits, when it is done, for the .pt
 
 LOST = (
     "this process or another of the run was lost, so all of them end; start all of them again to "
-    "go on from the last checkpoint"
+    "resume from the last checkpoint"
 )
 
 
@@ -79,11 +79,13 @@ def joined(config: TrainConfig) -> Iterator[None]:
             raise
         except BaseException as error:
             # Not by an exception: at the exit jax would wait for the others, and they for us.
-            lost = isinstance(error, jax.errors.JaxRuntimeError) and (
-                "RESOURCE_EXHAUSTED" not in str(error)
-            )
-            if isinstance(error, UserError) or lost:
-                print(f"error: {LOST if lost else error}", file=sys.stderr, flush=True)
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                # Which of them mean that another is gone differs by backend and version.
+                said = next(iter(str(error).splitlines()), "")
+                why = "" if "RESOURCE_EXHAUSTED" in said else f"\nerror: {LOST}"
+                print(f"error: jax: {said}{why}", file=sys.stderr, flush=True)
+            elif isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
             else:
                 sys.excepthook(type(error), error, error.__traceback__)
             ended()
@@ -147,9 +149,9 @@ def first_ahead() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
-def as_first(value: bool) -> bool:
-    """The first process's value, in all of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+def from_first(value: int) -> int:
+    """The first process's value (of 32 bits), in all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -49,7 +49,7 @@ class MiniepochLoss:
 
 
 class ProgressLine:
-    """Step, loss, running loss, learning rate, speed and time left.
+    """Step, loss, running loss, learning rate, speed, time left, and MFU where the peak is known.
 
     On a terminal a bar that is redrawn; elsewhere a line every ten seconds (and the first and last
     step), so that a log file stays readable. Speed is over the last minute or so.
@@ -58,10 +58,14 @@ class ProgressLine:
         first, last: steps of this run, [first, last).
         tokens: tokens of one step.
         bar: draw the bar; None: if standard output is a terminal.
+        peak: tokens a second at which the model's arithmetic would take all that the devices have;
+            0: not known.
     """
 
-    def __init__(self, first: int, last: int, tokens: int, bar: bool | None = None):
-        self.last, self.tokens = last, tokens
+    def __init__(
+        self, first: int, last: int, tokens: int, bar: bool | None = None, peak: float = 0.0
+    ):
+        self.last, self.tokens, self.peak = last, tokens, peak
         self._times: list[tuple[int, float]] = []  # (step, when it was seen done)
         self._printed = -math.inf
         console = Console()
@@ -89,6 +93,8 @@ class ProgressLine:
         left = str(datetime.timedelta(seconds=round((self.last - done) / pace))) if pace else "?"
         text = f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e}"
         more = f"norm {norm:.2f} {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
+        if self.peak:
+            more += f" MFU {pace * self.tokens / self.peak:.1%}"
         if self._bar:  # beside which 80 columns hold half of it
             self._bar.update(self._task, completed=done, description=f"{text}\n{more}")
         elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:

@@ -134,12 +134,14 @@ class LossScale(NamedTuple):
     steps: jax.Array  # int32, since it changed
 
 
-def unscale(start: float = 2.0**15, patience: int = 2000) -> optax.GradientTransformationExtraArgs:
+def unscale(start: float = 2.0**8, patience: int = 2000) -> optax.GradientTransformationExtraArgs:
     """Divides gradients by the loss scale of its state, and moves it, for float16.
 
     float16 has nothing above 65504 and little below 6e-5, where gradients lie; scaled, they are in
     between. A step whose scaled gradients overflow is one to skip, and halves the scale; so many
     steps without double it, as far as it goes. (Micikevicius et al., Mixed Precision Training.)
+    The first scale is one at which a fresh model overflows nothing: at 2¹⁵ its first six steps,
+    of which the learning rate takes notice, would be skipped.
     """
 
     def init(params: Params) -> LossScale:

@@ -5,6 +5,7 @@ import copy
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from rwkv_jax import distributed, weights
@@ -28,10 +29,11 @@ class Report(contextlib.ExitStack):
     Args:
         rates: learning rate of each step, from the schedule's first on.
         begin: with the step that is done next, and the mean loss of its miniepoch so far.
+        peak: as in `metrics.ProgressLine`.
 
     Attributes:
         running: that mean, kept.
-        skipped: the last steps, in a row, that were left out as not finite.
+        skipped: the last steps, in a row, that were not finite.
         before: `running` as it was before them.
     """
 
@@ -42,6 +44,7 @@ class Report(contextlib.ExitStack):
         data: Dataset,
         rates: np.ndarray,
         begin: Start,
+        peak: float = 0.0,
     ):
         super().__init__()
         self._config, self._schedule, self._data, self._rates = config, schedule, data, rates
@@ -62,6 +65,7 @@ class Report(contextlib.ExitStack):
             schedule.last_step,
             schedule.tokens_per_step,
             bar[config.enable_progress_bar],
+            peak,
         )
         self.say = self._progress.say
         self.callback(self._progress.close)
@@ -93,16 +97,19 @@ class Report(contextlib.ExitStack):
                 self.say(f"wrote {path}")
             except UserError as error:
                 self.say(f"warning: {error}; a checkpoint of this step can be converted to it")
-        return distributed.as_first(worked)
+        return bool(distributed.from_first(worked))
 
     def _report(self, step: int, metrics: Metrics) -> None:
-        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        loss, norm, skipped = (value.item() for value in jax.device_get(metrics))
         rate = float(self._rates[step - self._schedule.first_step])
-        if metrics.skipped:
+        if skipped:
             if not self.skipped:
                 self.before = copy.copy(self.running)
             self.skipped.append(step)
-            self.say(f"step {step}: loss {loss}, gradient norm {norm}: left out ({self.at(step)})")
+            halved = "; the loss scale is halved" if self._config.precision == "fp16" else ""
+            self.say(
+                f"step {step}: loss {loss}, gradient norm {norm}: skipped{halved} ({self.at(step)})"
+            )
         else:
             self.skipped.clear()
             self.running.add(loss)
@@ -117,6 +124,8 @@ class Report(contextlib.ExitStack):
             "kt/s": speed / 1000,
             "grad_norm": norm,
         }
+        if self._progress.peak:
+            values["mfu"] = speed / self._progress.peak
         for tracker in (self._step_log, *self._trackers):
             tracker.log(step, values)
         ends = self._schedule.ends_miniepoch(step)

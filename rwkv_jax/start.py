@@ -121,7 +121,7 @@ def start(
         offload = STRATEGIES[config.strategy].offload
         return abstract_state(mesh, model, make_optimizer(model), offload)
 
-    if checkpoints.steps():
+    if distributed.from_first(bool(checkpoints.steps())):
         return _resume(config, abstract, first_step, checkpoints, run)
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
@@ -159,8 +159,10 @@ def _resume(
     checkpoints: Checkpoints,
     run: dict[str, Any],
 ) -> Start:
-    with distributed.first_ahead():
-        saved, about = _newest_good(checkpoints)
+    # Every byte is compared by one process, not by each over the same network.
+    saved, about = _newest_good(checkpoints) if distributed.is_first() else (0, None)
+    saved = distributed.from_first(saved)
+    about = about or checkpoints.claim(saved)
     source = checkpoints.folder / str(saved)
     check_shape(config, about.model, str(source))
     another, changed = changes(about.run, run)

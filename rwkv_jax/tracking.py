@@ -17,7 +17,8 @@ class Tracker(Protocol):
     """Takes the numbers of each step, in order; step counts from 0.
 
     The keys are those of the official trainer's wandb log (loss, lr, wd, Gtokens, kt/s), and
-    grad_norm: the gradient's global norm before clipping.
+    grad_norm: the gradient's global norm before clipping; on a GPU whose peak is known also mfu, a
+    fraction.
     """
 
     def log(self, step: int, values: dict[str, float]) -> None: ...

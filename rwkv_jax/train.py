@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from pallas_kernels.gpu_targets import current_compute_capability
-from rwkv_jax import distributed, plan, sharding, weights
+from rwkv_jax import cost, distributed, plan, sharding, weights
 from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
@@ -80,7 +80,7 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
         if begin.about.model.vocab_size != config.vocab_size:  # the file of the weights decides
             data = open_dataset(*source, begin.about.model.vocab_size)
         _describe(config, mesh, data, schedule, begin)
-        if begin.step >= schedule.last_step and final.exists():
+        if begin.step >= schedule.last_step and distributed.from_first(final.exists()):
             print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
             return
         stop = Stop(began + 60 * config.max_minutes if config.max_minutes else None)
@@ -94,14 +94,19 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
 
 
 def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> int:
-    """`--micro_bsz auto`: what the run went on with so far, else the largest that fits."""
-    for step in checkpoints.steps():
-        with contextlib.suppress(UserError):
-            samples = checkpoints.claim(step).run.get("samples a step", 0)
-            micro_bsz, rest = divmod(samples, mesh.size * config.accumulate_grad_batches)
-            if micro_bsz and not rest:
-                return micro_bsz
-    return plan.fitting_batch(config, plan.model_of(config), mesh)
+    """`--micro_bsz auto`: what the run was trained with so far, else the largest that fits."""
+
+    def claimed() -> int:
+        for step in checkpoints.steps():
+            with contextlib.suppress(UserError):
+                samples = checkpoints.claim(step).run.get("samples a step", 0)
+                micro_bsz, rest = divmod(samples, mesh.size * config.accumulate_grad_batches)
+                if micro_bsz and not rest:
+                    return micro_bsz
+        return 0
+
+    known = distributed.from_first(claimed() if distributed.is_first() else 0)
+    return known or plan.fitting_batch(config, plan.model_of(config), mesh)
 
 
 def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
@@ -171,8 +176,10 @@ def _loop(
         saver.save(step, state, dataclasses.replace(begin.about, loss=loss))
 
     agree = distributed.make_agree(mesh)
+    peak = mesh.size * cost.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
+    peak /= cost.model_flops(model)
     exported: dict[str, bool] = {}
-    with stop, Report(config, schedule, data, rates, begin) as report:
+    with stop, Report(config, schedule, data, rates, begin, peak) as report:
         saver = Saver(checkpoints, config, report.say)
         report.callback(saver.finish)
         batches = prefetch(make_batch, begin.step, stalled=report.stalled)

@@ -6,6 +6,7 @@ import math
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -254,6 +255,29 @@ def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
     checkpoints.save(3, random_state(3), about(3))
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_save_that_fails_is_one_line(tmp_path):
+    """Of orbax, asyncio and tensorstore, each of which has much to say, nothing."""
+    program = f"""
+import resource
+import numpy as np
+from pathlib import Path
+from rwkv_jax import checkpoint
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import run_command
+from rwkv_jax.step import TrainState
+checkpoints = checkpoint.Checkpoints(Path({str(tmp_path)!r}))
+state = TrainState({{str(i): np.ones(100_000, np.float32) for i in range(40)}}, {{}})
+def save():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    checkpoints.save(1, state, checkpoint.About(ModelConfig(n_layer=1, n_embd=64)))
+    checkpoints.close()
+run_command(save)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \S+1.partial: cannot be written: .*\n", done.stderr)
 
 
 def test_space_is_looked_for_first(tmp_path, monkeypatch):

@@ -53,6 +53,15 @@ def test_mean_loss_of_a_miniepoch():
     assert loss.mean == 1.5
 
 
+def test_mfu_is_shown_where_the_peak_is_known(capsys, clock):
+    """8,192 tokens a second of the 32,768 that the devices' arithmetic would be enough for."""
+    progress = ProgressLine(0, 2, 4096, bar=False, peak=32768.0)
+    for step in range(2):
+        clock.seconds += 0.5
+        progress.show(step, 5.0, 4.5, 6e-4, 0.5)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" MFU 25.0%")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until told."""

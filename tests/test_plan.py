@@ -9,13 +9,11 @@ import random
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.gpu_targets import GPU_TARGETS, current_compute_capability
-from rwkv_jax import cost, plan, sharding
+from rwkv_jax import plan, sharding
 from rwkv_jax.build import decide
 from rwkv_jax.config import AUTO, TrainConfig, parse_train_options
 from rwkv_jax.errors import UserError
@@ -336,98 +334,3 @@ def test_auto_is_an_option_of_train():
     assert parse_train_options(["--micro_bsz", "auto"])[0].micro_bsz == AUTO
     with pytest.raises(UserError, match="neither a number nor auto"):
         parse_train_options(["--micro_bsz", "-3"])
-
-
-# Counting.
-
-
-def test_flops_of_loops_branches_and_kernels():
-    x = jnp.ones((8, 16))
-    w = jnp.ones((16, 16))
-    product = 2 * 8 * 16 * 16
-
-    def count(function, *arguments):
-        return cost.flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-    def loop(x, w):
-        return jax.lax.scan(lambda c, _: (jax.jit(jnp.dot)(c, w), None), x, length=5)[0]
-
-    def branches(x, w):
-        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
-
-    def kernel(x_ref, w_ref, o_ref):
-        o_ref[...] = jnp.dot(x_ref[...], w_ref[...])
-
-    def grid(x, w):
-        whole = pl.BlockSpec((16, 16), lambda i: (0, 0))
-        rows = pl.BlockSpec((2, 16), lambda i: (i, 0))
-        shape = jax.ShapeDtypeStruct((8, 16), x.dtype)
-        return pl.pallas_call(
-            kernel, grid=(4,), in_specs=[rows, whole], out_specs=rows, out_shape=shape
-        )(x, w)
-
-    assert count(jnp.dot, x, w) == product
-    assert count(jax.checkpoint(loop), x, w) == 5 * product
-    assert count(branches, x, w) == 2 * product
-    assert count(grid, x, w) == product
-
-
-def test_memory_traffic_is_xlas_own_count_where_nothing_loops():
-    def f(x, y):
-        z = jnp.tanh(x @ y)
-        return z.sum(0), z.T
-
-    compiled = jax.jit(f).lower(jnp.ones((512, 256)), jnp.ones((256, 128))).compile()
-    own = compiled.cost_analysis()["bytes accessed"]
-    assert cost.memory_traffic(compiled.as_text()) == pytest.approx(own, rel=1e-3)
-
-
-HLO = """
-HloModule m
-
-%slice_of (p0: f32[10,256], p1: s32[]) -> f32[256] {
-  %p0 = f32[10,256]{1,0} parameter(0)
-  %p1 = s32[] parameter(1)
-  %c = s32[] constant(0)
-  %s = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %c), dynamic_slice_sizes={1,256}
-  ROOT %b = f32[256]{0} bitcast(%s)
-}
-
-%update (p0: bf16[10,256], p1: f32[256], p2: s32[]) -> bf16[10,256] {
-  %p0 = bf16[10,256]{1,0} parameter(0)
-  %p1 = f32[256]{0} parameter(1)
-  %n = bf16[256]{0} convert(%p1)
-  %b = bf16[1,256]{1,0} bitcast(%n)
-  %p2 = s32[] parameter(2)
-  %c = s32[] constant(0)
-  ROOT %u = bf16[10,256]{1,0} dynamic-update-slice(%p0, %b, %p2, %c)
-}
-
-%body (t: (s32[], f32[10,256], bf16[10,256])) -> (s32[], f32[10,256], bf16[10,256]) {
-  %t = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%t), index=0
-  %x = f32[10,256]{1,0} get-tuple-element(%t), index=1
-  %y = bf16[10,256]{1,0} get-tuple-element(%t), index=2
-  %row = f32[256]{0} fusion(%x, %i), kind=kLoop, calls=%slice_of
-  %new = bf16[10,256]{1,0} fusion(%y, %row, %i), kind=kLoop, calls=%update
-  ROOT %r = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) tuple(%i, %x, %new)
-}
-
-%condition (t: (s32[], f32[10,256], bf16[10,256])) -> pred[] {
-  ROOT %p = pred[] constant(true)
-}
-
-ENTRY %main (x: f32[10,256], y: bf16[10,256]) -> bf16[10,256] {
-  %x = f32[10,256]{1,0} parameter(0)
-  %y = bf16[10,256]{1,0} parameter(1)
-  %z = s32[] constant(0)
-  %t = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) tuple(%z, %x, %y)
-  %w = (s32[], f32[10,256]{1,0}, bf16[10,256]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
-  ROOT %o = bf16[10,256]{1,0} get-tuple-element(%w), index=2
-}
-"""  # noqa: E501
-
-
-def test_memory_traffic_of_slices_in_a_loop():
-    row, index = 4 * 256, 4
-    assert cost.memory_traffic(HLO) == 10 * (row + row + index + row + row // 2 + index)

@@ -411,11 +411,17 @@ def stumbling(monkeypatch, finite: Callable[[int], bool]):
     monkeypatch.setattr(trainer, "build_step", lambda *_, **__: step)
 
 
-def test_steps_that_are_not_finite_are_left_out(data, tmp_path, monkeypatch, capsys):
+def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, capsys):
     stumbling(monkeypatch, lambda step: step % 5 != 1)
     train(config(data, tmp_path))
     assert re.findall(r"step (\d+): loss nan", capsys.readouterr().out) == ["1", "6", "11"]
     assert [words[1] for words in log(tmp_path)] == ["1.000000"] * 3
+
+
+def test_float16_skips_no_step_at_first(data, tmp_path, capsys):
+    train(config(data, tmp_path, precision="fp16"))
+    assert "skipped" not in capsys.readouterr().out
+    assert len(log(tmp_path)) == 3
 
 
 def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
