@@ -381,57 +381,6 @@ def _gib(count: float) -> str:
     return f"{count / GIB:6.2f} GiB"
 
 
-# The rows of the README's table: GPU, micro_bsz, options; what the tutorial says of them, in GB.
-TABLE: list[tuple[str, int, str, str]] = [
-    ("h100", 8, "--size 0.1b", "23.08"),
-    ("h100", 6, "--size 0.4b", "22.51"),
-    ("h100", 1, "--size 1.5b", "41.12"),
-    ("h100", 1, "--size 2.9b", "89.21"),
-    (
-        "rtx4090",
-        1,
-        "--size 7.2b --devices 4 --strategy deepspeed_stage_3_offload",
-        "out of memory",
-    ),
-    ("h100", 1, "--size 13.3b --devices 8 --strategy deepspeed_stage_3", ""),
-    ("h100", 1, "--size 13.3b --num_nodes 16 --devices 8 --strategy deepspeed_stage_3", ""),
-]
-MARKERS = "<!-- python -m rwkv_jax.plan --table -->", "<!-- end of the table -->"
-
-
-def table_row(result: Plan, options: str, tutorial: str) -> str:
-    """A row of the README's table."""
-    need = result.needs[result.config.micro_bsz]
-    return (
-        f"| {options} | {result.config.micro_bsz} | {result.target.device_kind} | "
-        f"{need.total / GIB:.1f} | {tutorial or '–'} | {need.compile_seconds:.0f} s |"
-    )
-
-
-def write_table(readmes: list[Path], results: Path) -> None:
-    """Plans every row; puts them under the table's head in each README, or prints them."""
-    rows, records = [], []
-    for gpu, micro_bsz, options, tutorial in TABLE:
-        print(f"{options}: ", end="", file=sys.stderr, flush=True)
-        arguments = [*options.split(), "--ctx_len", "4096", "--micro_bsz", str(micro_bsz)]
-        config, _ = parse_train_options(arguments)
-        result = plan(config, find_target(gpu), search=False)
-        rows.append(table_row(result, options, tutorial))
-        need = result.needs[micro_bsz]
-        record = {"gpu": gpu, "options": shlex.join(arguments), "total": need.total}
-        records.append({**record, **dataclasses.asdict(need)})
-    _write(results, json.dumps(records, indent=1) + "\n")
-    print("\n".join(rows))
-    for readme in readmes:
-        before, start, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
-        table, end, after = rest.partition(MARKERS[1])
-        if not end:
-            raise UserError(f"{readme}: has no place for the table between {' and '.join(MARKERS)}")
-        head = table.strip("\n").splitlines()[:2]
-        _write(readme, "\n".join((before + start, "", *head, *rows, "", end)) + after)
-        print(f"wrote {readme}", file=sys.stderr)
-
-
 def main() -> None:
     parser = CommandParser(
         prog="python -m rwkv_jax.plan",
@@ -445,18 +394,11 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--gpu", default="", help=f"one of {', '.join(GPU_TARGETS)}")
-    parser.add_argument(
-        "--table", action="store_true", help="plan the rows of the README's table and write them"
-    )
     options, rest = parser.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
     # A kernel's program names the lines that it was traced from: without them, what was compiled
     # once is known again wherever the code lies, and after every change that changes no program.
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    if options.table:
-        readmes = [path for path in (Path("README.md"), Path("README.zh-CN.md")) if path.exists()]
-        write_table(readmes, Path("benchmarks/results/plan.json"))
-        return
     config, _ = parse_train_options(rest)
     result = plan(config, find_target(options.gpu), search=config.micro_bsz < 1)
     micro_bsz = config.micro_bsz if config.micro_bsz > 0 else result.largest or 1

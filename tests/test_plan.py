@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from benchmarks import plan_table
 from pallas_kernels.gpu_targets import GPU_TARGETS, current_compute_capability
 from rwkv_jax import plan, sharding
 from rwkv_jax.build import decide
@@ -262,39 +263,20 @@ def test_the_report_of_what_does_not_fit():
     assert "DOES NOT FIT" in text and "not even micro_bsz 1 fits; try --grad_cp 1" in text
 
 
-def test_the_table(tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def fake(config, target, search):
-        asked.append((config, target.device_kind, search))
-        return some_plan(5)._replace(config=dataclasses.replace(config, micro_bsz=2), target=target)
-
-    monkeypatch.setattr(plan, "plan", fake)
-    monkeypatch.setattr(plan, "can_compile", lambda: True)
-    monkeypatch.setattr(plan, "TABLE", [("t4", 2, "--size 0.1b", "6.39")])
-    readme, results = tmp_path / "README.md", tmp_path / "results" / "plan.json"
-    row = "| --size 0.1b | 2 | Tesla T4 | 5.0 | 6.39 | 30 s |"
-    head = ["", "| options | …", "|---|…"]
-    lines = ["above", plan.MARKERS[0], *head, "| an old row", "", plan.MARKERS[1], "below"]
-    readme.write_text("\n".join(lines))
-    for _ in range(2):
-        plan.write_table([readme], results)
-        assert readme.read_text().splitlines() == [*lines[:5], row, *lines[6:]]
-    readme.write_text("above")
-    with pytest.raises(UserError, match="README.md: has no place for the table between <!-- "):
-        plan.write_table([readme], results)
-    assert capsys.readouterr().out.splitlines()[-1] == row
-    record = json.loads(results.read_text())[0]
-    assert record["gpu"] == "t4" and record["total"] == 5 * GIB
-    config, kind, search = asked[0]
-    assert (config.size, config.ctx_len, config.micro_bsz) == ("0.1b", 4096, 2)
-    assert kind == "Tesla T4" and not search
-
-
-def test_the_rows_of_the_table_are_options_of_train():
-    for gpu, micro_bsz, options, _ in plan.TABLE:
-        assert gpu in GPU_TARGETS and micro_bsz >= 1
-        parse_train_options(options.split())
+def test_the_readmes_table_is_what_was_planned():
+    """Its rows against benchmarks/results/plan.json, and the options of both against train's."""
+    records = json.loads(plan_table.RESULTS.read_text())
+    for readme in plan_table.READMES:
+        table = readme.read_text("utf-8").split(plan_table.MARKERS[0])[1]
+        rows = table.split(plan_table.MARKERS[1])[0].strip().splitlines()[2:]
+        for row, record, of in zip(rows, records, plan_table.ROWS, strict=True):
+            gpu, micro_bsz, options, tutorial = of
+            config, _ = parse_train_options(record["options"].split())
+            assert (record["gpu"], config.micro_bsz, config.ctx_len) == (gpu, micro_bsz, 4096)
+            assert record["options"].startswith(options)
+            cells = options, micro_bsz, GPU_TARGETS[gpu].device_kind
+            peak = f"{record['total'] / GIB:.1f}"
+            assert row == f"| {' | '.join(map(str, (*cells, peak, tutorial or '–')))} |"
 
 
 def command(monkeypatch, *arguments: str) -> None:
