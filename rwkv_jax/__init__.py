@@ -8,7 +8,11 @@ The commands are `python -m rwkv_jax.train` and `python -m rwkv_jax.generate`.
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # jax has no CUDA there, and files cannot be locked or flushed so
+    raise ImportError("rwkv-jax runs on Linux and macOS; on Windows, install it inside WSL2")
 
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
