@@ -63,13 +63,13 @@ def ours(path: str, precision: str, batch: int):
     import rwkv_jax
     from rwkv_jax import tokenizer
     from rwkv_jax.decoding import Decoder
-    from rwkv_jax.generate import Read, Reply, generate
+    from rwkv_jax.generate import Reply, Text, generate
     from rwkv_jax.sampling import GREEDY
 
     decoder = Decoder(*rwkv_jax.load_params(f"{path}.pth"), precision)
     if batch == 0:
         replies = [Reply() for _ in PROMPTS]
-        texts = [Read(None, tokenizer.encode(prompt)) for prompt in PROMPTS]
+        texts = [Text().then(tokenizer.encode(prompt)) for prompt in PROMPTS]
         for _ in generate(decoder, texts, replies, SAME, GREEDY):
             pass
         return lambda: [reply.ids for reply in replies]

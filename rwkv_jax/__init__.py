@@ -24,7 +24,7 @@ def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
 
     Args:
         path: the file, a run's `--proj_dir` (its newest checkpoint is taken), or one checkpoint.
-        dtype: of the weights and of the computation: "float32" or "bfloat16".
+        dtype: of the weights and of the computation: "float32", "bfloat16" or "float16".
     Returns:
         The module; see `RWKV7.forward`. Its shape is read off the file (`model.config`).
     Raises:
@@ -34,13 +34,20 @@ def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
 
     from rwkv_jax.model import bind
 
-    config, params = load_params(path)
-    return bind(config, jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params))
+    config, params = load_params(path, dtype)
+    return bind(config, jax.tree.map(jax.numpy.asarray, params))
 
 
-def load_params(path: str | os.PathLike[str]) -> tuple["ModelConfig", dict[str, Any]]:
-    """The configuration and the float32 tree of parameters that `load` builds on."""
+def load_params(
+    path: str | os.PathLike[str], dtype: Any = "float32"
+) -> tuple["ModelConfig", dict[str, Any]]:
+    """The configuration and the tree of parameters, NumPy arrays, that `load` builds on.
+
+    Memory is that of the tree in `dtype`: no wider copy of it is made on the way.
+    """
     from pathlib import Path
+
+    import ml_dtypes  # noqa: F401  # by which NumPy knows "bfloat16"
 
     from rwkv_jax.config import HEAD_SIZES
     from rwkv_jax.errors import UserError
@@ -48,11 +55,11 @@ def load_params(path: str | os.PathLike[str]) -> tuple["ModelConfig", dict[str, 
     if Path(path).is_dir():
         from rwkv_jax.checkpoint import load_newest
 
-        config, params = load_newest(Path(path))
+        config, params = load_newest(Path(path), dtype)
     else:
         from rwkv_jax.weights import load_pth
 
-        config, params = load_pth(path)
+        config, params = load_pth(path, dtype=dtype)
     if config.head_size not in HEAD_SIZES:
         raise UserError(f"{path}: its heads are {config.head_size} wide, not one of {HEAD_SIZES}")
     return config, params

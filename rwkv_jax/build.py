@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.files import cache_folder
@@ -42,6 +43,22 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
+def default_precision(on_gpu: bool, capability: tuple[int, int] | None) -> str:
+    """A name in `PRECISIONS`: fp32 on a CPU; bf16, or fp16 on GPUs that have no bf16 units.
+
+    Args:
+        capability: of an NVIDIA GPU; those from 8.0 on have bf16 units. None: of any other.
+    """
+    if not on_gpu:
+        return "fp32"
+    return "fp16" if capability and capability < (8, 0) else "bf16"
+
+
+def device_precision() -> str:
+    """`default_precision` of jax's default device, for a model that is used without training."""
+    return default_precision(jax.default_backend() != "cpu", current_compute_capability())
+
+
 def decide(
     config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
 ) -> TrainConfig:
@@ -50,9 +67,9 @@ def decide(
     Also tells jax how exact float32 products are to be.
 
     Args:
-        capability: of an NVIDIA GPU; those before 8.0 have no bf16 units.
+        capability: as for `default_precision`.
     """
-    precision = "fp16" if capability and capability < (8, 0) else "bf16" if on_gpu else "fp32"
+    precision = default_precision(on_gpu, capability)
     config = dataclasses.replace(
         config,
         micro_bsz=config.micro_bsz or (8 if on_gpu else 1),

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from rwkv_jax import distributed, pth, stored
+from rwkv_jax import distributed, pth, stored, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import flush_folder
@@ -235,16 +235,21 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
         _remove(folder.parent, lambda name: name.startswith(partial.name))
 
 
-def load_newest(path: Path) -> tuple[ModelConfig, Params]:
+def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:
     """The model of a checkpoint, or of the newest good checkpoint in a run's output folder.
 
     Returns:
-        The configuration and the tree of float32 NumPy arrays; the optimizer's state is not read.
+        The configuration and the tree of NumPy arrays of that dtype; little more is in memory on
+        the way. The optimizer's state is not read.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    return _of_newest(path, _load_model)
+
+    def load(folder: Path) -> tuple[ModelConfig, Params]:
+        return weights.from_official(_open_model(folder)[1], dtype=dtype)
+
+    return _of_newest(path, load)
 
 
 def open_newest(path: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:
@@ -273,12 +278,6 @@ def _of_newest(path: Path, read: Callable[[Path], _Model]) -> _Model:
     raise UserError(
         f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
     )
-
-
-def _load_model(folder: Path) -> tuple[ModelConfig, Params]:
-    config = _verify(folder, without="opt_state/").model
-    abstract = jax.tree.map(lambda p: np.empty(p.shape, p.dtype), abstract_params(config))
-    return config, _load(folder, {"params": abstract})["params"]
 
 
 def _open_model(folder: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:

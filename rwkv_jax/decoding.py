@@ -5,8 +5,9 @@ which compiles fast; but a scan copies each layer's matrices out of the stack be
 and decoding does little else than read matrices. So here the layers are apart and the program
 spells them out.
 
-On a CPU "bf16" says how the matrices are kept: products accumulate in float32 and everything else
-is float32. There are no bf16 units to use there, and this reads half of what float32 matrices take.
+On a CPU "bf16" and "fp16" say how the matrices are kept: products accumulate in float32 and
+everything else is float32. There are no such units to use there, and this reads half of what
+float32 matrices take.
 """
 
 import functools
@@ -19,7 +20,9 @@ import numpy as np
 from flax import nnx
 
 from rwkv_jax import tokenizer
+from rwkv_jax.build import PRECISIONS, device_precision
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import UserError
 from rwkv_jax.model import Block, LayerNorm, Linear, Params, State
 from rwkv_jax.sampling import Made, Sampling, choose
 
@@ -77,17 +80,14 @@ class Decoder:
     """A model laid out for decoding.
 
     Args:
-        config, params: from `rwkv_jax.load_params`; float32 or bf16, NumPy or JAX arrays.
-        precision: "fp32" or "bf16"; None: fp32 on a CPU, bf16 elsewhere.
+        config, params: from `rwkv_jax.load_params`, of any of the dtypes; NumPy or JAX arrays.
+        precision: "fp32", "bf16" or "fp16"; None: `build.device_precision`.
     """
 
     def __init__(self, config: ModelConfig, params: Params, precision: str | None = None):
-        on_cpu = jax.default_backend() == "cpu"
-        kept = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[
-            precision or ("fp32" if on_cpu else "bf16")
-        ]
+        kept = PRECISIONS[precision or device_precision()]
         self.config = config
-        self.dtype = jnp.float32 if on_cpu else kept
+        self.dtype = jnp.float32 if jax.default_backend() == "cpu" else kept
 
         def place(path: tuple, leaf: Any) -> Array:
             matrix = path[-1].key == "weight" and leaf.ndim == 2
@@ -115,10 +115,19 @@ class Decoder:
         """Reads one sequence's tokens, in pieces: logits [1, V] after the last, and the state.
 
         Without tokens and state, a new document is begun.
+
+        Raises:
+            UserError: a token is outside the model's vocabulary.
+            ValueError: no tokens after a state, which does not say what comes next.
         """
         if states is None:
-            states = self.initial_state()
-        rest = np.asarray(tokens or [tokenizer.END_OF_DOCUMENT], np.int32)[None]
+            states, tokens = self.initial_state(), tokens or [tokenizer.END_OF_DOCUMENT]
+        if not tokens:
+            raise ValueError("no tokens to read after a state")
+        if max(tokens) >= self.config.vocab_size:
+            V = self.config.vocab_size
+            raise UserError(f"a token of the text is {max(tokens)}; the model knows {V}")
+        rest = np.asarray(tokens, np.int32)[None]
         while rest.size:
             piece = next(piece for piece in PROMPT_PIECES if piece <= rest.size)
             logits, states = _read(self._graphdef, self._params, rest[:, :piece], states)

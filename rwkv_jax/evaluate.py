@@ -20,6 +20,7 @@ from flax import nnx
 import rwkv_jax
 from rwkv_jax import tokenizer
 from rwkv_jax.binidx import beside, open_binidx, prefix_of
+from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
 from rwkv_jax.jsonl import progress_bar, read_text
@@ -27,9 +28,9 @@ from rwkv_jax.model import RWKV7, State, use_precision
 
 Array = jax.Array
 
-CALL = 2048  # tokens a call: of many short documents, or of a few long ones
-PIECES = (32, 64, 128, 256)  # tokens of each document a call: so many shapes are compiled at most
-HEAD_CHUNK = 256  # tokens whose logits exist at once
+CALL = 2048  # tokens a call, in rows of a length below: so many shapes are compiled at most
+PIECES = (32, 64, 128, 256, 512, 1024, 2048)  # tokens of each document a call
+HEAD_CHUNK = 128  # tokens whose logits exist at once
 DOCUMENTS = 1024  # in memory at once; of these, such of like length go together
 
 
@@ -38,18 +39,18 @@ class Document(NamedTuple):
 
     ids: list[int]
     spans: list[tuple[int, int]]  # of tokens that are an answer each; for text, the whole
-    nbytes: int  # of the text that the spans hold
+    nbytes: int = 0  # of the text that the spans hold
 
 
-class Score(NamedTuple):
-    """What the model made of the tokens of one document."""
+class Answer(NamedTuple):
+    """What the model makes of a span, after token 0 and all tokens before it."""
 
-    nats: np.ndarray  # [n] -log p of each, after token 0 and those before it
-    first: np.ndarray  # [n] bool: the model's first choice
+    nats: float  # -log p of it
+    first: bool  # each of its tokens is the model's first choice
 
 
-def score(model: RWKV7, documents: Sequence[Sequence[int]]) -> Iterator[tuple[int, Score]]:
-    """(number of the document, its score), in whatever order suits.
+def score(model: RWKV7, documents: Sequence[Document]) -> Iterator[tuple[int, list[Answer]]]:
+    """(number of the document, an answer a span), in whatever order suits.
 
     Each document begins with the state of none and, as in training, after a token 0. Memory does
     not depend on their lengths.
@@ -58,50 +59,80 @@ def score(model: RWKV7, documents: Sequence[Sequence[int]]) -> Iterator[tuple[in
         UserError: an id that the model does not know.
     """
     V = model.config.vocab_size
-    order = sorted(range(len(documents)), key=lambda number: len(documents[number]))
+    order = sorted(range(len(documents)), key=lambda number: len(documents[number].ids))
     graphdef, params = nnx.split(model)
     while order:
-        T = next((piece for piece in PIECES if piece >= len(documents[order[0]])), PIECES[-1])
+        T = _piece([len(documents[number].ids) for number in order])
         B = CALL // T
         group, order = order[:B], order[B:]
-        longest = len(documents[group[-1]])
+        longest = len(documents[group[-1]].ids)
         rows = np.zeros((B, 1 + longest + -longest % T), np.int32)
-        for place, number in enumerate(group):
-            rows[place, 1 : 1 + len(documents[number])] = documents[number]
+        asked = np.zeros((B, rows.shape[1] - 1), bool)
+        for row, number in enumerate(group):
+            rows[row, 1 : 1 + len(documents[number].ids)] = documents[number].ids
+            for begin, end in documents[number].spans:
+                asked[row, begin:end] = True
         if rows.max() >= V:
             raise UserError(f"a token of the text is {rows.max()}; the model knows {V}")
-        state, nats, first = model.initial_state(B), [], []
+        state = model.initial_state(B)
+        nats, first = np.zeros(asked.shape, np.float32), np.zeros(asked.shape, bool)
         for at in range(0, longest, T):
+            here = np.s_[:, at : at + T]
             piece = rows[:, at : at + T + 1]
-            *result, state = _score(graphdef, params, piece, state)
-            nats.append(np.asarray(result[0]))
-            first.append(np.asarray(result[1]))
-        for place, number in enumerate(group):
-            n = len(documents[number])
-            yield number, Score(_row(nats, place)[:n], _row(first, place)[:n])
+            *found, state = _score(graphdef, params, piece, asked[here], state)
+            nats[here], first[here] = found
+        for row, number in enumerate(group):
+            yield (
+                number,
+                [
+                    Answer(
+                        float(nats[row, begin:end].sum(dtype=np.float64)),
+                        bool(first[row, begin:end].all()),
+                    )
+                    for begin, end in documents[number].spans
+                ],
+            )
 
 
-def _row(pieces: list[np.ndarray], place: int) -> np.ndarray:
-    return np.concatenate([piece[place] for piece in pieces]) if pieces else np.zeros(0)
+def _piece(lengths: list[int]) -> int:
+    """The T of `PIECES` with which a call works on most tokens, of lengths in rising order.
+
+    >>> _piece([70] * 64), _piece([70] * 16), _piece([10_000])
+    (32, 128, 2048)
+    """
+
+    def calls_a_token(T: int) -> float:
+        group = lengths[: CALL // T]
+        return math.ceil(group[-1] / T) / max(sum(group), 1)
+
+    return min(PIECES, key=calls_a_token)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef, params, rows: Array, state: State) -> tuple[Array, Array, State]:
-    """rows [B, T+1], each token but the first asked for: nats [B, T], first [B, T], state."""
+def _score(graphdef, params, rows: Array, asked: Array, state: State) -> tuple[Array, Array, State]:
+    """-log p and first choice, [B, T], of the tokens after the first of rows [B, T+1]: of those
+    that asked [B, T] names, for the head takes as long as many layers. And the state.
+    """
     model: RWKV7 = nnx.merge(graphdef, params)
     x, state = model.hidden(rows[:, :-1], state)
+    x, targets = x.reshape(-1, x.shape[-1]), rows[:, 1:].reshape(-1)
+    places = jnp.argsort(~asked.reshape(-1)).astype(jnp.int32)  # those asked for first
 
-    def chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, targets = part  # [HEAD_CHUNK, C], [HEAD_CHUNK]
-        z = jnp.einsum("tc,vc->tv", x, model.head.weight[...], preferred_element_type=jnp.float32)
-        wanted = jnp.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
+    def chunk(index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        here = jax.lax.dynamic_slice(places, (index * HEAD_CHUNK,), (HEAD_CHUNK,))
+        z = jnp.einsum(
+            "tc,vc->tv", x[here], model.head.weight[...], preferred_element_type=jnp.float32
+        )
+        wanted = jnp.take_along_axis(z, targets[here][:, None], axis=-1)[:, 0]
         nats = jax.nn.logsumexp(z, axis=-1) - wanted
-        return nats, jnp.argmax(z, axis=-1).astype(targets.dtype) == targets
+        first = jnp.argmax(z, axis=-1).astype(targets.dtype) == targets[here]
+        return found[0].at[here].set(nats), found[1].at[here].set(first)
 
-    targets = rows[:, 1:]
-    flat = x.reshape(-1, HEAD_CHUNK, x.shape[-1]), targets.reshape(-1, HEAD_CHUNK)
-    nats, first = jax.lax.map(chunk, flat)
-    return nats.reshape(targets.shape), first.reshape(targets.shape), state
+    count = jnp.sum(asked, dtype=jnp.int32)
+    none = jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)
+    found = jax.lax.fori_loop(0, (count + HEAD_CHUNK - 1) // HEAD_CHUNK, chunk, none)
+    nats, first = (each.reshape(asked.shape) for each in found)
+    return nats, first, state
 
 
 # Tasks: a file → documents ------------------------------------------------------------------------
@@ -170,10 +201,16 @@ TASKS = {
 
 
 def _lines(path: Path) -> Iterator[str]:
+    for number, line in _filled(path):
+        yield read_text(line, f"{path}:{number}")
+
+
+def _filled(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, and their numbers."""
     with reporting_os_errors(path, "read"), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield read_text(line, f"{path}:{number}")
+                yield number, line
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -194,21 +231,19 @@ def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, A
     """
     total = limit
     if not total and path.suffix == ".jsonl":
-        total = sum(1 for _ in _lines(path))
+        total = sum(1 for _ in _filled(path))
     counts = {"documents": 0, "answers": 0, "right": 0, "tokens": 0, "bytes": 0}
     nats = 0.0
     with progress_bar() as bar:
         progress = bar.add_task(task, total=total or None)
         for group in _groups(TASKS[task](path), limit):
-            for number, result in score(model, [document.ids for document in group]):
-                document = group[number]
-                for begin, end in document.spans:
-                    counts["answers"] += 1
-                    counts["right"] += bool(result.first[begin:end].all())
-                    counts["tokens"] += end - begin
-                    nats += float(result.nats[begin:end].sum(dtype=np.float64))
+            for number, answers in score(model, group):
+                counts["answers"] += len(answers)
+                counts["right"] += sum(answer.first for answer in answers)
+                counts["tokens"] += sum(end - begin for begin, end in group[number].spans)
                 counts["documents"] += 1
-                counts["bytes"] += document.nbytes
+                counts["bytes"] += group[number].nbytes
+                nats += sum(answer.nats for answer in answers)
                 bar.advance(progress)
     if not counts["tokens"]:
         raise UserError(f"{path}: holds no text")
@@ -265,17 +300,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="of the computation (default: fp32 on a CPU, else bf16)",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the computation (default: fp32 on a CPU, bf16 on a GPU, fp16 on those before "
+        "Ampere)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, too")
     args = parser.parse_args(argv)
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")
-    precision = args.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    prepare_jax()
+    precision = args.precision or device_precision()
     use_precision(precision)
-    model = rwkv_jax.load(args.load_model, dtype)
+    model = rwkv_jax.load(args.load_model, PRECISIONS[precision])
     result = {"model": args.load_model, "precision": precision}
     result |= evaluate(model, args.task, args.data_file, args.limit)
     text = json.dumps(result, ensure_ascii=False)

@@ -5,6 +5,7 @@ the state alone, so memory and time a token stay the same however long the text 
 are made a call, sampling included: the host only sees the ids (decoding.py).
 """
 
+import argparse
 import codecs
 import json
 import re
@@ -22,6 +23,7 @@ import numpy as np
 
 import rwkv_jax
 from rwkv_jax import tokenizer
+from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
@@ -40,14 +42,24 @@ THINK = {  # what is added to the user's message, and what the reply is begun wi
 }
 
 
-class Read(NamedTuple):
-    """A text that a model has read, but for the last tokens of it: what can be gone on from."""
+class Text(NamedTuple):
+    """A text to go on from: what `Decoder.read` has made of its beginning, and the ids after it."""
 
-    states: list[State] | None  # None: nothing was read
-    unread: list[int]
+    read: tuple[jax.Array, list[State]] | None = None  # None: nothing was read
+    unread: list[int] = []
 
-    def then(self, text: str) -> "Read":
-        return Read(self.states, self.unread + tokenizer.encode(text))
+    def then(self, ids: list[int]) -> "Text":
+        return Text(self.read, self.unread + ids)
+
+    def read_by(self, decoder: Decoder) -> tuple[jax.Array, list[State]]:
+        """What is made of all of it; a document is begun where there is nothing at all.
+
+        Raises:
+            UserError: a token is outside the model's vocabulary.
+        """
+        if self.read is None:
+            return decoder.read(self.unread)
+        return decoder.read(self.unread, self.read[1]) if self.unread else self.read
 
 
 class Reply:
@@ -121,7 +133,7 @@ class Reply:
 
 def generate(
     decoder: Decoder,
-    texts: Sequence[Read],
+    texts: Sequence[Text],
     replies: Sequence[Reply],
     length: int,
     sampling: Sampling = DEFAULT,
@@ -130,8 +142,7 @@ def generate(
     """Continues texts together; yields what each reply gained, a call's tokens at a time.
 
     Args:
-        texts: what each reply follows, read one after the other. A document is begun where there
-            is nothing at all.
+        texts: what each reply follows; what is unread is read, one after the other.
         replies: one a text, filled in place; each ends after `length` tokens, at the model's end of
             document, or at a stop string.
         seed: the same seed on the same kind of device draws the same.
@@ -139,11 +150,7 @@ def generate(
     Raises:
         UserError: a token of a text is outside the model's vocabulary.
     """
-    V = decoder.config.vocab_size
-    for text in texts:
-        if max(text.unread, default=0) >= V:
-            raise UserError(f"a token of the text is {max(text.unread)}; the model knows {V}")
-    batch = decoder.batch([decoder.read(text.unread, text.states) for text in texts], seed)
+    batch = decoder.batch([text.read_by(decoder) for text in texts], seed)
     count = 1
     while length > 0 and not all(reply.ended for reply in replies):
         began = time.monotonic()
@@ -165,7 +172,7 @@ def complete(
 ) -> list[str]:
     """What follows each prompt (see `generate`), as text."""
     replies = [Reply(stop) for _ in prompts]
-    texts = [Read(None, tokenizer.encode(prompt)) for prompt in prompts]
+    texts = [Text().then(tokenizer.encode(prompt)) for prompt in prompts]
     for _ in generate(decoder, texts, replies, length, sampling, seed):
         pass
     return [reply.text for reply in replies]
@@ -182,60 +189,53 @@ def chat_turn(message: str, think: str = "off", first: bool = True) -> str:
     return f"{'' if first else END_OF_TURN[:2]}User: {message}{added}\n\nAssistant:{begin}"
 
 
-def save_state(path: Path, text: Read, decoder: Decoder) -> None:
-    """Writes what `load_state` reads: the state before the last token, and that token.
+def save_state(path: Path, text: Text, decoder: Decoder) -> None:
+    """Writes what `load_state` reads: the state after the text, and the next token's logits.
 
     The file, NumPy's `.npz`, holds shift_att and shift_ffn [L, C], wkv [L, H, N, N] (value row, key
-    column), float32, and `unread`, the ids that the state has not taken in.
+    column), and logits [V], all float32.
 
     Raises:
         UserError: it cannot be written.
     """
-    states = text.states
-    if len(text.unread) > 1:
-        _, states = decoder.read(text.unread[:-1], states)
+    logits, states = text.read_by(decoder)
     stacked = jax.tree.map(
-        lambda *rows: np.stack([np.asarray(row[0], np.float32) for row in rows]),
-        *(states or decoder.initial_state()),
+        lambda *rows: np.stack([np.asarray(row[0], np.float32) for row in rows]), *states
     )
-    unread = np.array(text.unread[-1:], np.int32)
     with reporting_os_errors(path, "write"), written_whole(path) as temporary:
         with temporary.open("wb") as file:
-            np.savez(file, unread=unread, **stacked._asdict())
+            np.savez(file, logits=np.asarray(logits[0]), **stacked._asdict())
 
 
-def load_state(path: Path, decoder: Decoder) -> Read:
+def load_state(path: Path, decoder: Decoder) -> Text:
     """The text that a state stands for, to go on from.
 
     Raises:
         UserError: no such file, or the state of another model.
     """
+    states = decoder.initial_state()
+    shapes = {name: (len(states), *row.shape[1:]) for name, row in states[0]._asdict().items()}
+    shapes["logits"] = (decoder.config.vocab_size,)
     with reporting_os_errors(path, "read"):
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
-                arrays = dict(members)
-            stacked = State(arrays["shift_att"], arrays["shift_ffn"], arrays["wkv"])
-            unread = [int(token) for token in arrays["unread"]]
+                arrays = {name: members[name] for name in shapes}
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             raise UserError(f"{path}: is not a state that --save_state wrote") from None
-    states = decoder.initial_state()
-    for name, array in stacked._asdict().items():
-        row = getattr(states[0], name)
-        if array.shape != (len(states), *row.shape[1:]) or array.dtype != np.float32:
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype != np.float32:
             raise UserError(
                 f"{path}: is another model's state: {name} is {array.dtype} {list(array.shape)}, "
-                f"not float32 {[len(states), *row.shape[1:]]}"
+                f"not float32 {list(shape)}"
             )
-    dtype = decoder.dtype
-    return Read(
-        [
-            State(
-                jnp.asarray(att[None], dtype), jnp.asarray(ffn[None], dtype), jnp.asarray(wkv[None])
-            )
-            for att, ffn, wkv in zip(*stacked, strict=True)
-        ],
-        unread,
-    )
+    logits = jnp.asarray(arrays.pop("logits")[None])
+    stacked = State(**arrays)
+    layers = [
+        State(*(jnp.asarray(row[None], like.dtype) for row, like in zip(rows, state, strict=True)))
+        for rows, state in zip(zip(*stacked, strict=True), states, strict=True)
+    ]
+    return Text((logits, layers))
 
 
 def load_decoder(path: str, precision: str | None = None) -> Decoder:
@@ -244,7 +244,8 @@ def load_decoder(path: str, precision: str | None = None) -> Decoder:
     Raises:
         UserError: it cannot be loaded, or is another tokenizer's.
     """
-    decoder = Decoder(*rwkv_jax.load_params(path), precision)
+    precision = precision or device_precision()
+    decoder = Decoder(*rwkv_jax.load_params(path, PRECISIONS[precision]), precision)
     V = decoder.config.vocab_size
     if V > tokenizer.VOCAB_SIZE:
         raise UserError(
@@ -257,6 +258,72 @@ def load_decoder(path: str, precision: str | None = None) -> Decoder:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    args = _options(argv)
+    prompts = _read_prompts(args.prompts) if args.prompts else []
+    prepare_jax()
+    use_precision(args.precision)
+    decoder = load_decoder(args.load_model, args.precision)
+    if args.prompts:
+        _complete_all(decoder, prompts, args)
+        return
+    text = load_state(args.load_state, decoder) if args.load_state else Text()
+    if args.chat:
+        text = _chat(decoder, text, args)
+    else:
+        prompt = _read_stdin() if args.prompt is None else args.prompt
+        text = _stream(decoder, text.then(tokenizer.encode(prompt)), Reply(args.stop), args)
+    if args.save_state:
+        save_state(args.save_state, text, decoder)
+
+
+def _complete_all(decoder: Decoder, prompts: Sequence[str], args: argparse.Namespace) -> None:
+    """A line of JSON for each prompt."""
+    for start in range(0, len(prompts), BATCH):
+        group = prompts[start : start + BATCH]
+        seed = (args.seed + start) % 2**31
+        made = complete(decoder, group, args.length, args.sampling, seed, args.stop)
+        for prompt, text in zip(group, made, strict=True):
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+
+
+def _stream(decoder: Decoder, text: Text, reply: Reply, args: argparse.Namespace) -> Text:
+    """Shows a reply as it is made, then how fast it was; returns the text with the reply."""
+    text, calls = Text(text.read_by(decoder)), []
+    for (piece,) in generate(decoder, [text], [reply], args.length, args.sampling, args.seed):
+        print(piece, end="", flush=True)
+        calls.append((time.monotonic(), len(reply.ids)))
+    print()
+    # The first call's tokens are not counted in the speed: it is also what compiles.
+    (began, before), (now, count) = calls[0], calls[-1]
+    speed = f", {(count - before) / (now - began):.1f} tokens/s" if count > before else ""
+    chosen = f", --seed {args.seed}" if args.sampling.temperature > 0 else ""
+    print(f"[{count} tokens{speed}{chosen}]", file=sys.stderr)
+    return text.then(reply.kept_ids())
+
+
+def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Text:
+    """Turn after turn to the end of standard input; returns all that was said, to be saved.
+
+    A reply is read with the next message, in parallel: what the model made after the stop string
+    is then not in its mind.
+    """
+    ask = "> " if sys.stdin.isatty() else ""
+    first = text.read is None
+    while True:
+        try:
+            message = input(ask)
+        except EOFError:
+            return text
+        if not message.strip():
+            continue
+        text = text.then(tokenizer.encode(chat_turn(message, args.think, first)))
+        print(THINK[args.think][1].lstrip(), end="")
+        text = _stream(decoder, text, Reply([END_OF_TURN, *args.stop]), args)
+        args.seed, first = (args.seed + 1) % 2**31, False
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked; with `sampling` made of it, and a seed."""
     parser = CommandParser(
         "python -m rwkv_jax.generate",
         description="Continue a text with an RWKV-7 model, or chat with it. A text goes to "
@@ -346,98 +413,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="of the weights; bf16 takes half the memory (default: fp32 on a CPU, else bf16)",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the weights; bf16 takes half the memory of fp32 (default: fp32 on a CPU, bf16 on "
+        "a GPU, fp16 on those before Ampere)",
     )
     args = parser.parse_args(argv)
-    sampling = Sampling(
-        *(getattr(args, name) for name in Sampling._fields)  # the options have their names
-    )
-    sampling.checked()
-    seed = secrets.randbits(31) if args.seed is None else args.seed
+    # The options have the names of its fields.
+    args.sampling = Sampling(*(getattr(args, name) for name in Sampling._fields))
+    args.sampling.checked()
+    if args.seed is None:
+        args.seed = secrets.randbits(31)
     if args.length < 1:
         raise UserError(f"--length {args.length}: give 1 or more")
-    if not 0 <= seed < 2**31:
-        raise UserError(f"--seed {seed}: give a number from 0 to {2**31 - 1}")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.prompts and (args.save_state or args.load_state):
-        raise UserError("--prompts: its texts have no one state; leave --save_state and --load out")
+        raise UserError(
+            "--prompts: its texts have no one state; leave out --save_state, --load_state"
+        )
     if args.think != "off" and not args.chat:
         raise UserError("--think goes with --chat")
-
     if args.prompt and re.search("[\ud800-\udfff]", args.prompt):
         raise UserError("--prompt: is not UTF-8")  # argv escapes such bytes so
-    prompts = _read_prompts(args.prompts) if args.prompts else []
-    use_precision(args.precision)
-    decoder = load_decoder(args.load_model, args.precision)
-    if args.prompts:
-        for start in range(0, len(prompts), BATCH):
-            group = prompts[start : start + BATCH]
-            made = complete(decoder, group, args.length, sampling, seed + start, args.stop)
-            for pair in zip(group, made, strict=True):
-                record = dict(zip(("prompt", "text"), pair, strict=True))
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-        return
-
-    text = load_state(args.load_state, decoder) if args.load_state else Read(None, [])
-    if args.chat:
-        text = _chat(decoder, text, args.think, args.length, sampling, seed, args.stop)
-    else:
-        text = text.then(_read_stdin() if args.prompt is None else args.prompt)
-        if not text.unread and text.states is None:
-            text = Read(None, [tokenizer.END_OF_DOCUMENT])  # as `read` begins a document
-        reply = Reply(args.stop)
-        _stream(decoder, text, reply, args.length, sampling, seed)
-        text = Read(text.states, text.unread + reply.kept_ids())
-    if args.save_state:
-        save_state(args.save_state, text, decoder)
-
-
-def _stream(
-    decoder: Decoder, text: Read, reply: Reply, length: int, sampling: Sampling, seed: int
-) -> None:
-    """Shows a reply as it is made, then how fast it was."""
-    calls = []
-    for (piece,) in generate(decoder, [text], [reply], length, sampling, seed):
-        print(piece, end="", flush=True)
-        calls.append((time.monotonic(), len(reply.ids)))
-    print()
-    # The first call's tokens are not counted in the speed: it is also what compiles.
-    (began, before), (now, count) = calls[0], calls[-1]
-    speed = f", {(count - before) / (now - began):.1f} tokens/s" if count > before else ""
-    chosen = f", --seed {seed}" if sampling.temperature > 0 else ""
-    print(f"[{count} tokens{speed}{chosen}]", file=sys.stderr)
-
-
-def _chat(
-    decoder: Decoder,
-    text: Read,
-    think: str,
-    length: int,
-    sampling: Sampling,
-    seed: int,
-    stop: Sequence[str],
-) -> Read:
-    """Turn after turn to the end of standard input; returns all that was said, to be saved.
-
-    A reply is read again before the next message, in parallel: what the model made after the stop
-    string is then not in its mind.
-    """
-    ask = "> " if sys.stdin.isatty() else ""
-    first = text.states is None
-    for turn in range(sys.maxsize):
-        try:
-            message = input(ask)
-        except EOFError:
-            return text
-        if not message.strip():
-            continue
-        text = text.then(chat_turn(message, think, first))
-        print(THINK[think][1].lstrip(), end="")
-        reply = Reply([END_OF_TURN, *stop])
-        _stream(decoder, text, reply, length, sampling, (seed + turn) % 2**31)
-        _, states = decoder.read(text.unread, text.states)
-        text, first = Read(states, reply.kept_ids()), False
-    return text
+    return args
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -11,16 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 import rwkv_jax
 from rwkv_jax import tokenizer
+from rwkv_jax.build import prepare_jax
 from rwkv_jax.decoding import Decoder
-from rwkv_jax.evaluate import score
-from rwkv_jax.generate import Read, Reply, generate
+from rwkv_jax.evaluate import Answer, Document, score
+from rwkv_jax.generate import Reply, Text, generate
 from rwkv_jax.model import bind
 from rwkv_jax.sampling import GREEDY
 
@@ -35,6 +35,7 @@ class HarnessModel(LM):
 
     def __init__(self, load_model: str, **_: Any) -> None:
         super().__init__()
+        prepare_jax()
         config, params = rwkv_jax.load_params(load_model)
         self._model = bind(config, jax.tree.map(jnp.asarray, params))
         self._decoder = Decoder(config, params, "fp32")
@@ -49,21 +50,23 @@ class HarnessModel(LM):
             pairs.append(
                 (tokenizer.encode(kept), tokenizer.encode(context[len(kept) :] + continuation))
             )
-        results: dict[int, tuple[float, bool]] = {}
-        for number, result in score(self._model, [before + after for before, after in pairs]):
-            begin = len(pairs[number][0])
-            nats = result.nats[begin:].sum(dtype=np.float64)
-            results[number] = (-float(nats), bool(result.first[begin:].all()))
-        return [results[number] for number in range(len(requests))]
+        return [(-answer.nats, answer.first) for answer in self._answers(pairs)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """log p of each text: no window rolls, the state carries all that was read."""
-        documents = [tokenizer.encode(request.args[0]) for request in requests]
-        results = {
-            number: -float(result.nats.sum(dtype=np.float64))
-            for number, result in score(self._model, documents)
-        }
-        return [results[number] for number in range(len(requests))]
+        whole: list[tuple[list[int], list[int]]] = [
+            ([], tokenizer.encode(request.args[0])) for request in requests
+        ]
+        return [-answer.nats for answer in self._answers(whole)]
+
+    def _answers(self, pairs: list[tuple[list[int], list[int]]]) -> list[Answer]:
+        """Of the second part of each pair of ids, after the first."""
+        documents = [
+            Document(before + after, [(len(before), len(before) + len(after))])
+            for before, after in pairs
+        ]
+        answers = dict(score(self._model, documents))
+        return [answers[number][0] for number in range(len(pairs))]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy or, where a request asks for it, drawn; up to one of its stop strings."""
@@ -79,7 +82,7 @@ class HarnessModel(LM):
                     top_p=options.get("top_p", 1.0),
                     top_k=options.get("top_k", 0),
                 )
-            text = Read(None, tokenizer.encode(context))
+            text = Text().then(tokenizer.encode(context))
             for _ in generate(
                 self._decoder, [text], [reply], options.get("max_gen_toks", 256), sampling
             ):

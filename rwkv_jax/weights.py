@@ -9,6 +9,7 @@ Importing is liberal (a `_forward_module.` prefix, flat vectors, any key order, 
 a warning); exporting writes exactly what the official trainer would.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 import re
@@ -96,7 +97,7 @@ def load_pth(
 
 def open_pth(
     path: str | os.PathLike[str], expect: ModelConfig | None = None
-) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+) -> tuple[ModelConfig, dict[str, pth.Array]]:
     """The model in an official `.pth` as `whole` gives it, without a copy: views of the file.
 
     Raises:
@@ -230,14 +231,14 @@ def _sizes(tensors: Mapping[str, pth.Array], n_layer: int) -> dict[str, int]:
 
 
 def from_official(
-    tensors: Mapping[str, np.ndarray], expect: ModelConfig | None = None, dtype: Any = np.float32
+    tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None, dtype: Any = np.float32
 ) -> tuple[ModelConfig, Params]:
     """The configuration and the tree of official tensors (see `whole`).
 
     Each leaf is allocated once and filled, so memory is the tree's own.
 
     Args:
-      tensors: by official name, as `pth.read` gives them.
+      tensors: by official name; values are taken when they are used.
       expect: refuse any other configuration, with the differences.
       dtype: of the tree.
 
@@ -248,8 +249,9 @@ def from_official(
     return config, _tree(config, tensors, dtype)
 
 
-def _tree(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any) -> Params:
+def _tree(config: ModelConfig, tensors: Mapping[str, pth.Array], dtype: Any) -> Params:
     params: Params = {}
+    targets: list[np.ndarray] = []
     for name, tensor in tensors.items():
         (*parents, last), layer = place(name)
         node = params
@@ -258,14 +260,20 @@ def _tree(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any) ->
         shape = flat(tensor.shape)
         if last not in node:
             node[last] = np.empty(shape if layer is None else (config.n_layer, *shape), dtype)
-        target = node[last] if layer is None else node[last][layer]
-        target[...] = tensor.reshape(shape)
+        targets.append(node[last][... if layer is None else layer])
+
+    def fill(target: np.ndarray, tensor: pth.Array) -> None:
+        target[...] = np.asarray(tensor).reshape(target.shape)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # reading and converting, both take time
+        for _ in pool.map(fill, targets, tensors.values()):
+            pass
     return params
 
 
 def whole(
-    tensors: Mapping[str, np.ndarray], expect: ModelConfig | None = None
-) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None
+) -> tuple[ModelConfig, dict[str, pth.Array]]:
     """The configuration of these tensors, and all that such a model has, in the official order.
 
     `v0`, `v1`, `v2` of block 0, when absent, become zeros: nothing reads them there, no gradient
@@ -293,12 +301,12 @@ def whole(
     extra = [name for name in tensors if name not in shapes]
     if extra:
         warnings.warn(f"tensors that RWKV-7 does not have: {_list(extra)}", stacklevel=2)
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, pth.Array] = {}
     for name, shape in shapes.items():
         tensor = tensors[name] if name in tensors else np.zeros(shape, np.float32)
         if tensor.dtype not in _FLOATS:
             raise UserError(f"{name} is {tensor.dtype}, not floating point: is it quantised?")
-        found[name] = tensor if tensor.shape == shape else tensor.reshape(shape)
+        found[name] = tensor if tensor.shape == shape else np.asarray(tensor).reshape(shape)
     return config, found
 
 

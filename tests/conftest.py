@@ -29,8 +29,15 @@ def oracles() -> Path:
     return Path(__file__).parent / "data" / "oracles"
 
 
+TOLD_BY_COMMANDS = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+
+
 @pytest.fixture(autouse=True)
-def default_precision():
-    """The commands tell jax how exact products are to be; the next test is not to hear it."""
+def as_before():
+    """The commands tell jax how exact products are to be, and where to keep compiled programs; the
+    next test is not to hear it.
+    """
+    kept = {name: jax.config.values[name] for name in TOLD_BY_COMMANDS}
     yield
-    jax.config.update("jax_default_matmul_precision", None)
+    for name, value in kept.items():
+        jax.config.update(name, value)

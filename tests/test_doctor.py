@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -191,6 +192,14 @@ def test_a_machine_that_computes_something_else():
             doctor.self_test(trial(losses={"fp32": losses}), "fp32")
     losses = np.array(doctor.KNOWN_LOSSES) + 0.01
     assert "within 0.01 of" in doctor.self_test(trial(losses={"bf16": losses}), "bf16")
+
+
+def test_fp16_steps_that_overflow_are_done_again(tmp_path):
+    """On GPUs before Ampere, which are tried in it: the loss scale begins too high."""
+    doctor.write_self_test_data(tmp_path / "squares")
+    with jax.numpy_dtype_promotion("standard"):
+        losses = doctor.losses_of_small_model(tmp_path / "squares", "fp16")
+    assert "6 training steps" in doctor.self_test(trial(losses={"fp16": losses}), "fp16")
 
 
 def test_a_training_that_fails():

@@ -60,7 +60,7 @@ def run(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys):
+def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys, monkeypatch):
     """Bits per byte and perplexity of jsonl, text and binidx: float64 sums over plain logits."""
     nats, tokens = [], 0
     for text in TEXTS:
@@ -74,12 +74,19 @@ def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys):
     path = write_jsonl(tmp_path / "t.jsonl", TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
     options = ("--load_model", model_file, "--data_file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = run(capsys, *options, path, "--output", tmp_path / "result.json")
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    assert cache == str(tmp_path / "cache" / "rwkv_jax" / "compiled")
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert (result["documents"], result["tokens"], result["bytes"]) == (4, tokens, size)
     assert result["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-4)
     assert run(capsys, *options, path, "--limit", 2)["documents"] == 2
+    for precision, rounding in (("bf16", 1e-2), ("fp16", 2e-3)):
+        narrow = run(capsys, *options, path, "--precision", precision)
+        assert narrow["precision"] == precision and narrow["perplexity"] != result["perplexity"]
+        assert narrow["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=rounding)
 
     (tmp_path / "t.txt").write_text(TEXTS[1], encoding="utf-8")
     single = run(capsys, *options, tmp_path / "t.txt")
@@ -142,10 +149,12 @@ def test_exact_match_is_what_greedy_decoding_gives(model, model_file, tmp_path, 
     for document, reply in zip(documents, made, strict=True):
         ((begin, end),) = document.spans
         assert tokenizer.decode(document.ids[begin:end]) == reply and document.ids[end - 1] == 0
-    scores = dict(evaluate.score(model, [document.ids for document in documents]))
-    for number, document in enumerate(documents):
+    shorter = []
+    for document in documents:
         ((begin, end),) = document.spans
-        assert scores[number].first[begin : end - 1].all()  # all but the end of the document
+        shorter.append(document._replace(spans=[(begin, end - 1), (end - 1, end)]))
+    for _, (reply, end) in evaluate.score(model, shorter):
+        assert reply.first and not end.first  # all but the end of the document
 
     # An end that the model does choose, and an answer that it does not.
     ended = [chats[0] + "\n\nUser: x"]

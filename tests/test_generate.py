@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from rwkv_jax import decoding, generate, tokenizer, weights
+from rwkv_jax import build, decoding, generate, tokenizer, weights
+from rwkv_jax.build import PRECISIONS
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.decoding import Decoder
 from rwkv_jax.errors import UserError
-from rwkv_jax.generate import Read, Reply
+from rwkv_jax.generate import Reply, Text
 from rwkv_jax.initialisation import init_params
 from rwkv_jax.sampling import DEFAULT, GREEDY, Made, Sampling, choose, sampling_logits
 
@@ -59,7 +61,7 @@ def world(world_file) -> Decoder:
 
 def make_ids(decoder: Decoder, prompts: list[list[int]], length: int, sampling=GREEDY, seed=0):
     replies = [Reply() for _ in prompts]
-    texts = [Read(None, prompt) for prompt in prompts]
+    texts = [Text(unread=prompt) for prompt in prompts]
     for _ in generate.generate(decoder, texts, replies, length, sampling, seed):
         pass
     return [reply.ids for reply in replies]
@@ -113,6 +115,10 @@ def test_a_batch_of_ragged_prompts_is_each_alone(world):
 def test_an_empty_prompt_begins_a_document(tiny):
     ids = make_ids(tiny, [[]], 5)
     assert ids[0] and ids == make_ids(tiny, [[0]], 5)
+    read = tiny.read([5, 6])
+    assert Text(read).read_by(tiny) is read  # and nothing is slipped in where it goes on
+    with pytest.raises(ValueError, match="no tokens to read after a state"):
+        tiny.read([], read[1])
 
 
 def test_decoding_is_the_model_and_bf16_is_near(tiny):
@@ -309,20 +315,49 @@ def test_half_a_character_is_kept_for_the_next():
     assert reply.text == "\ufffd" and reply.kept_ids() == ids
 
 
-def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys):
-    """Its second reply is that to the whole conversation in the published form."""
+def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_path):
+    """Its second reply is that to the whole conversation in the published form, each of whose
+    tokens it has read once.
+    """
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\n \nWhat is\t2?\n"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read, taken = Decoder.read, []
+    monkeypatch.setattr(
+        Decoder, "read", lambda self, ids, *a: taken.extend(ids) or read(self, ids, *a)
+    )
     options = ["--load_model", str(world_file), "--temperature", "0", "--length", "7"]
     generate.main([*options, "--chat", "--think", "short"])
     out = capsys.readouterr().out
+    monkeypatch.undo()
+    assert jax.config.values["jax_compilation_cache_dir"] == f"{tmp_path}/rwkv_jax/compiled"
     text, replies = "", []
     for message in ("你好", "What is\t2?"):
         text += f"User: {message} think a bit\n\nAssistant: <think"
         replies += generate.complete(world, [text], 7, Sampling(temperature=0))
         text += f"{replies[-1]}\n\n"
+    assert tokenizer.decode(taken) + replies[-1] + "\n\n" == text
     assert out == "".join(f"<think{reply}\n" for reply in replies)
     assert generate.chat_turn(" a\n\n\nb\n") == "User: a\nb\n\nAssistant:"
     assert generate.chat_turn("a", "fake", False).endswith("\n\nAssistant: <think>\n</think")
+
+
+def test_the_weights_are_loaded_as_the_device_takes_them(world_file, monkeypatch):
+    """At bf16, in half the memory; on a GPU before Ampere, in fp16."""
+    peaks = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        tracemalloc.start()
+        monkeypatch.setattr(generate, "device_precision", lambda precision=precision: precision)
+        decoder = generate.load_decoder(str(world_file))
+        peaks[precision] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert decoder._params["head"]["weight"].dtype == PRECISIONS[precision]
+    assert peaks["bf16"] < 0.6 * peaks["fp32"] and peaks["fp16"] < 0.6 * peaks["fp32"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, expected in [((7, 5), "fp16"), ((8, 0), "bf16"), (None, "bf16")]:
+        monkeypatch.setattr(
+            build, "current_compute_capability", lambda capability=capability: capability
+        )
+        assert build.device_precision() == expected
 
 
 def test_a_state_is_gone_on_from(world_file, tmp_path, capsys):
