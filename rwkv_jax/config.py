@@ -89,6 +89,21 @@ G1_LOW_RANK = {
     "13.3b": (192, 192, 128, 384),
 }
 
+# What is sharded, and where: sharding.STRATEGIES says what each means.
+STRATEGY_NAMES = (
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+)
+STRATEGY_ALIASES = {
+    "zero1": "deepspeed_stage_1",
+    "zero2": "deepspeed_stage_2",
+    "zero2_offload": "deepspeed_stage_2_offload",
+    "fsdp": "deepspeed_stage_3",
+    "fsdp_offload": "deepspeed_stage_3_offload",
+}
 
 AUTO = -1  # what `--micro_bsz auto` becomes
 
@@ -99,12 +114,37 @@ def _number_or_auto(text: str) -> int:
     return AUTO if text == "auto" else int(text)
 
 
-def _option(default: Any, group: str, text: str, *choices: Any, least: float | None = None) -> Any:
-    """A field of `TrainConfig` that becomes `--name`; `least` is the smallest value allowed."""
-    return dataclasses.field(
-        default=default,
-        metadata={"group": group, "help": text, "choices": choices or None, "least": least},
-    )
+def _number_or_all(text: str) -> int:
+    if text not in ("auto", "-1") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return 0 if text in ("auto", "-1") else int(text)
+
+
+def _option(
+    default: Any,
+    group: str,
+    metavar: str,
+    text: str,
+    *choices: Any,
+    least: float | None = None,
+    parse: Any = None,
+) -> Any:
+    """A field of `TrainConfig` that becomes `--name`.
+
+    Args:
+        metavar: what its value is, in one word; empty: the choices.
+        least: the smallest value allowed.
+        parse: makes the value of a word; None: the type of the default.
+    """
+    metadata = {
+        "group": group,
+        "metavar": metavar or "|".join(str(choice) for choice in choices if choice != ""),
+        "help": text,
+        "choices": choices or None,
+        "least": least,
+        "parse": parse or type(default),
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,110 +153,131 @@ class TrainConfig:
 
     # fmt: off
     size: str = _option(
-        "", "model", "sets n_layer and n_embd (default 0.1b)", "", *SIZES, *SIZE_ALIASES)
-    n_layer: int = _option(0, "model", "layers L; overrides --size", least=0)
-    n_embd: int = _option(0, "model", "width C; overrides --size", least=0)
-    vocab_size: int = _option(65536, "model", "rows of embedding and head, V", least=2)
-    head_size: int = _option(64, "model", "width of a head, N", *HEAD_SIZES)
-    dim_ffn: int = _option(0, "model", "inner width of the channel mix; 0: 4·n_embd", least=0)
+        "", "model", "", "Sets n_layer and n_embd (default 0.1b).", "", *SIZES, *SIZE_ALIASES)
+    n_layer: int = _option(0, "model", "LAYERS", "Number of layers, L; overrides --size.", least=0)
+    n_embd: int = _option(0, "model", "WIDTH", "Width, C; overrides --size.", least=0)
+    vocab_size: int = _option(65536, "model", "ROWS", "Rows of embedding and head, V.", least=2)
+    head_size: int = _option(64, "model", "", "Width of a head, N.", *HEAD_SIZES)
+    dim_ffn: int = _option(
+        0, "model", "WIDTH", "Inner width of the channel mix; 0: 4·n_embd.", least=0)
     lora_dims: str = _option(
-        "formula", "model", "low-rank widths of a fresh model: those of the official formula "
-        "(formula), of the released G1 model of this --size (g1), or four numbers w,a,v,g")
+        "formula", "model", "formula|g1|W,A,V,G", "Low-rank widths of a fresh model: those of the "
+        "official formula, of the released G1 model of this --size, or four numbers.")
     load_model: str = _option(
-        "", "model", "start from these weights, whose shape decides the model's: a .pth, the "
-        "output folder of a run, or one of its checkpoints")
+        "", "model", "PATH", "Start from these weights, whose shape decides the model's: a .pth, "
+        "the output folder of a run, or one of its checkpoints. 0 or empty: those of proj_dir.")
     load_partial: int = _option(
-        0, "model", "1: tensors that the file lacks get their fresh initial value", 0, 1)
-    random_seed: int = _option(0, "model", "seed of fresh initial weights", least=0)
+        0, "model", "", "1: tensors that the file lacks get a fresh initial value and are listed; "
+        "a tensor of another shape is refused.", 0, 1)
+    random_seed: int = _option(
+        0, "model", "SEED", "Seed of fresh initial weights; -1: another one each time.", least=-1)
 
     data_file: str = _option(
-        "", "data", 'X.jsonl with a "text" in each line, or X for the token files X.bin and '
-        "X.idx (default: the checkout's data/demo.jsonl)")
-    ctx_len: int = _option(512, "data", "tokens in a sample, T", least=1)
+        "", "data", "PATH", 'X.jsonl with a "text" in each line, or X for the token files X.bin '
+        "and X.idx (default: the checkout's data/demo.jsonl).")
+    ctx_len: int = _option(512, "data", "TOKENS", "Length of a sample, T.", least=1)
     my_exit_tokens: int = _option(
-        0, "data", "train on this many tokens, then write rwkv-final.pth; 0: as many as the data "
-        "holds", least=0)
+        0, "data", "TOKENS", "Train on so many tokens, then write rwkv-final.pth; 0: as many as "
+        "the data holds.", least=0)
     magic_prime: int = _option(
-        0, "data", "the sampler's prime for this data and ctx_len; 0: computed; a given one is "
-        "checked", least=0)
+        0, "data", "PRIME", "The sampler's prime for this data and ctx_len; 0: computed. A given "
+        "one is checked.", least=0)
 
     micro_bsz: int = _option(
-        0, "training", "samples a device holds at once; 0: 1 on a CPU, 8 on a GPU; auto: as many "
-        "as fit the device's memory (takes a few compilations to find out)", least=AUTO)
+        0, "training", "SAMPLES|auto", "Samples that a device processes at once; 0: 1 on a CPU, 8 "
+        "on a GPU; auto: as many as fit the device's memory (takes a few compilations).",
+        least=AUTO, parse=_number_or_auto)
     accumulate_grad_batches: int = _option(
-        1, "training", "micro batches whose gradients are averaged into one step", least=1)
-    lr_init: float = _option(0.0, "training", "peak learning rate; 0: 0.45/n_embd", least=0)
-    lr_final: float = _option(0.0, "training", "final learning rate; 0: 0.04/n_embd", least=0)
-    warmup_steps: int = _option(10, "training", "steps of linear warm-up from 1%", least=0)
-    beta1: float = _option(0.9, "training", "Adam's β₁", least=0)
-    beta2: float = _option(0.99, "training", "Adam's β₂", least=0)
-    adam_eps: float = _option(1e-18, "training", "Adam's ε, outside the root", least=0)
+        1, "training", "BATCHES", "Micro batches whose gradients are averaged into one step.",
+        least=1)
+    lr_init: float | None = _option(
+        None, "training", "RATE", "Peak learning rate (default 0.45/n_embd).", parse=float)
+    lr_final: float | None = _option(
+        None, "training", "RATE", "Final learning rate, at most lr_init (default "
+        "lr_init·0.04/0.45).", least=0, parse=float)
+    warmup_steps: int = _option(
+        10, "training", "STEPS", "Steps of linear warm-up from 1%; -1: 10 when the last "
+        "rwkv-{n}.pth is continued, else none.", least=-1)
+    beta1: float = _option(0.9, "training", "DECAY", "Adam's β₁.", least=0)
+    beta2: float = _option(0.99, "training", "DECAY", "Adam's β₂.", least=0)
+    adam_eps: float = _option(
+        1e-18, "training", "EPSILON", "Adam's ε, outside the root.", least=0)
     weight_decay: float = _option(
-        0.001, "training", "decoupled weight decay of the matrices", least=0)
+        0.001, "training", "FACTOR", "Decoupled weight decay of the matrices.", least=0)
     grad_clip: float = _option(
-        1.0, "training", "largest global norm of the gradient; 0: any", least=0)
+        1.0, "training", "NORM", "Largest global norm of the gradient; 0: any.", least=0)
     grad_cp: int = _option(
-        -1, "training", "1: recompute each block in the backward pass, to save memory; 2: all of "
-        "it but its matrix products; 0: nothing; -1: 0 on a CPU, 1 on a GPU", -1, 0, 1, 2)
+        -1, "training", "", "1: recompute each block in the backward pass, to save memory; 2: all "
+        "of it but its matrix products; 0: nothing; -1: 0 on a CPU, 1 on a GPU.", -1, 0, 1, 2)
     head_chunk: int = _option(
-        0, "training", "tokens of a sequence whose logits exist at once; 0: automatic", least=0)
+        0, "training", "TOKENS", "Tokens, of the micro_bsz·ctx_len of a device, whose logits exist "
+        "at once; 0: automatic.", least=0)
     precision: str = _option(
-        "auto", "training", "of the forward and backward pass (weights and Adam are float32); "
-        "auto: fp32 on a CPU, bf16 on a GPU, fp16 with a loss scale on one older than Ampere",
+        "auto", "training", "", "Of the forward and backward pass (weights and Adam are float32); "
+        "auto: fp32 on a CPU, bf16 on a GPU, fp16 with a loss scale on one older than Ampere.",
         "auto", "bf16", "fp32", "tf32", "fp16")
     epoch_count: int = _option(
-        0, "training", "stop after so many miniepochs of 40320 samples, even before "
-        "my_exit_tokens; 0: do not", least=0)
+        0, "training", "MINIEPOCHS", "Stop after so many miniepochs of 40320 samples, even before "
+        "my_exit_tokens; 0: do not.", least=0)
     epoch_begin: int = _option(
-        0, "training", "miniepoch to begin with, when weights alone are loaded", least=0)
-    train_stage: int = _option(
-        3, "training", "1: write rwkv-init.pth and stop; 2, 3: train, and continue from the last "
-        "rwkv-{n}.pth of a folder without checkpoints; 0: train, without a look at those", 0, 1, 2,
-        3)
-
-    proj_dir: str = _option("out", "output", "folder of the .pth files, checkpoints and logs")
-    epoch_save: int = _option(
-        1, "output", "write rwkv-{n}.pth and a checkpoint every so many miniepochs; 0: never",
+        0, "training", "MINIEPOCH", "Miniepoch to begin with, when weights alone are loaded.",
         least=0)
-    save_every_steps: int = _option(
-        0, "output", "write a checkpoint every so many steps as well; 0: never", least=0)
-    save_every_minutes: float = _option(
-        30.0, "output", "write a checkpoint every so many minutes as well; 0: never", least=0)
-    keep_last: int = _option(2, "output", "checkpoints that are kept, the newest", least=1)
-    max_minutes: float = _option(
-        0.0, "output", "save and stop after so many minutes, for jobs with a time limit (leave "
-        "time for the save); 0: do not", least=0)
-    resume_anyway: int = _option(
-        0, "output", "1: go on from the checkpoint although the data, ctx_len, the batch or what "
-        "the run began with has changed, at as many tokens as were done", 0, 1)
-    plot: int = _option(
-        0, "output", "1: draw the loss as it falls, in proj_dir/loss.html and loss.png", 0, 1)
-    wandb: str = _option("", "output", "Weights & Biases project to log to; empty: none")
-    tensorboard: int = _option(
-        0, "output", "1: write TensorBoard's event files to proj_dir/tensorboard", 0, 1)
-    enable_progress_bar: str = _option(
-        "auto", "output", "auto: a bar on a terminal, lines in a file", "auto", "True", "False")
+    train_stage: int = _option(
+        3, "training", "", "1: write rwkv-init.pth and stop; 2, 3: train, and in a folder without "
+        "checkpoints continue from its last rwkv-{n}.pth; 0: train without looking for those.",
+        0, 1, 2, 3)
 
-    accelerator: str = _option("auto", "machine", "what to run on", "auto", "gpu", "cpu")
-    devices: int = _option(0, "machine", "how many of them, on each machine; 0: all", least=0)
+    proj_dir: str = _option(
+        "out", "output", "FOLDER", "Where the .pth files, checkpoints and logs go.")
+    epoch_save: int = _option(
+        10, "output", "MINIEPOCHS", "Write rwkv-{n}.pth and a checkpoint every so many miniepochs, "
+        "from the first on; 0: never.", least=0)
+    save_every_steps: int = _option(
+        0, "output", "STEPS", "Write a checkpoint every so many steps as well; 0: never.", least=0)
+    save_every_minutes: float = _option(
+        30.0, "output", "MINUTES", "Write a checkpoint every so many minutes as well; 0: never.",
+        least=0)
+    keep_last: int = _option(
+        2, "output", "CHECKPOINTS", "How many checkpoints are kept, the newest.", least=1)
+    max_minutes: float = _option(
+        0.0, "output", "MINUTES", "Save and stop after so many minutes, for jobs with a time limit "
+        "(leave time for the save); 0: do not.", least=0)
+    resume_anyway: int = _option(
+        0, "output", "", "1: resume from the checkpoint although the data, ctx_len, the batch or "
+        "what the run began with has changed, at the same number of tokens.", 0, 1)
+    plot: int = _option(
+        0, "output", "", "1: draw the loss as it falls, in proj_dir/loss.html and loss.png.", 0, 1)
+    wandb: str = _option(
+        "", "output", "PROJECT", "Weights & Biases project to log to; empty: none.")
+    tensorboard: int = _option(
+        0, "output", "", "1: write TensorBoard's event files to proj_dir/tensorboard.", 0, 1)
+    enable_progress_bar: str = _option(
+        "auto", "output", "", "auto: a bar on a terminal, lines in a file.",
+        "auto", "True", "False")
+
+    accelerator: str = _option(
+        "auto", "machine", "", "What to run on; cuda is gpu.", "auto", "gpu", "cuda", "cpu")
+    devices: int = _option(
+        0, "machine", "NUMBER|auto", "How many of them, on each machine; 0, -1 or auto: all.",
+        least=-1, parse=_number_or_all)
     num_nodes: int = _option(
-        1, "machine", "machines that train together; every one runs the same command "
-        "(docs/many-gpus.md)", least=1)
+        1, "machine", "MACHINES", "Machines that train together; every one runs the same command "
+        "(docs/many-gpus.md).", least=1)
     coordinator_address: str = _option(
-        "", "machine", "HOST:PORT of the first machine, where neither SLURM nor Open MPI nor "
-        "Kubernetes tells it")
+        "", "machine", "HOST:PORT", "Address of the first machine, where neither SLURM nor Open "
+        "MPI nor Kubernetes provides it.")
     process_id: int = _option(
-        -1, "machine", "number of this machine, from 0; with --coordinator_address", least=-1)
+        -1, "machine", "NUMBER", "Number of this machine, from 0; with --coordinator_address.",
+        least=-1)
     strategy: str = _option(
-        "auto", "machine", "sharded over the devices: Adam's moments and the master weights "
-        "(stage_1 or zero1), the gradients too (stage_2 or zero2), the parameters too (stage_3 or "
-        "fsdp); with _offload masters and moments are in the host's memory; auto: stage_2",
-        "auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
-        "deepspeed_stage_3", "deepspeed_stage_3_offload", "zero1", "zero2", "zero2_offload",
-        "fsdp", "fsdp_offload")
+        "auto", "machine", "NAME", "What is sharded over the devices: Adam's moments and the "
+        "master weights (deepspeed_stage_1 or zero1), the gradients too (deepspeed_stage_2 or "
+        "zero2), the parameters too (deepspeed_stage_3 or fsdp); with _offload added to stage 2 or "
+        "3, zero2 or fsdp, masters and moments are in the host's memory; auto: deepspeed_stage_2.",
+        "auto", *STRATEGY_NAMES, *STRATEGY_ALIASES)
     mesh: str = _option(
-        "", "machine", "data=D,fsdp=F: the state is sharded over F devices, D times; default: over "
-        "all of them")
+        "", "machine", "data=D,fsdp=F", "The state is sharded over F devices, D times (default: "
+        "over all of them).")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -226,13 +287,45 @@ class TrainConfig:
             if choices and value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice != "")
                 raise UserError(f"--{field.name} {value}: choose one of {known}")
-            if least is not None and not (value >= least and math.isfinite(value)):
-                raise UserError(f"--{field.name} {value}: give {least} or more")
-        if self.load_model == "0":  # what the official scripts write for none
-            object.__setattr__(self, "load_model", "")
+            if least is not None and value is not None:
+                if not (value >= least and math.isfinite(value)):
+                    raise UserError(f"--{field.name} {value}: give {least} or more")
+        same: dict[str, dict[Any, Any]] = {
+            "load_model": {"0": ""},
+            "accelerator": {"cuda": "gpu"},
+            "devices": {-1: 0},
+        }
+        for name, values in same.items():  # "0" is what the official scripts write for none
+            value = getattr(self, name)
+            object.__setattr__(self, name, values.get(value, value))
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give less than 1")
+        if self.lr_init is not None:
+            if not (self.lr_init > 0 and math.isfinite(self.lr_init)):
+                raise UserError(f"--lr_init {self.lr_init}: give more than 0")
+            self.learning_rates(0)
+        if self.train_stage == 1 and self.load_model:
+            raise UserError(
+                f"--train_stage 1 --load_model {self.load_model}: stage 1 writes fresh weights "
+                "alone; leave --train_stage out to train from that file, with --load_partial 1 if "
+                "it lacks tensors"
+            )
+
+    def learning_rates(self, n_embd: int) -> tuple[float, float]:
+        """Peak and final learning rate for a model of this width: 0.45/C, and 0.04/0.45 of it.
+
+        Raises:
+            UserError: the rate would rise.
+        """
+        init = 0.45 / n_embd if self.lr_init is None else self.lr_init
+        final = init * 0.04 / 0.45 if self.lr_final is None else self.lr_final
+        if final > init:
+            raise UserError(
+                f"--lr_final {final:g} is above --lr_init {init:g}, so that the learning rate "
+                "would rise: give a smaller one, or leave it out for lr_init·0.04/0.45"
+            )
+        return init, final
 
     def model_config(self) -> ModelConfig:
         """The architecture of a fresh model."""
@@ -283,8 +376,8 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     parser = CommandParser(
         prog="python -m rwkv_jax.train",
         usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
-        description="Pretrain an RWKV-7 model, or go on with one. Without options: the 0.1b model "
-        "on the demo text. A run that was stopped goes on by the same command.",
+        description="Pretrain an RWKV-7 model, or continue training one. Without options: the 0.1b "
+        "model on the demo text. A run that was stopped is resumed by the same command.",
         epilog="Also accepted, without effect: "
         + ", ".join(f"--{name} ({reason})" for name, (reason, _) in WITHOUT_MEANING.items()),
         allow_abbrev=False,
@@ -294,14 +387,14 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        default = "" if field.default in ("", -1, 0, 0.0) else f" (default {field.default})"
-        choices = [str(choice) for choice in field.metadata["choices"] or () if choice != ""]
+        default = field.default
+        told = "" if default in ("", -1, 0, 0.0, None) else f" (default {default})"
         groups[group].add_argument(
             f"--{field.name}",
-            type=_number_or_auto if field.name == "micro_bsz" else type(field.default),
-            default=field.default,
-            metavar="|".join(choices) or type(field.default).__name__.upper(),
-            help=(field.metadata["help"] + default).replace("%", "%%"),
+            type=field.metadata["parse"],
+            default=default,
+            metavar=field.metadata["metavar"],
+            help=(field.metadata["help"].removesuffix(".") + told + ".").replace("%", "%%"),
         )
     for name in WITHOUT_MEANING:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

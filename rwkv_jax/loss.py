@@ -33,16 +33,16 @@ def head_loss(
         hidden: [B, T, C], any float dtype; the products accumulate in float32.
         head: [V, C], same dtype.
         targets: [B, T] integers in [0, V).
-        chunk: tokens of each sequence whose logits exist at once; 0: as many as fit 256 MiB.
+        chunk: of the B·T tokens, how many have logits at once; 0: as many as fit 256 MiB.
         scale: of the gradients, but not of the loss: float16 has no numbers for the unscaled ones.
     Returns:
         A float32 scalar.
     """
-    B, T, _ = hidden.shape
     if chunk == 0:
-        chunk = max(1, AUTO_CHUNK_BYTES // (4 * B * head.shape[0]))
-    scale = jnp.asarray(scale, jnp.float32)
-    return _head_loss(hidden, head, targets, scale, min(chunk, T))
+        chunk = max(1, AUTO_CHUNK_BYTES // (4 * head.shape[0]))
+    chunk = min(chunk, targets.size)
+    hidden = hidden.reshape(targets.size, -1)
+    return _head_loss(hidden, head, targets.reshape(-1), jnp.asarray(scale, jnp.float32), chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -63,14 +63,13 @@ def _forward(hidden: Array, head: Array, targets: Array, scale: Array, chunk: in
         x, y = xs
         z = _logits(x, head)
         d_z = _logit_gradients(z, y, scale * mean).astype(head.dtype)
-        d_x = jnp.einsum("btv,vc->btc", d_z, head, preferred_element_type=jnp.float32)
-        d_head += jnp.einsum("btv,btc->vc", d_z, x, preferred_element_type=jnp.float32)
+        d_x = jnp.einsum("nv,vc->nc", d_z, head, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("nv,nc->vc", d_z, x, preferred_element_type=jnp.float32)
         return (total + jnp.sum(_losses(z, y)), d_head), d_x.astype(hidden.dtype)
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
     (total, d_head), d_x = jax.lax.scan(step, start, _chunks(hidden, targets, chunk))
-    B, T, C = hidden.shape
-    d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, C)[:, :T]
+    d_hidden = d_x.reshape(-1, hidden.shape[1])[: targets.size]
     return total * mean, (d_hidden, d_head.astype(head.dtype))
 
 
@@ -83,19 +82,15 @@ _head_loss.defvjp(_forward, _backward)
 
 
 def _chunks(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """[n, B, chunk, C] and [n, B, chunk]; the padding at the end has target −1."""
-    B, T, C = hidden.shape
-    pad = -T % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=-1)
-    return (
-        jnp.moveaxis(hidden.reshape(B, -1, chunk, C), 1, 0),
-        jnp.moveaxis(targets.reshape(B, -1, chunk), 1, 0),
-    )
+    """[n, C], [n] → [n/chunk, chunk, C], [n/chunk, chunk]; padding at the end has target −1."""
+    pad = -targets.size % chunk
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
+    targets = jnp.pad(targets, (0, pad), constant_values=-1)
+    return hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
 
 
 def _logits(x: Array, head: Array) -> Array:
-    return jnp.einsum("btc,vc->btv", x, head, preferred_element_type=jnp.float32)
+    return jnp.einsum("nc,vc->nv", x, head, preferred_element_type=jnp.float32)
 
 
 def _losses(z: Array, targets: Array) -> Array:
@@ -104,8 +99,8 @@ def _losses(z: Array, targets: Array) -> Array:
 
 
 def _logit_gradients(z: Array, targets: Array, scale: Array) -> Array:
-    """[B, t, V]: (softmax − onehot + L2Wrap)·scale, zero where the target is padding."""
-    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
+    """[n, V]: (softmax − onehot + L2Wrap)·scale, zero where the target is padding."""
+    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     largest = jnp.max(z, axis=-1, keepdims=True)
     # The first of equal maxima, as argmax has it (whose own lowering on a CPU is not vectorised).
     at = jnp.min(jnp.where(z == largest, index, z.shape[-1]), axis=-1, keepdims=True)

@@ -27,7 +27,7 @@ def has_double_rate(path: tuple[str, ...]) -> bool:
 def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: float):
     """The schedule as a function of the steps that this optimizer has seen, its updates.
 
-    With s = first_step + updates, w = warmup_steps, by default lr_init 0.45/C and lr_final 0.04/C:
+    With s = first_step + updates, w = warmup_steps, and the rates of `TrainConfig.learning_rates`:
 
         progress = clip((s − w)/(exit_step − w), 0, 1)
         lr = lr_init·((½ + f/2) + (½ − f/2)·cos(π·progress)),  f = lr_final/lr_init
@@ -38,8 +38,7 @@ def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: 
         first_step: the step at which the run began (`--epoch_begin`).
         exit_step: my_exit_tokens in steps, not rounded.
     """
-    init = config.lr_init or 0.45 / n_embd
-    final = config.lr_final or 0.04 / n_embd
+    init, final = config.learning_rates(n_embd)
     warmup = config.warmup_steps
 
     def schedule(updates: jax.Array) -> jax.Array:

@@ -65,7 +65,8 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[
         for name in now
         if then.get(name) != now[name] and not (name == "load_model" and not now[name])
     ]
-    told = {name: f"{name} {then.get(name) or 'unset'}, not {now[name]}" for name in differing}
+    given = {name: "unset" if now[name] is None else now[name] for name in differing}
+    told = {name: f"{name} {then.get(name) or 'unset'}, not {given[name]}" for name in differing}
     return (
         [told[name] for name in differing if name not in _CHANGEABLE],
         [told[name] for name in differing if name in _CHANGEABLE],

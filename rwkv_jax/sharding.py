@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rwkv_jax.config import STRATEGY_ALIASES
 from rwkv_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
@@ -56,15 +57,7 @@ STRATEGIES = {
     "deepspeed_stage_3": Strategy(gradients=True, parameters=True),
     "deepspeed_stage_3_offload": Strategy(gradients=True, parameters=True, offload=True),
 }
-_PLAIN = {
-    "zero1": "1",
-    "zero2": "2",
-    "zero2_offload": "2_offload",
-    "fsdp": "3",
-    "fsdp_offload": "3_offload",
-}
-for _name, _known in _PLAIN.items():
-    STRATEGIES[_name] = STRATEGIES[f"deepspeed_stage_{_known}"]
+STRATEGIES |= {alias: STRATEGIES[name] for alias, name in STRATEGY_ALIASES.items()}
 
 
 def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Start(NamedTuple):
 
 
 def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
-    """The options, with load_model and epoch_begin as the output folder decides them.
+    """The options, with what the output folder decides: load_model, epoch_begin, warmup_steps −1.
 
     A folder with checkpoints is resumed, with the epoch_begin of its run. One that has none, but
     has weights rwkv-{n}.pth, is a run of the official trainer (or one whose checkpoints were
@@ -54,8 +55,13 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
     """
     for step in checkpoints.steps():
         with contextlib.suppress(UserError):  # `start` names what is damaged
-            begun = checkpoints.claim(step).run.get("epoch_begin", 0)
-            return dataclasses.replace(config, epoch_begin=config.epoch_begin or begun)
+            run = checkpoints.claim(step).run
+            begin, warmup = config.epoch_begin, config.warmup_steps
+            return dataclasses.replace(
+                config,
+                epoch_begin=begin or run.get("epoch_begin", begin),
+                warmup_steps=run.get("warmup_steps", warmup) if warmup < 0 else warmup,
+            )
     folder = Path(config.proj_dir)
     numbers = [
         int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))
@@ -70,7 +76,10 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
             )
         if not config.load_model:
             path = str(folder / f"rwkv-{last}.pth")
-            return dataclasses.replace(config, load_model=path, epoch_begin=last + 1)
+            warmup = 10 if config.warmup_steps < 0 else config.warmup_steps
+            return dataclasses.replace(
+                config, load_model=path, epoch_begin=last + 1, warmup_steps=warmup
+            )
         if last >= config.epoch_begin:
             raise UserError(
                 f"{there}, and would be overwritten: to continue from it leave --load_model out; "
@@ -129,7 +138,7 @@ def start(
         if source == init and not init.exists():
             write_init(init, config)
     model, params = load(config, source)
-    if source == init and config.random_seed:
+    if source == init and config.random_seed > 0:
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
             raise UserError(
                 f"{source}: is not of --random_seed {config.random_seed}; remove it, leave the "
@@ -252,7 +261,8 @@ def _load_partial(config: TrainConfig, source: Path) -> tuple[ModelConfig, Param
     """The file's tensors, and fresh ones where it has none."""
     model, there = partial_model(config, source)
     check_shape(config, model, str(source))
-    initial = weights.to_official(init_params(model, config.random_seed))
+    seed = distributed.from_first(_seed(config))
+    initial = weights.to_official(init_params(model, seed))
     merged = {name: np.asarray(tensor) for name, tensor in initial.items()}
     fresh = [name for name in merged if name not in there]
     if distributed.is_first():
@@ -285,8 +295,12 @@ def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
 
 def write_init(path: Path, config: TrainConfig) -> Path:
     print(f"initialising {brief(config.model_config())} …", flush=True)
-    weights.save_pth(path, init_params(config.model_config(), config.random_seed))
+    weights.save_pth(path, init_params(config.model_config(), _seed(config)))
     return path
+
+
+def _seed(config: TrainConfig) -> int:
+    return secrets.randbits(31) if config.random_seed == -1 else config.random_seed
 
 
 def brief(model: ModelConfig) -> str:

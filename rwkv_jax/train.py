@@ -240,8 +240,7 @@ def _describe(
     begin: Start,
 ) -> None:
     device, model = mesh.devices.flat[0], begin.about.model
-    init = config.lr_init or 0.45 / model.n_embd
-    final = config.lr_final or 0.04 / model.n_embd
+    init, final = config.learning_rates(model.n_embd)
     tokens = schedule.last_step * schedule.tokens_per_step
     offload = sharding.STRATEGIES[config.strategy].offload
     rows = {
@@ -257,7 +256,8 @@ def _describe(
         "steps": f"{schedule.last_step:,} ({tokens:,} tokens, "
         f"{tokens / len(data.tokens):.3g} passes over the data), "
         f"a miniepoch every {MINIEPOCH / schedule.batch:,.0f}",
-        "learning rate": f"{init:.3g} to {final:.3g}, {config.warmup_steps} steps of warm-up",
+        "learning rate": f"{init:.3g} to {final:.3g}, "
+        f"{max(config.warmup_steps, 0)} steps of warm-up",
         "output": f"{config.proj_dir}: rwkv-final.pth, train_log.txt, checkpoints/",
     }
     for name, value in rows.items():

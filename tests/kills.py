@@ -44,6 +44,7 @@ def command(data: Path, folder: Path, steps: int) -> list[str]:
         "micro_bsz": BATCH,
         "my_exit_tokens": steps * BATCH * T,
         "save_every_steps": 2,
+        "epoch_save": 1,
         "accelerator": "cpu",
     }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,17 +107,79 @@ def test_all_official_options_at_once():
     assert (model.n_layer, model.n_embd, model.n_head, model.dim_ffn) == (12, 768, 12, 3072)
 
 
-def test_official_demo_command_of_the_readme():
+# demo-training-run.sh and demo-training-prepare.sh of RWKV-LM (RWKV-v7/train_temp, 2025-11), word
+# for word, with their variables filled in.
+OFFICIAL_RUN = """\
+--load_model "0" --wandb "Test" --proj_dir out/L12-D768-x070 --my_testing x070 \\
+ --ctx_len 512 --train_stage 3 --epoch_count 999999 --epoch_begin 0 \\
+ --data_file "data/minipile" --my_exit_tokens 1498226207 --magic_prime 2926181 \\
+ --num_nodes 1 --micro_bsz 16 --n_layer 12 --n_embd 768 --kernel @rwkv3 \\
+ --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --data_type "binidx" --vocab_size 65536 \\
+ --weight_decay 0.001 --epoch_save 10 --head_size 64 --head_chunk 0 \\
+ --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True #--ds_bucket_mb 2
+"""  # noqa: E501
+OFFICIAL_PREPARE = """\
+--wandb "" --proj_dir out/L12-D768-x070 \\
+ --data_file "data/minipile" --data_type "binidx" --vocab_size 65536 --my_testing x070 \\
+ --ctx_len 512 --train_stage 1 --epoch_count 1 --epoch_begin 0 \\
+ --epoch_save 1 --weight_decay 0 --head_size 64 \\
+ --num_nodes 1 --micro_bsz 1 --n_layer 12 --n_embd 768 --my_exit_tokens 1498226207 --magic_prime 2926181 \\
+ --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 \\
+ --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("text", [OFFICIAL_RUN, OFFICIAL_PREPARE], ids=["run", "prepare"])
+def test_the_official_scripts_are_accepted_word_for_word(text):
+    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    config, ignored = parse_train_options(words)
+    given = {
+        name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)
+    }
+    for name, value in given.items():
+        if name in MEANINGLESS:
+            assert any(line.startswith(f"--{name} has no effect: ") for line in ignored), name
+        elif name != "load_model":
+            assert getattr(config, name) == type(getattr(config, name))(value), name
+    assert len(ignored) == len(MEANINGLESS & set(given))
+    assert config.load_model == "" and config.model_config().n_layer == 12
+
+
+def test_the_readme_has_the_official_command():
+    """All but the wandb project, which would ask for an account."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(
-        r"runs as it is:\n\n```sh\npython -m rwkv_jax\.train (.*?)\n```", text, re.S
+    command = re.search(r"as it is:\n\n```sh\npython -m rwkv_jax\.train (.*?)\n```", text, re.S)[1]
+    ours, official = (
+        shlex.split(part.replace("\\\n", " "), comments=True) for part in (command, OFFICIAL_RUN)
     )
-    arguments = [part.strip('"') for part in command[1].replace("\\\n", " ").split()]
-    config, ignored = parse_train_options(arguments)
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert {f"--{name}": OFFICIAL[name] for name in OFFICIAL}.items() >= given.items()
-    assert {line.split()[0] for line in ignored} == {f"--{n}" for n in MEANINGLESS} & set(given)
-    assert config.load_model == "" and config.micro_bsz == 16
+    assert ours == ["" if word == "Test" else word for word in official]
+
+
+def test_what_other_official_values_mean():
+    for name, value, meant in (
+        ("random_seed", "-1", -1),
+        ("warmup_steps", "-1", -1),
+        ("train_stage", "0", 0),
+        ("devices", "-1", 0),
+        ("devices", "auto", 0),
+        ("accelerator", "cuda", "gpu"),
+    ):
+        config, ignored = parse_train_options([f"--{name}", value])
+        assert getattr(config, name) == meant and ignored == []
+
+
+def test_learning_rates():
+    """Left out, lr_final keeps its ratio to lr_init; 0 is 0; a rate that would rise is refused."""
+
+    def rates(*arguments: str) -> tuple[float, float]:
+        return parse_train_options(list(arguments))[0].learning_rates(768)
+
+    assert rates() == pytest.approx((0.45 / 768, 0.04 / 768))
+    assert rates("--lr_init", "1e-5") == pytest.approx((1e-5, 1e-5 * 0.04 / 0.45))
+    assert rates("--lr_final", "0") == (0.45 / 768, 0.0)
+    assert rates("--lr_init", "1e-5", "--lr_final", "1e-5") == (1e-5, 1e-5)
+    with pytest.raises(UserError, match="--lr_final 0.001 is above --lr_init 0.000585"):
+        rates("--lr_final", "1e-3")
 
 
 def test_without_options_everything_is_official():
@@ -124,6 +187,7 @@ def test_without_options_everything_is_official():
     assert ignored == []
     assert (config.beta1, config.beta2, config.adam_eps) == (0.9, 0.99, 1e-18)
     assert (config.weight_decay, config.grad_clip, config.warmup_steps) == (0.001, 1.0, 10)
+    assert config.epoch_save == 10
     assert (config.vocab_size, config.head_size) == (65536, 64)
     assert (config.model_config().n_layer, config.model_config().n_embd) == (12, 768)
 
@@ -141,11 +205,18 @@ def test_without_options_everything_is_official():
         (["--lr_init", "-0.001"], ["--lr_init -0.001"]),
         (["--lr_init", "nan"], ["--lr_init nan"]),
         (["--beta2", "1"], ["--beta2 1.0", "less than 1"]),
-        (["--warmup_steps", "-1"], ["--warmup_steps -1"]),
+        (["--lr_init", "0"], ["--lr_init 0", "more than 0"]),
+        (["--lr_init", "1e-5", "--lr_final", "1e-4"], ["--lr_final 0.0001", "--lr_init 1e-05"]),
+        (["--warmup_steps", "-2"], ["--warmup_steps -2"]),
+        (["--random_seed", "-2"], ["--random_seed -2"]),
+        (["--devices", "0,1"], ["--devices", "0,1"]),
+        (["--accelerator", "tpu"], ["--accelerator tpu", "gpu"]),
+        (["--train_stage", "1", "--load_model", "x.pth"], ["--load_model x.pth", "leave"]),
         (["--head_size", "48"], ["--head_size 48", "64"]),
         (["--my_testing", "x060"], ["--my_testing x060", "x070"]),
         (["--dim_att", "512"], ["--dim_att 512", "768"]),
         (["--data_type", "numpy"], ["--data_type numpy", "binidx"]),
+        (["--data_type", "utf-8"], ["--data_type utf-8", "jsonl", "leave it out"]),
         (["--n_embd", "100"], ["--n_embd 100", "--head_size 64", "128"]),
         (["--n_embd", "1"], ["--n_embd 1 ", "try 64"]),
         (["--precision", "fp8"], ["fp8", "bf16"]),
@@ -225,6 +296,8 @@ def test_lora_dims_as_a_list_and_of_an_alias():
 
 def test_tables_and_help_name_every_option(capsys):
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["metavar"] and field.metadata["help"].endswith("."), field.name
     for page in ("docs/options.md", "docs/zh-CN/options.md"):
         rows = re.findall(r"^\| (`--.*?) \|", (ROOT / page).read_text("utf-8"), re.M)
         assert set(re.findall(r"--(\w+)", " ".join(rows))) == fields | set(WITHOUT_MEANING), page

@@ -87,6 +87,7 @@ def config(data: Path, folder: Path, **options) -> TrainConfig:
         ctx_len=T,
         my_exit_tokens=STEPS * T,
         devices=1,
+        epoch_save=1,
         precision="fp32",
         enable_progress_bar="False",
     )
@@ -212,6 +213,7 @@ def command(data: Path, folder: Path, *more: str) -> list[str]:
     """The same options as `config`'s, as a command."""
     options = ["--data_file", str(data), "--proj_dir", str(folder), "--ctx_len", str(T)]
     machine = ["--devices", "1", "--precision", "fp32", "--accelerator", "cpu"]
+    machine += ["--epoch_save", "1"]
     return [sys.executable, "-m", "rwkv_jax.train", *SHAPE, *options, *machine, *more]
 
 
@@ -658,6 +660,28 @@ def test_an_official_folder_is_continued(data, run, official_folder, capsys):
     words = {**usual, "load_model": str(folder / "rwkv-1.pth"), "epoch_begin": 2}
     alone = train(config(data, folder.parent / "alone", **words))
     assert first + after == alone
+
+
+def test_warm_up_where_the_official_trainer_decides(data, official_folder, standing_still):
+    """--warmup_steps -1, its default: 10 steps when the last weights are continued, else none."""
+    options = {"warmup_steps": -1, "my_exit_tokens": 14 * T, "lr_init": 1e-3, "lr_final": 1e-3}
+    train(config(data, official_folder.parent / "fresh", **options))
+    train(config(data, official_folder, **options), stop_after=12)
+    train(config(data, official_folder, **options))
+    fresh, warm = (
+        [float(line.split()[3]) for line in (folder / "step_log.tsv").read_text().splitlines()[1:]]
+        for folder in (official_folder.parent / "fresh", official_folder)
+    )
+    np.testing.assert_allclose(fresh, [1e-3] * 14, rtol=1e-6)
+    np.testing.assert_allclose(warm, 1e-3 * (0.01 + 0.099 * np.arange(4)), rtol=1e-6)
+
+
+def test_a_seed_of_minus_one_is_another_each_time(data, tmp_path, standing_still):
+    for name in ("a", "b"):
+        train(config(data, tmp_path / name, random_seed=-1))
+        train(config(data, tmp_path / name, random_seed=-1, my_exit_tokens=20 * T))
+    a, b = ((tmp_path / name / "rwkv-final.pth").read_bytes() for name in "ab")
+    assert a != b and a == (tmp_path / "a" / "rwkv-init.pth").read_bytes()
 
 
 def test_official_weights_are_not_overwritten(data, official_folder, run):
