@@ -1,52 +1,51 @@
 """Predicts WKV-7 kernels' cycles a chunk from their machine code, for want of a GPU.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_sass_estimate
+    python -m benchmarks.wkv7_sass_estimate FILE.ptx CARD    # other kernels, at 512 programs
 
 The SASS of a kernel's main loop is replayed in order, with one warp of every program on each of a
 core's four schedulers: the assembler's own stall counts, scoreboard waits and barriers, and the
-latencies and issue rates of `unit`. Global loads count as prefetched where they are `cp.async`.
-Writes two tables into their places in docs/wkv7-kernel.md: the kernels as they are, and the other
-designs that `DESIGNS` makes of them.
+latencies and rates of `Costs` and `unit`. `benchmarks.wkv7_designs` writes what comes out.
 
-Not calibrated: no figure here was compared with a GPU's. What it assumes, and from where:
+Where each figure is from:
 - an encoding's scheduling bits: Jia et al., arXiv 1804.06826, the section on control information;
 - shared memory after 30 cycles: Luo et al., arXiv 2402.13499 and 2501.12084, memory latencies of
-  Ampere, Ada and Hopper, rounded; ldmatrix and mma after 33: Sun et al., arXiv 2206.02874,
+  Ampere, Ada and Hopper (29), rounded; ldmatrix and mma after 33: Sun et al., arXiv 2206.02874,
   completion latencies on Ampere, and Luo et al. for mma and wgmma on Hopper, rounded;
 - mma.sync at three fifths of Hopper's peak: Luo et al.; how long a tensor core is held otherwise:
   the vendor's dense bf16 rate with float32 sums;
-- other global loads after 500 cycles: between the L2's 281 (GH200) or 296 (RTX 4090) and the
-  memory's 690 or 636 in the table of github.com/markdewing/AI_kernels, latency/README.md;
-- shuffles, special functions, barriers: our own guesses.
+- 16 special functions and single conversions a cycle and core, 64 results of the integer pipe (of
+  which F2FP is one: the compiler gives it no scoreboard), 32 of shuffles: CUDA C++ Best Practices
+  Guide, "Throughput of Native Arithmetic Instructions", 8.0 to 9.0;
+- a special function after 23 cycles: Accel-Sim's configurations SM80_A100 and SM90_H100
+  (github.com/accel-sim/accel-sim-framework, trace_opcode_latency_initiation_sfu);
+- a shuffle after 25 cycles and a barrier of four warps after 29: Burtchell and Burtscher, IISWC
+  2024, their A100's logs (github.com/burtscher/SyncPerformance, results/system2);
+- global memory: the table of github.com/markdewing/AI_kernels, latency/README.md.
+
+Calibrated on one kernel with published times: wind_rwkv's chunked_cuda (github.com/mshakerinava/
+wind_rwkv, compiled by NVRTC 12.9 with -D_C_=64 --use_fast_math for compute_90a and compute_80),
+which has this shape of program and no prefetching. docs/wkv7-kernel.md says how far off it is.
 
 Needs the packages of `pallas_kernels.gpu_targets` and a `cuobjdump` on the PATH (it comes in the
 triton wheel too: triton/backends/nvidia/bin).
 """
 
-import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
+from pallas_kernels.gpu_targets import GPU_TARGETS, GpuTarget, assemble
 
-from benchmarks.wkv7_compiled import DOCS, KERNELS, Row, compiled, replace
-from pallas_kernels.gpu_targets import GPU_TARGETS, assemble
-from pallas_kernels.wkv7 import pallas_triton
-from pallas_kernels.wkv7.arg_specs import ARG_SPECS
-
-CARDS = ("h100", "rtx4090")
-CLOCK_GHZ = {"h100": 1.755}  # under load; the others' of GPU_TARGETS
 REPEATS = 8  # passes of each program, averaged
+CLOCK_GHZ = {"h100": 1.755}  # under load; the others' of GPU_TARGETS
+MEMORY_CYCLES = {"a100": 550, "h100": 700, "rtx4090": 636}
 # Cycles that a 16×8×16 mma holds one of a core's four tensor cores; half the rate on GeForce.
-MMA_CYCLES = {"a100": 8, "h100": 4, "a6000": 16, "l4": 16, "pro6000": 16}
-GEFORCE_MMA_CYCLES = 32
+MMA_CYCLES = {"a100": 8, "h100": 4, "rtx4090": 32}
 
 
 class Instruction(NamedTuple):
@@ -86,36 +85,65 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
     return [x for x in code if first <= x.address <= last] if last > first else code
 
 
-def unit(name: str, mma_cycles: int) -> tuple[str, int, int]:
+class Costs(NamedTuple):
+    """Cycles; this file's docstring has the sources."""
+
+    memory: int  # to what a load from global memory brings
+    mma_held: int
+    alu_held: int = 2  # a scheduler's part of the integer pipe, by one instruction
+    special: int = 23  # to the result of an exponential, a reciprocal or a single conversion
+    special_held: int = 8
+    shuffle: int = 25
+    shared: int = 30
+    matrix: int = 33  # to the result of ldmatrix and of an mma
+    wgmma: int = 30  # to its result, after it held the tensor core for half its width
+    barrier: int = 29  # of four warps
+
+
+def costs_of(card: str) -> Costs:
+    return Costs(MEMORY_CYCLES[card], MMA_CYCLES[card])
+
+
+ALU = "F2FP IADD3 IMNMX ISETP FMNMX FSEL FSETP LEA LOP3 PLOP3 PRMT SEL SHF VIADD".split()
+
+
+def unit(name: str, costs: Costs) -> tuple[str, int, int]:
     """(unit, cycles it is held, cycles to the result), as one of a core's four schedulers sees it.
 
     Shared memory serves the four in turn, 128 bytes a cycle.
     """
-    if name.startswith("HGMMA"):
+    base = name.split(".")[0]
+    if base == "HGMMA":
         width = int(re.findall(r"64x(\d+)x", name)[0])
-        return "tensor", max(width // 2, 16), max(width // 2, 16) + 30
+        return "tensor", max(width // 2, 16), max(width // 2, 16) + costs.wgmma
+    if base in ALU:  # their latency is in the compiler's stall counts
+        return "alu", costs.alu_held, 0
     wide = 4 if re.search(r"128|\.4", name) else 2 if re.search(r"\.64|\.2$", name) else 1
     units = {
-        "HMMA": ("tensor", mma_cycles, 33),
-        "LDSM": ("memory", 4 * wide, 33),
-        "LDS": ("memory", 4 * wide, 30),
-        "STSM": ("memory", 4 * wide, 25),
-        "STS": ("memory", 4 * wide, 25),
-        "SHFL": ("memory", 4, 24),
-        "MUFU": ("special", 8, 24),
-        "F2F": ("special", 8, 24),
-        "LDGSTS": ("memory", 16, 30),
-        "LDG": ("memory", 16, 500),
-        "STG": ("memory", 16, 30),
+        "HMMA": ("tensor", costs.mma_held, costs.matrix),
+        "LDSM": ("memory", 4 * wide, costs.matrix),
+        "LDS": ("memory", 4 * wide, costs.shared),
+        "STSM": ("memory", 4 * wide, costs.shared),
+        "STS": ("memory", 4 * wide, costs.shared),
+        "SHFL": ("memory", 4, costs.shuffle),
+        "MUFU": ("special", costs.special_held, costs.special),
+        "F2F": ("special", costs.special_held, costs.special),
+        "LDGSTS": ("memory", 16, costs.shared),
+        "LDG": ("memory", 16, costs.memory),
+        "STG": ("memory", 16, costs.shared),
     }
-    match = re.match("|".join(sorted(units, key=len, reverse=True)), name)
-    return units[match[0]] if match else ("", 1, 20)
+    return units.get(base, ("", 1, 20))
 
 
-def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
-    """Cycles until every program on a core has gone through the loop once, on average."""
-    traits = [unit(x.name, mma_cycles) for x in loop]
-    warps = [{"at": 0, "time": 0, "boards": [0] * 8, "wgmma": 0} for _ in range(programs)]
+def cycles(loop: list[Instruction], programs: int, costs: Costs, prefetched: bool = True) -> int:
+    """Cycles until every program on a core has gone through the loop once, on average.
+
+    `prefetched`: what `cp.async` loads is there when it is waited for.
+    """
+    traits = [unit(x.name, costs) for x in loop]
+    warps = [
+        {"at": 0, "time": 0, "boards": [0] * 8, "wgmma": 0, "copies": 0} for _ in range(programs)
+    ]
     free: Counter[str] = Counter()
     clock = 0
 
@@ -124,6 +152,8 @@ def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
         times = [x for i, x in enumerate(warp["boards"][:6]) if instruction.waits >> i & 1]
         if instruction.name.startswith("WARPGROUP.DEPBAR"):
             times.append(warp["wgmma"])
+        if instruction.name.startswith("DEPBAR") and not prefetched:
+            times.append(warp["copies"])
         return max([clock, warp["time"], free[name] if name else 0, *times])
 
     while unfinished := [x for x in warps if x["at"] < REPEATS * len(loop)]:
@@ -135,6 +165,8 @@ def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
             free[name] = start + held
         if instruction.name.startswith("HGMMA"):
             warp["wgmma"] = max(warp["wgmma"], start + latency)
+        if instruction.name.startswith("LDGSTS"):
+            warp["copies"] = start + costs.memory
         boards = warp["boards"]
         boards[instruction.sets_on_result] = max(
             boards[instruction.sets_on_result], start + latency
@@ -142,119 +174,56 @@ def cycles(loop: list[Instruction], programs: int, mma_cycles: int) -> int:
         boards[instruction.sets_on_read] = max(
             boards[instruction.sets_on_read], start + max(held, 10)
         )
-        barrier = 20 if instruction.name.startswith("BAR") else 0
-        warp["time"] = start + max(1, instruction.stall) + barrier
+        held_up = costs.barrier if instruction.name.startswith("BAR") else 1
+        warp["time"] = start + max(held_up, instruction.stall)
         clock = start + 1
         warp["at"] += 1
     return clock // REPEATS
 
 
-def replay(card: str) -> dict[str, tuple[list[int], int]]:
-    """By kernel: cycles a chunk of one, two and three programs on a core; bytes of spill."""
+def loops(target: GpuTarget, ptx: str) -> dict[str, list[Instruction]]:
+    """The main loop of every kernel in a PTX file."""
     tool = shutil.which("cuobjdump")
     if tool is None:
         sys.exit("error: cuobjdump is not on the PATH: see this file's docstring")
-    target, found = GPU_TARGETS[card], {}
-    mma_cycles = MMA_CYCLES.get(card, GEFORCE_MMA_CYCLES)
-    made = compiled(Row(card, 64, False))
-    for ptx in made.ptx:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
-            assemble(target, ptx, cubin)
-            command = [tool, "-sass", str(cubin)]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for part in text.split("Function : ")[1:]:
-            name = part.split()[0]
-            if name in KERNELS:
-                loop = main_loop(parse(part))
-                counts = [cycles(loop, programs, mma_cycles) for programs in (1, 2, 3)]
-                found[name] = counts, made.kernels[name].spill_bytes
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        assemble(target, ptx, cubin)
+        command = [tool, "-sass", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {part.split()[0]: main_loop(parse(part)) for part in text.split("Function : ")[1:]}
 
 
-@contextlib.contextmanager
-def design(**changes) -> Iterator[None]:
-    """pallas_triton with other values of its constants; what was compiled is forgotten."""
-    kept = {name: getattr(pallas_triton, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(pallas_triton, name, value)
-        compiled.cache_clear()
-        jax.clear_caches()
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(pallas_triton, name, value)
-        compiled.cache_clear()
-        jax.clear_caches()
+def replays(loop: list[Instruction], costs: Costs, prefetched: bool = True) -> list[int]:
+    """`cycles` with one, two, three and four programs on a core."""
+    return [cycles(loop, programs, costs, prefetched) for programs in (1, 2, 3, 4)]
 
 
-def _tunings(**values) -> dict:
-    tuning = pallas_triton.Tuning(**({"warps": 4} | values))
-    return {(major, 64, False): tuning for major in (8, 9, 12)}
+def resident(registers: int, warps: int = 4) -> int:
+    """Programs that a core's registers hold at a time; at most four are looked at."""
+    return min(4, 65536 // (32 * warps * -(-registers // 8) * 8))
 
 
-DESIGNS = {
-    "as they are": {},
-    "chunks of 32, states every 32": {"TUNING": _tunings(chunk_length=32, chunks=8, stages=2)},
-    "third kernel: one chunk a program, plain loads": {"TUNING": _tunings()},
-    "tiles loaded again, as at N = 128": {
-        "TUNING": _tunings(chunks=8, stages=2, reload_sequential=True, reload_gradients=True)
-    },
-}
-
-
-def floors(card: str, replayed: dict, chunk: int) -> list[tuple[float, float]]:
-    """(µs by bytes, µs by chain) of each of KERNELS at the 0.1b's shape, micro_bsz 8."""
-    spec, target = ARG_SPECS["0.1b_micro_batch_8"], GPU_TARGETS[card]
-    clock = 1e3 * CLOCK_GHZ.get(card, target.clock_ghz)
-    heads, vector, state = spec.batch * spec.head, 2 * spec.size, 2 * spec.size**2 / chunk
-    moved = (7 * vector + state, 5 * vector + state, 13 * vector + 2 * state)
-    in_turn = -(-heads // target.core_count)
-    found = []
-    for name, count in zip(KERNELS, moved, strict=True):
-        by_bytes = heads * spec.time * count / target.bandwidth_gb_s / 1e3
-        one, two, _ = replayed[name][0]
-        chunks = spec.time / chunk
-        parallel = name == "wkv7_backward_chunks"
-        chain = heads / target.core_count * two / 2 if parallel else in_turn * one
-        found.append((by_bytes, chunks * chain / clock))
-    return found
+def in_rounds(programs: int, cores: int, fit: int, cycles: list[int]) -> int:
+    """Cycles that a pass of so many programs takes, `fit` on a core at a time."""
+    full, rest = divmod(programs, cores * fit)
+    last = cycles[-(-rest // cores) - 1] if rest else 0
+    return full * cycles[fit - 1] + last
 
 
 def main() -> None:
-    now = ["| kernel | card | cycles a chunk: 1, 2, 3 programs a core | bytes / chain, µs |"]
-    others = ["| design | card | cycles for 16 tokens, spill | larger floors, µs | sum |"]
-    now.append("|---" * 4 + "|")
-    others.append("|---" * 5 + "|")
-    for name, changes in DESIGNS.items():
-        chunk = 32 if "32" in name else 16
-        with design(**changes):
-            for card in CARDS:
-                try:
-                    replayed = replay(card)
-                except jax.errors.JaxRuntimeError as error:
-                    others.append(f"| {name} | {card} | {str(error).splitlines()[0]} | | |")
-                    continue
-                pairs = floors(card, replayed, chunk)
-                if not changes:
-                    for kernel, (by_bytes, chain) in zip(KERNELS, pairs, strict=True):
-                        counts = ", ".join(map(str, replayed[kernel][0]))
-                        now.append(
-                            f"| {kernel} | {card} | {counts} | {by_bytes:.0f} / {chain:.0f} |"
-                        )
-                per_16 = (
-                    f"{replayed[x][0][x == KERNELS[2]] * 16 // chunk} ({replayed[x][1]} B)"
-                    for x in KERNELS
-                )
-                larger = [max(pair) for pair in pairs]
-                each = " + ".join(f"{x:.0f}" for x in larger)
-                others.append(
-                    f"| {name} | {card} | {', '.join(per_16)} | {each} | {sum(larger):.0f} |"
-                )
-                print(others[-1], flush=True)
-    replace(DOCS, "floors", "\n".join(now))
-    replace(DOCS, "designs", "\n".join(others))
+    path, card = sys.argv[1:]
+    target, ptx, total = GPU_TARGETS[card], Path(path).read_text(), 0.0
+    clock = CLOCK_GHZ.get(card, target.clock_ghz)
+    with tempfile.TemporaryDirectory() as folder:
+        report = assemble(target, ptx, Path(folder) / "kernels.cubin")
+    for name, loop in loops(target, ptx).items():
+        registers = int(re.findall(rf"function '{name}'.*?Used (\d+) reg", report, re.DOTALL)[0])
+        counts = replays(loop, costs_of(card), prefetched=False)
+        turn = in_rounds(512, target.core_count, resident(registers), counts)
+        total += (milliseconds := turn * 4096 / 16 / clock / 1e6)
+        print(f"{name}: {counts} cycles a chunk, {registers} registers, {milliseconds:.2f} ms")
+    print(f"B8 T4096 H64 in chunks of 16: {total:.1f} ms")
 
 
 if __name__ == "__main__":

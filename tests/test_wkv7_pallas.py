@@ -5,7 +5,6 @@ import functools
 import itertools
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from wkv7_suite import (
 )
 
 from pallas_kernels.wkv7 import api, pallas_triton, wkv7
-from pallas_kernels.wkv7.arg_specs import ARG_SPECS
 
 interpreted = functools.partial(
     pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
@@ -134,52 +132,3 @@ def test_inverse_stays_accurate_where_the_product_form_does_not():
         product = dot(product.astype(bfloat16), (jnp.eye(length) + power).astype(bfloat16))
     assert relative_error(ours, exact) < 5e-3
     assert relative_error(product, exact) > 0.1
-
-
-def bytes_a_token_head(function, *inputs) -> dict[str, float]:
-    """Each kernel's traffic by its block specs: all its programs' blocks, once each."""
-    found = {}
-
-    def visit(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "pallas_call":
-                mapping = eqn.params["grid_mapping"]
-                blocks = (
-                    np.prod([getattr(x, "block_size", x) for x in m.block_shape if _counts(x)])
-                    * m.array_aval.dtype.itemsize
-                    for m in mapping.block_mappings
-                )
-                name = eqn.params["name"]
-                found[name] = float(np.prod(mapping.grid) * sum(blocks))
-            for value in jax.tree.leaves(
-                eqn.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
-            ):
-                if hasattr(value, "jaxpr"):
-                    visit(value.jaxpr)
-                elif hasattr(value, "eqns"):
-                    visit(value)
-
-    visit(jax.make_jaxpr(function)(*inputs).jaxpr)
-    batch, time, head, _ = inputs[0].shape
-    return {name: total / (batch * time * head) for name, total in found.items()}
-
-
-def _counts(side) -> bool:
-    return isinstance(side, int) or hasattr(side, "block_size")
-
-
-def test_bytes_by_the_block_specs(interpret):
-    spec = ARG_SPECS["0.1b_micro_batch_8"]
-    inputs = [jax.ShapeDtypeStruct(tuple(spec), jnp.bfloat16)] * 6
-
-    def forward_and_backward(*inputs):
-        y, vjp = jax.vjp(functools.partial(wkv7, implementation="pallas_triton"), *inputs)
-        return vjp(y)
-
-    count = bytes_a_token_head(forward_and_backward, *inputs)
-    state = 2 * 4 * 64 * 64 / 4096  # float32 states in and out
-    assert count == {
-        "wkv7_forward": 1408 + state,
-        "wkv7_backward_ends": 1152 + state,
-        "wkv7_backward_chunks": 2688,
-    }
