@@ -13,6 +13,7 @@ from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.files import cache_folder
 from rwkv_jax.model import use_precision
+from rwkv_jax.nvidia import ask_nvidia_smi
 from rwkv_jax.step import Metrics, TrainState, make_step
 
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "fp16": jnp.float16}
@@ -24,9 +25,14 @@ RECOMPUTED = (
     "blocks but their matrix products recomputed in the backward pass",
 )
 
-# Of a GPU's memory, what jax takes for arrays and programs (its own default is three quarters). The
-# rest is for the CUDA context, the libraries' workspaces and the buffers of communication.
-MEMORY_FRACTION = 0.95
+
+def memory_fraction(total: int) -> float:
+    """Of a GPU of so many bytes, what jax takes for arrays and programs (by itself: 3/4).
+
+    The rest, a twentieth and at least 1 GiB, is for the CUDA context, the libraries' workspaces and
+    the buffers of communication.
+    """
+    return min(0.95, 1 - 2**30 / total)
 
 
 def prepare_jax() -> None:
@@ -35,7 +41,9 @@ def prepare_jax() -> None:
     What the user has set in the environment (`XLA_PYTHON_CLIENT_MEM_FRACTION`,
     `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`) stays.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        largest = max((gpu.memory for gpu in ask_nvidia_smi()[0]), default=0) or 2**20  # MiB
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction(largest * 2**20))
     # Of the host's, for the strategies that offload: all that it has, where XLA would stop at 64.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory))

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.nvidia import Gpu, ask_nvidia_smi
 
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
@@ -46,17 +46,6 @@ SELF_TEST: dict[str, Any] = {
 }  # fmt: skip
 KNOWN_LOSSES = (6.342448, 6.051721, 5.352484, 4.812257, 4.352367, 4.044164)
 TOLERANCE = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 5e-2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A line of nvidia-smi; memory in MiB."""
-
-    name: str
-    driver: str
-    memory: int
-    used: int
-    capability: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +112,7 @@ def gather_facts(trial: Trial) -> Facts:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    gpus, driver_says = _ask_nvidia_smi()
+    gpus, driver_says = ask_nvidia_smi()
     return Facts(
         versions=versions,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -135,30 +124,6 @@ def gather_facts(trial: Trial) -> Facts:
         precisions=tuple(trial.facts.get("precisions", ())),
         jax_says=trial.start_says,
     )
-
-
-def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs; or none, and what nvidia-smi says instead (None: there is no such program)."""
-    if shutil.which("nvidia-smi") is None:
-        return (), None
-    query = "name,driver_version,memory.total,memory.used,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return (), str(error)
-    gpus = tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 4)
-    return gpus, "" if gpus else (done.stdout + done.stderr).strip()
-
-
-def _parse_gpu(line: str) -> Gpu:
-    name, driver, memory, used, capability = (word.strip() for word in line.split(","))
-    major, minor = ([int(n) for n in re.findall(r"\d+", capability)] + [0, 0])[:2]
-
-    def size(word: str) -> int:
-        return int(word) if word.isdecimal() else 0  # unified memory is "[N/A]"
-
-    return Gpu(name, driver, size(memory), size(used), (major, minor))
 
 
 def problems(facts: Facts) -> Iterator[str]:

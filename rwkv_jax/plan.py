@@ -32,7 +32,7 @@ from pallas_kernels.gpu_targets import (
     lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
-from rwkv_jax.build import MEMORY_FRACTION, RECOMPUTED, build_step, decide
+from rwkv_jax.build import RECOMPUTED, build_step, decide, memory_fraction
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, written_whole
@@ -272,7 +272,8 @@ def model_of(config: TrainConfig) -> ModelConfig:
 
 def available(target: GpuTarget) -> int:
     """Bytes of a GPU that `build.prepare_jax` leaves to arrays and programs."""
-    return int(MEMORY_FRACTION * target.memory_gb * GIB)
+    total = int(target.memory_gb * GIB)
+    return int(memory_fraction(total) * total)
 
 
 def find_target(gpu: str) -> GpuTarget:

@@ -1,7 +1,6 @@
 """`python -m rwkv_jax.doctor`: each rule on a machine that has the trouble, and the self-test."""
 
 import dataclasses
-import os
 import re
 import sys
 
@@ -12,8 +11,9 @@ import pytest
 from rwkv_jax import doctor, weights
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.dataset import open_dataset
-from rwkv_jax.doctor import Facts, Gpu, notes, problems
+from rwkv_jax.doctor import Facts, notes, problems
 from rwkv_jax.errors import UserError
+from rwkv_jax.nvidia import Gpu
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", 81559, 4, (9, 0))
 CUDA13 = {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda13-plugin": "0.12.0"}
@@ -129,34 +129,6 @@ def test_notes():
     assert "--gpus all" in driver
     (tpu,) = notes(changed(gpus=(), versions={}, platform="tpu"), 10**12)
     assert "tpu" in tpu
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a program of that name first on the path, which prints what it is given."""
-
-    def install(words: str, status: int = 0) -> None:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\ncat <<'END'\n{words}\nEND\nexit {status}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    return install
-
-
-def test_nvidia_smi_is_read(nvidia_smi):
-    nvidia_smi(
-        "NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, 9.0\nNVIDIA GB10, 580.1, [N/A], [N/A], 12.1"
-    )
-    spark = Gpu("NVIDIA GB10", "580.1", 0, 0, (12, 1))
-    assert doctor._ask_nvidia_smi() == ((H100, spark), "")
-    nvidia_smi("No devices were found", 6)
-    assert doctor._ask_nvidia_smi() == ((), "No devices were found")
-
-
-def test_no_nvidia_smi(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._ask_nvidia_smi() == ((), None)
 
 
 def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
@@ -277,4 +249,5 @@ def test_the_known_losses_are_torchs(tmp_path):
         batch = torch.from_numpy(data.batch(step, 1, options.micro_bsz).astype(np.int64))
         loss, _ = torch_rwkv7.train_step(params, adam, batch[:, :-1], batch[:, 1:], options.lr_init)
         losses.append(loss)
-    np.testing.assert_allclose(losses, doctor.KNOWN_LOSSES, rtol=0, atol=1e-6)
+    # LAPACK differs between processors in an orthogonal matrix's last bits, which bf16 rounds.
+    np.testing.assert_allclose(losses, doctor.KNOWN_LOSSES, rtol=0, atol=5e-5)

@@ -1,0 +1,41 @@
+"""What nvidia-smi tells of a machine's GPUs, before or without jax."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A line of nvidia-smi; memory in MiB."""
+
+    name: str
+    driver: str
+    memory: int
+    used: int
+    capability: tuple[int, int]
+
+
+def ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs; or none, and what nvidia-smi says instead (None: there is no such program)."""
+    if shutil.which("nvidia-smi") is None:
+        return (), None
+    query = "name,driver_version,memory.total,memory.used,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), str(error)
+    gpus = tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 4)
+    return gpus, "" if gpus else (done.stdout + done.stderr).strip()
+
+
+def _parse_gpu(line: str) -> Gpu:
+    name, driver, memory, used, capability = (word.strip() for word in line.split(","))
+    major, minor = ([int(n) for n in re.findall(r"\d+", capability)] + [0, 0])[:2]
+
+    def size(word: str) -> int:
+        return int(word) if word.isdecimal() else 0  # unified memory is "[N/A]"
+
+    return Gpu(name, driver, size(memory), size(used), (major, minor))
