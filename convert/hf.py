@@ -1,9 +1,10 @@
 """The Hugging Face layout of RWKV-7: that of flash-linear-attention's `RWKV7ForCausalLM`.
 
-A folder with `config.json` and `model.safetensors`. Tensors are renamed; the low-rank matrices are
-transposed, since there they are linear layers, and vectors are flat except attn.x_*. That model has
-no v0, v1, v2 in layer 0, which nothing reads; where a .pth has them, `unused.safetensors` beside
-keeps them, so that the way back gives the same bytes.
+A folder with `config.json` and `model.safetensors`, and the World tokenizer where it is the
+model's. Tensors are renamed; the low-rank matrices are transposed, since there they are linear
+layers, and vectors are flat except attn.x_*. That model has no v0, v1, v2 in layer 0, which nothing
+reads; where a .pth has them, `unused.safetensors` beside keeps them, so that the way back gives the
+same bytes.
 """
 
 import json
@@ -19,10 +20,12 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from convert.hf_tokenizer import write_tokenizer
 from rwkv_jax import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
+from rwkv_jax.tokenizer import VOCAB_SIZE
 
 HEAD_SIZE = 64  # flash-linear-attention's group norm has eps N·1e-5: right for this N alone
 
@@ -141,6 +144,8 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array]) -> None:
         try:
             text = json.dumps(config_json(config, dtype), indent=2)
             (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+            if config.vocab_size == VOCAB_SIZE:
+                write_tokenizer(temporary)
             _write_safetensors(temporary / "model.safetensors", named)
             if unused:
                 _write_safetensors(temporary / "unused.safetensors", unused)

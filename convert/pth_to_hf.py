@@ -12,8 +12,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m convert.pth_to_hf",
         description="Turn an RWKV-7 .pth into the folder that flash-linear-attention's "
-        "RWKV7ForCausalLM.from_pretrained loads: config.json and model.safetensors, of the same "
-        "dtype. A tokenizer is not among it.",
+        "RWKV7ForCausalLM.from_pretrained loads: config.json, model.safetensors (of the same "
+        "dtype) and, for a vocabulary of 65536, the tokenizer that AutoTokenizer loads.",
         epilog="example: python -m convert.pth_to_hf out/rwkv-final.pth hf-model",
     )
     parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")

@@ -6,6 +6,7 @@ has for the oracle's sizes; its own converter gives the same names and values as
 """
 
 import json
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 import safetensors.numpy
 
 from convert import hf_to_pth, pth_to_hf
-from rwkv_jax import pth, weights
+from rwkv_jax import pth, tokenizer, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 FP32 = DATA / "oracles" / "tiny_v512_rand_fp32.pth"
 BF16 = DATA / "oracles" / "tiny_v512_rand_bf16.pth"
@@ -100,6 +102,44 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         tracemalloc.stop()
     assert peak < size / 8
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+
+
+@pytest.mark.torch  # with what brings `tokenizers`
+def test_the_tokenizer_gives_our_ids(tmp_path, folder):
+    """On 10,000 texts: of the corpus, this code, random tokens, bytes, characters and blanks."""
+    import tokenizers
+
+    assert not (folder / "tokenizer.json").exists()  # its vocabulary is another
+    world = weights.official_shapes(ModelConfig(n_layer=2, n_embd=64))
+    pth.write(
+        tmp_path / "a.pth", {name: np.zeros(size, np.float32) for name, size in world.items()}
+    )
+    pth_to_hf.main([str(tmp_path / "a.pth"), str(tmp_path / "hf")])
+    tmp_path /= "hf"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    pieces = [tokenizer.decode_bytes([token]) for token in range(65530)]
+    texts = [
+        json.loads(line)["text"]
+        for line in (ROOT / "data/demo.jsonl").read_text("utf-8").splitlines()
+    ]
+    texts += (ROOT / "README.zh-CN.md").read_text("utf-8").split("\n\n")
+    texts += ["", " " * 5000, "\n" * 5001, "a" * 100_000, "naïve 龘𠮷 👩‍🚀!"]
+    for _ in range(2300):
+        size = rng.randrange(1, 40)
+        ranges = ((32, 127), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0, 0xD800))
+        texts += [
+            bytes(rng.choices(range(256), k=size)).decode("utf-8", "replace"),
+            b"".join(rng.choices(pieces, k=size)).decode("utf-8", "replace"),
+            "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(size)),
+            "".join(rng.choices(" \t\n\r\u3000\xa0.,aA1", k=size)),
+        ]
+    assert len(texts) > 10_000
+    for text, found in zip(texts, theirs.encode_batch(texts), strict=True):
+        assert found.ids == tokenizer.encode(text)
+        assert theirs.decode(found.ids) == text
+    assert theirs.encode(f"a{config['eos_token']}").ids == [98, 0]
 
 
 def refusal(command, *arguments) -> str:
