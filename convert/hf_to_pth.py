@@ -15,8 +15,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model.safetensors, or its shards) into a .pth in the official format, of the same dtype.",
         epilog="example: python -m convert.hf_to_pth hf-model model.pth",
     )
-    parser.add_argument("source", metavar="IN_DIR", type=Path, help="the folder")
-    parser.add_argument("target", metavar="OUT.pth", type=Path, help="must not exist")
+    parser.add_argument(
+        "source", metavar="IN_DIR", type=Path, help="The folder of a Hugging Face model."
+    )
+    parser.add_argument(
+        "target", metavar="OUT.pth", type=Path, help="The file to write; must not exist."
+    )
     args = parser.parse_args(argv)
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")

@@ -122,8 +122,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "and values.",
         epilog="example: python -m convert.inspect out/rwkv-init.pth out/rwkv-final.pth",
     )
-    parser.add_argument("first", metavar="FILE", type=Path, help="a .pth, a checkpoint or a run")
-    parser.add_argument("second", metavar="FILE2", type=Path, nargs="?", help="to compare with")
+    parser.add_argument(
+        "first",
+        metavar="FILE",
+        type=Path,
+        help="A .pth, a checkpoint, or the output folder of a run.",
+    )
+    parser.add_argument(
+        "second", metavar="FILE2", type=Path, nargs="?", help="Another, to compare it with."
+    )
     args = parser.parse_args(argv)
     tensors = read_tensors(args.first)
     print(compare(tensors, read_tensors(args.second)) if args.second else describe(tensors))

@@ -20,15 +20,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "source",
         metavar="RUN_OR_DIR",
         type=Path,
-        help="a run's output folder, whose newest checkpoint is taken, or a checkpoint itself",
+        help="A run's output folder, whose newest checkpoint is taken, or a checkpoint itself.",
     )
-    parser.add_argument("target", metavar="OUT.pth", type=Path, help="must not exist")
+    parser.add_argument(
+        "target", metavar="OUT.pth", type=Path, help="The file to write; must not exist."
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="bfloat16 (default): rounded to nearest even, half the size, what the official "
-        "trainer writes; float32: the master weights, exactly",
+        help="Type of the tensors. bfloat16 (default): rounded to nearest even, half the size, "
+        "as the official trainer writes; float32: the master weights, exactly.",
     )
     args = parser.parse_args(argv)
     if not args.source.is_dir():

@@ -16,8 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype) and, for a vocabulary of 65536, the tokenizer that AutoTokenizer loads.",
         epilog="example: python -m convert.pth_to_hf out/rwkv-final.pth hf-model",
     )
-    parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")
-    parser.add_argument("target", metavar="OUT_DIR", type=Path, help="must not exist")
+    parser.add_argument("source", metavar="IN.pth", type=Path, help="Any RWKV-7 (x070) model.")
+    parser.add_argument(
+        "target", metavar="OUT_DIR", type=Path, help="The folder to write; must not exist."
+    )
     args = parser.parse_args(argv)
     tensors = pth.read(args.source)
     try:

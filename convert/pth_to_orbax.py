@@ -15,8 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "and no optimizer, which rwkv_jax.load, generate and train --load_model take.",
         epilog="example: python -m convert.pth_to_orbax rwkv-final.pth checkpoint",
     )
-    parser.add_argument("source", metavar="IN.pth", type=Path, help="any RWKV-7 (x070) model")
-    parser.add_argument("target", metavar="OUT_DIR", type=Path, help="must not exist")
+    parser.add_argument("source", metavar="IN.pth", type=Path, help="Any RWKV-7 (x070) model.")
+    parser.add_argument(
+        "target", metavar="OUT_DIR", type=Path, help="The folder to write; must not exist."
+    )
     args = parser.parse_args(argv)
     save_model(args.target, *open_pth(args.source))
     print(f"wrote {args.target}")

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "then convert.orbax_to_pth.",
         epilog="example: python -m convert.verify out/rwkv-final.pth",
     )
-    parser.add_argument("file", metavar="FILE.pth", type=Path, help="an RWKV-7 (x070) model")
+    parser.add_argument("file", metavar="FILE.pth", type=Path, help="An RWKV-7 (x070) model.")
     args = parser.parse_args(argv)
     reasons = verify(args.file)
     for reader, reason in reasons.items():

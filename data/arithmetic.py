@@ -434,18 +434,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "differences and equations in one unknown, in digits, words and Chinese numerals.",
         epilog="example: python -m data.arithmetic --count 20000 --seed 1 arithmetic.jsonl",
     )
-    parser.add_argument("output", metavar="OUT.jsonl", type=Path, help="the file to write")
-    parser.add_argument("--count", type=int, required=True, help="how many texts, one a line")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same bytes (0)")
+    parser.add_argument("output", metavar="OUT.jsonl", type=Path, help="The file to write.")
+    parser.add_argument(
+        "--count", metavar="TEXTS", type=int, required=True, help="How many texts, one a line."
+    )
+    parser.add_argument(
+        "--seed", metavar="SEED", type=int, default=0, help="The same seed, the same bytes (0)."
+    )
     parser.add_argument(
         "--sums",
         metavar="DIGITS",
         type=int,
-        help="instead of chats, plain sums and differences of whole numbers with at most so many "
-        "digits, 1 2 + 3 4 = 4 6, but for a tenth of all problems, which are held out",
+        help="Instead of chats, plain sums and differences of whole numbers with at most so many "
+        "digits, 1 2 + 3 4 = 4 6, but for a tenth of all problems, which are held out.",
     )
     parser.add_argument(
-        "--held_out", action="store_true", help="with --sums: only the problems that are held out"
+        "--held_out", action="store_true", help="With --sums: only the problems that are held out."
     )
     args = parser.parse_args(argv)
     draw = None

@@ -34,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "changes with CTX_LEN; the trainer computes it by itself when --magic_prime is not given.",
         epilog="example: python -m data.compute_magic_prime demo 4096",
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
-    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="tokens of a sample")
+    parser.add_argument(
+        "prefix", metavar="PREFIX", help="The token files PREFIX.bin and PREFIX.idx."
+    )
+    parser.add_argument(
+        "ctx_len", metavar="CTX_LEN", type=int, help="Length of a sample in tokens."
+    )
     args = parser.parse_args(argv)
     print(report(args.prefix, open_binidx(Path(args.prefix)), args.ctx_len))
 

@@ -109,13 +109,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example: python -m data.make_data demo.jsonl 3 4096 writes demo.bin and demo.idx "
         "and prints the options to train on them with.",
     )
-    parser.add_argument("source", metavar="IN.jsonl", type=Path, help="the text")
-    parser.add_argument("passes", metavar="N", type=int, help="passes over the lines, all in a row")
-    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="tokens of a sample")
     parser.add_argument(
-        "--output", metavar="PREFIX", type=Path, help="IN, in the current folder, when not given"
+        "source", metavar="IN.jsonl", type=Path, help="The text, one document a line."
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffling (0)")
+    parser.add_argument(
+        "passes", metavar="N", type=int, help="Passes over the lines, one after the other."
+    )
+    parser.add_argument(
+        "ctx_len", metavar="CTX_LEN", type=int, help="Length of a sample in tokens."
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PREFIX",
+        type=Path,
+        help="What to write: PREFIX.bin and PREFIX.idx (default: IN, in the current folder).",
+    )
+    parser.add_argument(
+        "--seed", metavar="SEED", type=int, default=0, help="Seed of the shuffling (0)."
+    )
     args = parser.parse_args(argv)
     prefix = prefix_of(args.output or args.source.stem)
     print(make_data(args.source, args.passes, args.ctx_len, prefix, args.seed))

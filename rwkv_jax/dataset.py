@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -223,11 +224,20 @@ def _cached(path: Path) -> BinIdx:
     with reporting_os_errors(path, "read"), path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
-    prefix = cache_folder() / f"{path.stem[:32]}-{content.hexdigest()}"
+    folder = cache_folder()
+    prefix = folder / f"{path.stem[:32]}-{content.hexdigest()}"
     record = beside(prefix, ".blake2b")
     with contextlib.suppress(OSError, UserError):
         if record.read_bytes() == _content_hash(prefix):
             return open_binidx(prefix)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot keep the tokens of {path}: {error.strerror}; set XDG_CACHE_HOME to "
+            "a folder that can be written"
+        ) from None
     tokenize_jsonl(path, prefix)
     with reporting_os_errors(record, "write"), written_whole(record) as temporary:
         temporary.write_bytes(_content_hash(prefix))

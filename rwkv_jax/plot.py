@@ -424,24 +424,29 @@ def main() -> None:
         nargs="*",
         type=Path,
         metavar="RUN",
-        help="a run's folder (its step_log.tsv is read, else its train_log.txt), or such a file, "
-        "of the official trainer for instance",
+        help="A run's folder (its step_log.tsv is read, else its train_log.txt), or such a file, "
+        "of the official trainer for instance.",
     )
     parser.add_argument(
         "--reference",
         action="store_true",
-        help=f"also draw the official curve, {REFERENCE_NAME}, ctx_len 512, batch 16; print how "
-        f"far each miniepoch is from it, and whether all are within {REFERENCE_WITHIN}",
+        help=f"Also draw the official curve, {REFERENCE_NAME}, ctx_len 512, batch 16; print how "
+        f"far each miniepoch is from it, and whether all are within {REFERENCE_WITHIN}.",
     )
     parser.add_argument(
         "--ctx_len",
+        metavar="TOKENS",
         type=int,
         default=REFERENCE_CTX_LEN,
-        help="of the runs that only a train_log.txt is of, to turn miniepochs into tokens "
-        "(default 512)",
+        help="Length of a sample in the runs that have only a train_log.txt, to turn miniepochs "
+        "into tokens (default 512).",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("loss"), help="without its ending (default loss)"
+        "--output",
+        metavar="PATH",
+        type=Path,
+        default=Path("loss"),
+        help="Where to write PATH.html and PATH.png (default loss).",
     )
     options = parser.parse_args()
     if not options.runs and not options.reference:
