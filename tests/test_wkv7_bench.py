@@ -25,6 +25,7 @@ def test_times_what_runs_and_reports_what_does_not(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(bench, "ARG_SPECS", {"tiny": spec})
     monkeypatch.setattr(bench, "RUNS", 2)
     monkeypatch.setattr(bench, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(bench, "ROTATED_BYTES", 2**15)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     op = bench.wkv7
 
@@ -47,3 +48,11 @@ def test_times_what_runs_and_reports_what_does_not(monkeypatch, tmp_path, capsys
         assert timed["byte_floor_ms"] == pytest.approx(bytes_moved / results["copy_gb_s"] / 1e6)
         assert timed["of_byte_floor"] == pytest.approx(timed["byte_floor_ms"] / timed["ms"])
     assert "tiny xla forward:" in capsys.readouterr().out
+
+
+def test_no_input_is_found_in_a_cache(monkeypatch):
+    monkeypatch.setattr(bench, "ROTATED_BYTES", 2**15)
+    for spec in (ArgSpec(1, 16, 1, 16), ArgSpec(1, 512, 1, 64)):
+        sets = bench.random_inputs(spec)
+        assert len(sets) >= 2
+        assert sum(x.nbytes for inputs in sets for x in inputs) >= 2**15

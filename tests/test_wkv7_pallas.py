@@ -67,7 +67,6 @@ def test_sharded_over_batch_and_heads(monkeypatch, implementation):
     devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "model"))
     tokens, states = PartitionSpec("data", None, "model"), PartitionSpec("data", "model")
-    inputs = cast(Case("sharded", time=40, size=16, reset=((0, 20), (16, 17))), "float32")
     op = functools.partial(wkv7, implementation=implementation, return_state=True)
 
     def sharded(*inputs, reset, return_state):
@@ -80,6 +79,7 @@ def test_sharded_over_batch_and_heads(monkeypatch, implementation):
         )(reset, *inputs)
 
     with jax.default_device(devices[0, 0]):
+        inputs = cast(Case("sharded", time=40, size=16, reset=((0, 20), (16, 17))), "float32")
         whole = outputs_and_gradients(op, *inputs)
         for name, x, y in zip(NAMES, outputs_and_gradients(sharded, *inputs), whole, strict=True):
             assert len(x.sharding.device_set) == 4, name

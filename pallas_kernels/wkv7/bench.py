@@ -26,9 +26,10 @@ from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 # Bytes that any chunked kernel with nothing saved must move, in units of one [B,T,H,N] array:
 # six in and one out; seven in (dy) and six out.
 FLOOR_ARRAYS = {"forward": 7, "forward_backward": 7 + 13}
-WARM_UP, RUNS, ROTATION = 3, 20, 3
+WARM_UP, RUNS = 3, 20
 RUN_SECONDS = 5e-3  # a run is as many calls as this takes: to launch one is not free
 COPY_BYTES = 2**29
+ROTATED_BYTES = 2**28  # of inputs at the least: twice the largest cache, a PRO 6000's
 
 
 def median_seconds(function: Callable, inputs: list[Any]) -> float:
@@ -36,7 +37,9 @@ def median_seconds(function: Callable, inputs: list[Any]) -> float:
 
     def run(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready([function(*inputs[i % len(inputs)]) for i in range(calls)][-1])
+        for i in range(calls):
+            result = function(*inputs[i % len(inputs)])  # what a call before it made may go
+        jax.block_until_ready(result)
         return (time.perf_counter() - start) / calls
 
     single = min(run(1) for _ in range(1 + WARM_UP))
@@ -47,12 +50,12 @@ def median_seconds(function: Callable, inputs: list[Any]) -> float:
 def copy_bandwidth() -> float:
     """Bytes a second of reading and writing `COPY_BYTES`, larger than any cache."""
     copy = jax.jit(lambda x: x + 1)
-    inputs = [(jnp.full(COPY_BYTES // 4, i, jnp.float32),) for i in range(ROTATION)]
+    inputs = [(jnp.full(COPY_BYTES // 4, i, jnp.float32),) for i in range(2)]
     return 2 * COPY_BYTES / median_seconds(copy, inputs)
 
 
 def random_inputs(spec: ArgSpec) -> list[tuple[jax.Array, ...]]:
-    """`ROTATION` sets of r, w, k, v, a, b as RWKV-7 has them: −a a unit vector, b along it."""
+    """Sets of r, w, k, v, a, b as RWKV-7 has them, −a a unit vector, b along it; two or more."""
 
     @jax.jit
     def draw(key):
@@ -63,7 +66,8 @@ def random_inputs(spec: ArgSpec) -> list[tuple[jax.Array, ...]]:
         arrays = (r, w - 4.0, k, v, -kk, kk * jax.nn.sigmoid(rate))
         return tuple(x.astype(jnp.bfloat16) for x in arrays)
 
-    return [draw(jax.random.key(seed)) for seed in range(ROTATION)]
+    sets = max(2, math.ceil(ROTATED_BYTES / (6 * 2 * math.prod(spec))))
+    return [draw(jax.random.key(seed)) for seed in range(sets)]
 
 
 def passes(implementation: str) -> dict[str, Callable]:

@@ -130,8 +130,16 @@ def tuning_for(
     major = 9 if capability is None else min(capability[0], 12)
     tuning = TUNING[major, size, reset]
     if dtype == jnp.float32:
-        # Tiles twice as large: prefetched, those of N = 128 exceed a consumer card's shared memory.
-        return Tuning(warps=tuning.warps, chunk_length=tuning.chunk_length, sequential_stages=1)
+        # Tiles twice as large: held or prefetched, those of N = 128 exceed a consumer card's shared
+        # memory.
+        return dataclasses.replace(
+            tuning,
+            chunks=1,
+            stages=1,
+            sequential_stages=1,
+            reload_sequential=True,
+            reload_gradients=True,
+        )
     return tuning
 
 
