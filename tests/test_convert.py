@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from convert import inspect, orbax_to_pth, pth_to_orbax
+from convert import hf_to_pth, inspect, orbax_to_pth, pth_to_hf, pth_to_orbax
 from rwkv_jax import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
@@ -32,6 +33,37 @@ def same_tensors(one: dict, two: dict) -> bool:
         (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
         for a, b in zip(one.values(), two.values(), strict=True)
     )
+
+
+@pytest.fixture
+def sources(tmp_path, checkpoint) -> dict:
+    """What each converter reads."""
+    pth_to_hf.main([str(FP32), str(tmp_path / "hf")])
+    return {
+        pth_to_orbax: FP32,
+        orbax_to_pth: checkpoint,
+        pth_to_hf: FP32,
+        hf_to_pth: tmp_path / "hf",
+    }
+
+
+CONVERTERS = [pth_to_orbax, orbax_to_pth, pth_to_hf, hf_to_pth]
+
+
+# Some of orbax's own threads may fail, too, and nobody asks those for their result.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("converter", CONVERTERS, ids=lambda module: module.__name__)
+def test_a_full_disk_leaves_nothing_behind(converter, sources, tmp_path):
+    before, target = sorted(tmp_path.iterdir()), tmp_path / "target.pth"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"^{target}: cannot (write|be written): "):
+            converter.main([str(sources[converter]), str(target)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("source", "options"), [(FP32, ["--dtype", "float32"]), (BF16, [])])
