@@ -29,18 +29,15 @@ def oracles() -> Path:
     return Path(__file__).parent / "data" / "oracles"
 
 
-TOLD_BY_COMMANDS = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-
-
 @pytest.fixture(autouse=True)
 def as_before():
     """The commands tell jax how exact products are to be, and where to keep compiled programs; the
-    next test is not to hear it.
+    next test is not to hear it, nor what a module's fixture has told.
     """
-    kept = {name: jax.config.values[name] for name in TOLD_BY_COMMANDS}
+    cache = jax.config.values["jax_compilation_cache_dir"]
     yield
-    for name, value in kept.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture
