@@ -85,7 +85,8 @@ class Trial:
 
 def run_trial() -> Trial:
     """Runs `TRIAL`, whatever happens to it."""
-    command = [sys.executable, "-c", TRIAL]
+    # Unbuffered: what was printed before a crash or a hang arrives, in the order it was printed.
+    command = [sys.executable, "-u", "-c", TRIAL]
     try:
         said = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE

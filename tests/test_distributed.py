@@ -29,10 +29,11 @@ OPTIONS = {
     "strategy": "fsdp", "data_file": ROOT / "data" / "demo.jsonl",
 }  # fmt: skip
 
-# The command, at a walking pace and noting whose samples it reads. By its devices' memory, which a
-# CPU does not tell, the first process has room for two samples, the second for one.
+# The command, noting whose samples it reads, and pausing at step 15 until a file lets it continue:
+# what happens before then depends on no machine's speed. By its devices' memory, which a CPU does
+# not tell, the first process has room for two samples, the second for one.
 PROGRAM = """
-import sys, time
+import os, sys, time
 import jax
 from rwkv_jax import dataset, plan, train
 from rwkv_jax.errors import run_command
@@ -40,7 +41,8 @@ plan.device_memory = lambda _: (7 - 2 * jax.process_index()) * plan.GIB
 plan.measure = lambda config, *_: plan.Need(0, 0, 3 * config.micro_bsz * plan.GIB, 0, 0, 0)
 batch = dataset.Dataset.batch
 def noting(self, step, world_size, micro_bsz, rows):
-    time.sleep(0.1)
+    while step >= 15 and not os.path.exists(os.environ["CONTINUE"]):
+        time.sleep(0.05)
     print("read", *rows, file=sys.stderr)
     return batch(self, step, world_size, micro_bsz, rows)
 dataset.Dataset.batch = noting
@@ -101,7 +103,7 @@ def start(folder: Path, cluster: str) -> list[subprocess.Popen]:
             [sys.executable, "-c", PROGRAM]
             + options(folder, num_nodes=2, micro_bsz="auto", **named),
             cwd=ROOT,
-            env={**os.environ, **quick, **environment},
+            env={**os.environ, **quick, **environment, "CONTINUE": str(folder / "continue")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -129,9 +131,8 @@ def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
     first, second = start(together, "options")
     wait_for(together / "checkpoints" / "5", first)
     second.kill()
-    since = time.monotonic()
-    said = first.communicate(timeout=60)[1]
-    assert time.monotonic() - since < 60 and first.returncode not in (0, None)
+    said = first.communicate()[1]
+    assert first.returncode != 0
     assert said.splitlines()[-1].startswith("error: this process or another of the run was lost")
     assert "Traceback" not in said
     second.communicate()
@@ -140,14 +141,15 @@ def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
     first, second = start(together, "Open MPI")
     wait_for(together / "checkpoints" / "10", first)
     second.send_signal(signal.SIGTERM)  # to one of them: all stop, after the same step
-    said, others = first.communicate(timeout=300), second.communicate(timeout=300)
+    (together / "continue").touch()
+    said, others = first.communicate(), second.communicate()
     assert (first.returncode, second.returncode) == (1, 1), said[1] + others[1]
     stopped = re.findall(r"stopped and saved at step (\d+)", said[0] + said[1])
     assert "micro_bsz 1 x 1" in said[0] and len(stopped) == 1
     assert (together / "checkpoints" / stopped[0]).exists()
 
     running = start(together, "SLURM")
-    out, errors = zip(*(process.communicate(timeout=300) for process in running), strict=True)
+    out, errors = zip(*(process.communicate() for process in running), strict=True)
     assert f"at step {stopped[0]}" in out[0]
     assert "resumed from" in out[0] and (together / "rwkv-final.pth").exists(), errors[0]
     assert all(line.startswith("[Gloo]") for line in out[1].splitlines())  # one of them logs

@@ -189,17 +189,24 @@ def test_a_training_that_fails():
             {"kinds": 1}, {"fp32": [1.5]}, "warning", "ZeroDivisionError: division by zero",
         ),
         (
-            "import os; print('{\"kinds\": 1}', flush=True); os.write(2, b'no cheese'); os.abort()",
+            "import os; print('{\"kinds\": 1}'); os.write(2, b'no cheese'); os.abort()",
             {"kinds": 1}, {}, "", "no cheese",
         ),
-        ("import time; time.sleep(9)", {}, {}, *["not done after 2 seconds"] * 2),
     ],
-    ids=["does not start", "fails in bf16", "crashes", "hangs"],
+    ids=["does not start", "fails in bf16", "crashes"],
 )  # fmt: skip
 def test_whatever_happens_to_the_trial(program, facts, losses, start_says, says, monkeypatch):
     monkeypatch.setattr(doctor, "TRIAL", program)
-    monkeypatch.setattr(doctor, "PATIENCE", 2.0)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     assert doctor.run_trial() == doctor.Trial(facts, losses, start_says, says)
+
+
+def test_a_trial_that_hangs(monkeypatch):
+    """It never ends, so that any limit, and any machine, gives the same."""
+    monkeypatch.setattr(doctor, "TRIAL", "import signal; signal.pause()")
+    monkeypatch.setattr(doctor, "PATIENCE", 1.0)
+    late = "not done after 1 seconds"
+    assert doctor.run_trial() == doctor.Trial({}, {}, late, late)
 
 
 BREAKAGES = {

@@ -1,85 +1,118 @@
 """Signals, in a process of their own; what is said of a checkpoint that was not written."""
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
+from rwkv_jax import run
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.run import ONE_PRESS_SECONDS, Saver
+from rwkv_jax.run import Saver
 
 WAITING = """
 import time
-from rwkv_jax.run import Stop
+from rwkv_jax import run
+run.ONE_PRESS_SECONDS = 0.0  # any later SIGINT is a second one
 try:
-    with Stop(None) as stop:
+    with run.Stop(None) as stop:
         print("ready", flush=True)
         while not stop:
             time.sleep(0.01)
         print(stop.reason, flush=True)
-        for _ in range(6000):  # a signal just ahead of a long sleep would be seen after it
+        while True:  # a signal just ahead of a long sleep would be seen after it
             time.sleep(0.01)
 finally:
     print("cleaned up")
 """
 
 
+FIRST_WORDS = ["\n", "stopping after this step; Ctrl-C again stops at once\n"]
+
+
+def started(program: str) -> subprocess.Popen:
+    """A process of that program, which has said "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_interrupt_leaves_at_once(first):
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
+    with started(WAITING) as process:
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
-        process.send_signal(signal.SIGINT)  # so soon, it is the first one sent twice
-        time.sleep(2 * ONE_PRESS_SECONDS)
-        process.send_signal(signal.SIGTERM)  # a second of those changes nothing
-        time.sleep(ONE_PRESS_SECONDS)
-        assert process.poll() is None
+        assert [process.stderr.readline() for _ in range(2)] == FIRST_WORDS
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, "")
-    assert err.split("\n") == ["", "stopping after this step; Ctrl-C again stops at once", "", ""]
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "\n")
+
+
+class Left(Exception):
+    """What `os._exit` raises in place of leaving."""
+
+
+@pytest.mark.parametrize(
+    "signals, said, leaves",
+    [
+        ([(signal.SIGINT, 0.0), (signal.SIGINT, 0.4)], 1, False),  # one press that came twice
+        ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 9.0)], 1, False),
+        ([(signal.SIGINT, 0.0), (signal.SIGINT, 0.4), (signal.SIGINT, 0.6)], 2, True),
+        ([(signal.SIGTERM, 0.0), (signal.SIGINT, 0.6)], 2, True),
+        ([(signal.SIGWINCH, 0.0), (signal.SIGWINCH, 9.0)], 0, False),
+    ],
+)
+def test_which_signals_are_a_second_one(signals, said, leaves, monkeypatch):
+    """By a clock that the test sets."""
+    times, words = iter([time for _, time in signals]), []
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(run.os, "_exit", leave)
+    monkeypatch.setattr(run, "_write_error", words.append)
+    sender, receiver = socket.socketpair()
+    with sender:
+        sender.sendall(bytes(number for number, _ in signals))
+        sender.shutdown(socket.SHUT_WR)
+        with pytest.raises(Left, match="130") if leaves else contextlib.nullcontext():
+            run._answer(receiver)
+    assert len(words) == said
 
 
 def test_a_signal_counts_though_nobody_reads():
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
+    with started(WAITING) as process:
         process.stderr.close()
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "SIGINT\n"
-        time.sleep(2 * ONE_PRESS_SECONDS)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        while process.poll() is None:  # the first of these may come before its answer is written
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 130
 
 
 COMPILING = """
 import hashlib
-from rwkv_jax.run import Stop
-with Stop(None):
+from rwkv_jax import run
+run.ONE_PRESS_SECONDS = 0.0
+with run.Stop(None):
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**30)  # as XLA does, for minutes, and asks no one
 """
 
 
 def test_the_second_interrupt_does_not_wait_for_what_python_waits_for():
-    with subprocess.Popen(
-        [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(COMPILING) as process:
         try:
-            assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
-            assert process.stderr.readline() == "\n"
-            assert process.stderr.readline().startswith("stopping after this step")
-            time.sleep(2 * ONE_PRESS_SECONDS)
+            assert [process.stderr.readline() for _ in range(2)] == FIRST_WORDS
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait() == 130
         finally:
             process.kill()
 

@@ -236,7 +236,7 @@ def test_a_signal_to_the_process_saves(data, tmp_path, number):
             if line.startswith("step 1/"):
                 break
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
     assert process.returncode == 1
     assert err.strip() == "stopping after this step; Ctrl-C again stops at once"
     (step,) = re.findall(r"stopped and saved at step (\d+): the same command goes on", out)
