@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.weights import infer_config
 
 
-def read_tensors(path: Path) -> Mapping[str, pth.Array]:
-    """Official name → tensor of a .pth, or of a checkpoint or run.
+def of_tensors(path: Path, use: Callable[[Mapping[str, pth.Array]], str]) -> str:
+    """What `use` says of the tensors, by official name, of a .pth, or of a checkpoint or run.
 
     Raises:
         UserError: it cannot be read.
     """
-    return open_newest(path)[1] if path.is_dir() else pth.read(path)
+    return (
+        open_newest(path, lambda _, tensors: use(tensors)) if path.is_dir() else use(pth.read(path))
+    )
 
 
 def describe(tensors: Mapping[str, pth.Array]) -> str:
@@ -132,8 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "second", metavar="FILE2", type=Path, nargs="?", help="Another, to compare it with."
     )
     args = parser.parse_args(argv)
-    tensors = read_tensors(args.first)
-    print(compare(tensors, read_tensors(args.second)) if args.second else describe(tensors))
+    if args.second:
+        print(of_tensors(args.first, lambda one: of_tensors(args.second, partial(compare, one))))
+    else:
+        print(of_tensors(args.first, describe))
 
 
 if __name__ == "__main__":

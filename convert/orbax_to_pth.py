@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.source}: is not a folder; give a run's output folder")
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
-    _, tensors = open_newest(args.source)
-    pth.write(args.target, tensors, args.dtype)
+    open_newest(args.source, lambda _, tensors: pth.write(args.target, tensors, args.dtype))
     print(f"wrote {args.target}")
 
 

@@ -3,18 +3,21 @@
 `FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
 wants the model takes that alone, and a `manifest`: what the numbers are (`About`), and the size and
 SHA-256 of every file. It is written as `{step}.partial` and flushed, the manifest last; one rename
-then makes it a checkpoint. So a folder that has a number for a name was complete once, and what has
-happened to it since shows when it is read: nothing is restored that does not match its manifest.
+then makes it a checkpoint, after all of it could be read back. So a folder that has a number for a
+name was complete once, and what has happened to it since shows when it is read: nothing is restored
+that does not match its manifest.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -53,7 +56,8 @@ sys.unraisablehook = _report_unraisable
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
-_Model = TypeVar("_Model")
+_T = TypeVar("_T")
+_CUT_SHORT = re.compile(r"\d+\.partial(\.orbax.*)?")  # names of what a killed run leaves
 _MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
 
 
@@ -127,14 +131,45 @@ class Checkpoints:
         Raises:
             UserError: it holds something else.
         """
-        return TrainState(**_load(self.folder / str(step), abstract._asdict()))
+        with _reporting(self.folder / str(step)), stored.literal(self.folder) as folder:
+            return TrainState(**ocp.load_checkpointables(folder / str(step), abstract._asdict()))
 
     def set_aside(self, step: int) -> Path:
         """Renames a checkpoint, so that it is neither read nor counted nor removed again."""
         aside = self.folder / f"{step}.aside"
-        shutil.rmtree(aside, ignore_errors=True)
+        for number in itertools.count(2):
+            if not os.path.lexists(aside):
+                break
+            aside = self.folder / f"{step}.aside.{number}"
         (self.folder / str(step)).rename(aside)
         return aside
+
+    def rehearse(self) -> None:
+        """Saves a single number, looks for it on disk and removes it; in every process.
+
+        So that what can never be saved is known before the first step.
+
+        Raises:
+            UserError: no checkpoint can be written here.
+        """
+        partial = self.folder / "0.partial"
+        items = {"params": {"rehearsal": np.zeros((), np.float32)}}
+        failure = ""
+        try:
+            _check_space(self.folder, 0)
+            with stored.literal(self.folder) as folder:
+                _start_writing(folder / partial.name, items).result()
+            if distributed.is_first():
+                _check(partial, items)
+        except UserError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"{partial}: cannot be written: {_brief(error)}"
+        finally:
+            if distributed.is_first():
+                _remove(self.folder, lambda name: name.startswith(partial.name))
+        if distributed.from_first(bool(failure)) or failure:
+            raise UserError(failure or f"{self.folder}: the first process cannot write there")
 
     def save(self, step: int, state: TrainState, about: About) -> None:
         """Copies the state off the devices, then writes in the background.
@@ -154,12 +189,18 @@ class Checkpoints:
         if distributed.from_first(bool(refused)):
             raise UserError(refused or f"{self.folder}: the first process cannot write there")
         partial = self.folder / f"{step}.partial"
-        try:
-            response = _start_writing(partial, state._asdict())
-        except Exception as error:
-            raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(stored.literal(self.folder))
+            try:
+                response = _start_writing(folder / partial.name, state._asdict())
+            except Exception as error:
+                raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+            writing = stack.pop_all()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         described = dataclasses.asdict(about)  # as it is now
-        self._pending = self._writer.submit(self._finish, step, partial, response, described)
+        self._pending = self._writer.submit(
+            self._finish, step, partial, writing, response, shapes, described
+        )
 
     def check(self) -> None:
         """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
@@ -178,13 +219,23 @@ class Checkpoints:
             _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except UserError as error:
             return str(error)
-        _remove(self.folder, lambda name: ".partial" in name, tries=1)
+        _remove(self.folder, lambda name: bool(_CUT_SHORT.fullmatch(name)), tries=1)
         return ""
 
-    def _finish(self, step: int, partial: Path, response: Any, about: dict[str, Any]) -> None:
+    def _finish(
+        self,
+        step: int,
+        partial: Path,
+        writing: contextlib.ExitStack,
+        response: Any,
+        shapes: TrainState,
+        about: dict[str, Any],
+    ) -> None:
         try:
-            response.result()
+            with writing:
+                response.result()
             if distributed.is_first():
+                _check(partial, shapes._asdict())
                 _commit(partial, self.folder / str(step), about)
         except Exception as error:
             _remove(self.folder, lambda name: name.startswith(partial.name))
@@ -201,9 +252,9 @@ class Checkpoints:
             for old in [other for other in self.steps() if other <= step][self._keep :]:
                 # Renamed first: half of it under its own name would look damaged.
                 gone = self.folder / f"{old}.partial"
-                shutil.rmtree(gone, ignore_errors=True)
+                _delete(gone)
                 (self.folder / str(old)).rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                _delete(gone)
 
 
 def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
@@ -218,16 +269,18 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
     Raises:
         UserError: it exists or cannot be written.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; give a new folder")
     folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{os.getpid()}.partial")
     _check_space(folder.parent, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
     try:
         # Orbax writes the same tree of mere numbers, which makes it a checkpoint.
         numbers = jax.tree.map(lambda _: np.zeros((), np.float32), abstract_params(config))
-        _start_writing(partial, {"params": numbers}).result()
+        with stored.literal(folder.parent) as parent:
+            _start_writing(parent / partial.name, {"params": numbers}).result()
         stored.write(partial / "params", config, tensors)
+        _check(partial, {"params": abstract_params(config)})
         _commit(partial, folder, dataclasses.asdict(About(config)))
     except Exception as error:
         raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
@@ -246,33 +299,46 @@ def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Param
         UserError: there is none, or it is damaged.
     """
 
-    def load(folder: Path) -> tuple[ModelConfig, Params]:
-        return weights.from_official(_open_model(folder)[1], dtype=dtype)
-
-    return _of_newest(path, load)
+    return open_newest(path, lambda _, tensors: weights.from_official(tensors, dtype=dtype))
 
 
-def open_newest(path: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:
-    """The same model by official names, in the official order; values are read when they are used.
+def open_newest(path: Path, use: Callable[[ModelConfig, dict[str, pth.Array]], _T]) -> _T:
+    """What `use` makes of the same model: its tensors by official name, in the official order.
+
+    Values are read when they are used. The run may be training: if its trainer removes the
+    checkpoint meanwhile, `use` is called again, with the one that is then the newest.
 
     Raises:
-        UserError: there is none, or it is damaged (which may also show when values are read).
+        UserError: there is none, or it is damaged.
     """
-    return _of_newest(path, _open_model)
+    while True:
+        with contextlib.ExitStack() as stack:
+            folder, model, tensors = _open_newest(path, stack)
+            try:
+                return use(model, tensors)
+            except UserError:
+                if folder.is_dir():
+                    raise
 
 
-def _of_newest(path: Path, read: Callable[[Path], _Model]) -> _Model:
+def _open_newest(
+    path: Path, stack: contextlib.ExitStack
+) -> tuple[Path, ModelConfig, dict[str, pth.Array]]:
     folder = path.absolute()
     if (folder / MANIFEST).exists():
-        return read(folder)
-    steps = Checkpoints(folder / "checkpoints").steps()
-    for step in steps[:-1]:
+        return folder, *_open_model(folder, stack)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    damaged: set[int] = set()
+    while steps := [step for step in checkpoints.steps() if step not in damaged]:
+        newest = checkpoints.folder / str(steps[0])
         try:
-            return read(folder / "checkpoints" / str(step))
+            return newest, *_open_model(newest, stack)
         except UserError as error:
-            print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
-    if steps:
-        return read(folder / "checkpoints" / str(steps[-1]))
+            if newest.is_dir():  # or a trainer has removed it
+                if len(steps) == 1:
+                    raise
+                print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
+                damaged.add(steps[0])
     if (folder / "_CHECKPOINT_METADATA").exists():
         raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
     raise UserError(
@@ -280,10 +346,12 @@ def _of_newest(path: Path, read: Callable[[Path], _Model]) -> _Model:
     )
 
 
-def _open_model(folder: Path) -> tuple[ModelConfig, dict[str, pth.Array]]:
+def _open_model(
+    folder: Path, stack: contextlib.ExitStack
+) -> tuple[ModelConfig, dict[str, pth.Array]]:
     config = _verify(folder, without="opt_state/").model
     with _reporting(folder):
-        return config, stored.read(folder / "params", config)
+        return config, stack.enter_context(stored.read(folder / "params", config))
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -321,10 +389,17 @@ def _remove(parent: Path, chosen: Callable[[str], bool], tries: int = 20) -> Non
     for left in reversed(range(tries)):
         leftovers = [path for path in parent.glob("*") if chosen(path.name)]
         for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
+            _delete(leftover)
         if not left or not any(leftover.exists() for leftover in leftovers):
             break
         time.sleep(0.1)
+
+
+def _delete(folder: Path) -> None:
+    """Removes a folder, or the link to one; what cannot be removed stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _storage(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -334,6 +409,12 @@ def _storage(path: tuple[Any, ...], leaf: Any) -> Any:
     if leaf.ndim == 2:
         return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=stored.PIECE)
     return None
+
+
+def _check(partial: Path, items: Mapping[str, Any]) -> None:
+    """Raises what speaks against reading these trees of arrays back from disk."""
+    for name, tree in items.items():
+        stored.check(partial / name, jax.tree.leaves(tree))
 
 
 def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
@@ -351,6 +432,7 @@ def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         file.flush()
         os.fsync(file.fileno())
+    _read_manifest(partial)
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         flush_folder(folder)
     partial.rename(final)
@@ -384,8 +466,8 @@ def _verify(folder: Path, without: str = "/") -> About:
         expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
         for name, (size, _) in expected.items():
             path = folder / name
-            if not path.is_file() or path.resolve() != folder.resolve() / name:
-                raise UserError(f"{folder}: damaged: {name} is missing")
+            if not path.is_file():
+                raise _missing(path, f"{folder}: damaged: {name} is missing")
             if path.stat().st_size != size:
                 raise UserError(
                     f"{folder}: damaged: {name} has {path.stat().st_size} bytes, not {size}"
@@ -443,7 +525,7 @@ def _reporting(path: Path) -> Iterator[None]:
     except Unreadable:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing") from None
+        raise _missing(path, f"{path}: is missing") from None
     except (PermissionError, InterruptedError, BlockingIOError, TimeoutError) as error:
         raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:
@@ -452,9 +534,11 @@ def _reporting(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
 
 
-def _load(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    with _reporting(folder):
-        return ocp.load_checkpointables(folder, abstract)
+def _missing(path: Path, reason: str) -> UserError:
+    """The error for a file that is not there: if a link to it is, the file may be elsewhere."""
+    if path.is_symlink():
+        return Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
+    return UserError(reason)
 
 
 def _numbered(folder: Path) -> Iterator[Path]:

@@ -141,8 +141,8 @@ def start(
     if source == init and config.random_seed > 0:
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
             raise UserError(
-                f"{source}: is not of --random_seed {config.random_seed}; remove it, leave the "
-                "option out, or give another --proj_dir"
+                f"{source}: is not of --random_seed {config.random_seed}; leave the option out, "
+                "or give another --proj_dir"
             )
     of_model = abstract(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
@@ -226,7 +226,8 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
             print(f"warning: {reason}; now {aside.name}, going on from step {step}", flush=True)
         return step, about
     raise UserError(
-        f"{damaged[0][1]}; no other checkpoint is whole: to begin anew, remove {checkpoints.folder}"
+        f"{damaged[0][1]}; no other checkpoint is whole: copy one here again, or move "
+        f"{checkpoints.folder} elsewhere to start from the .pth files of the run, or anew"
     )
 
 

@@ -1,14 +1,20 @@
-"""The parameters in a checkpoint, a piece of one tensor in memory at a time: `read`, `write`.
+"""The arrays of a checkpoint on disk: `read` and `write` parameters by the piece, `check` them all.
 
 Orbax keeps a tree as a database in a folder (OCDBT), with a zarr array for each leaf. It reads and
 writes whole leaves, which stack all layers; tensorstore, which it does that with, takes any part.
 """
 
+import collections
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
@@ -17,18 +23,58 @@ from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
 PIECE = 32 << 20  # bytes that are read, written or converted at once
+_LITERAL = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]{1,1024}")  # with letters of any script
 
 
-def read(folder: Path, config: ModelConfig) -> dict[str, pth.Array]:
+@contextlib.contextmanager
+def literal(folder: Path) -> Iterator[Path]:
+    """A path to `folder` that orbax and tensorstore take literally: its own, or a link to it.
+
+    They expand patterns (`[v1]`, `a*b`), split at backslashes, take `/s3/` and `gs:/` for cloud
+    storage, and reject what is not UTF-8.
+
+    Raises:
+        UserError: there is no such path.
+    """
+    if os.name == "nt" or _LITERAL.fullmatch(str(folder)):
+        yield folder
+        return
+    if jax.process_count() > 1:  # orbax requires the same path in all of them
+        raise UserError(
+            f"{folder}: several processes need a path of letters, digits, spaces and _/.,+=@~-"
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="rwkv_jax-"))
+            link = Path(temporary) / "folder"
+            link.symlink_to(folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: a path with such characters needs a link in a temporary folder: "
+                f"{error.strerror}; set TMPDIR, or use letters and digits"
+            ) from None
+        if not _LITERAL.fullmatch(str(link)):
+            raise UserError(f"TMPDIR {link.parents[1]}: set it to a path of letters and digits")
+        yield link
+
+
+@contextlib.contextmanager
+def read(folder: Path, config: ModelConfig) -> Iterator[dict[str, pth.Array]]:
     """Official name → tensor, in the official order, of the database in `folder`.
 
-    Values are read when they are used (`np.asarray`, to any dtype), and not kept.
+    Values are read when they are used (`np.asarray`, to any dtype), within the context, and not
+    kept.
 
     Raises:
         UserError: an array is not of such a model; or, when values are read, it is damaged.
         ValueError: what tensorstore says of a damaged database.
     """
-    opening = {leaf: ts.open(_spec(folder, leaf)) for leaf in _leaves(config)}
+    with literal(folder) as path:
+        yield _read(path, config, folder)
+
+
+def _read(path: Path, config: ModelConfig, folder: Path) -> dict[str, pth.Array]:
+    opening = {leaf: ts.open(_spec(path, leaf)) for leaf in _leaves(config)}
     arrays = {leaf: future.result() for leaf, future in opening.items()}
     for leaf, shape in _leaves(config).items():
         array = arrays[leaf]
@@ -53,6 +99,11 @@ def write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -
         folder: where orbax has written a tree with the leaves of such a model, of any shapes.
         tensors: all that `weights.official_shapes` names.
     """
+    with literal(folder) as path:
+        _write(path, config, tensors)
+
+
+def _write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
     # Arrays are of one database where there is a cache to keep it in. Otherwise each opens its own,
     # and their commits are in each other's way.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 1}})
@@ -81,6 +132,38 @@ def write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -
             array.with_transaction(batch)[part] = values[part].astype(np.float32)
             size += 4 * values[part].size
     batch.commit_sync()
+
+
+def check(folder: Path, arrays: Iterable[Any]) -> None:
+    """Looks on disk for every piece of every array that the database in `folder` should hold.
+
+    A piece that is missing would be read as zeros, without an error.
+
+    Args:
+        arrays: with the `shape` and `dtype` of each; their names do not matter.
+
+    Raises:
+        ValueError: something is missing, or is no such array.
+    """
+    with literal(folder) as path:
+        database = ts.KvStore.open(_database(path)).result()
+        keys = {key.decode() for key in database.list().result()}
+        names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
+        opening = {name: ts.open(_spec(path, name)) for name in names}
+        opened = {name: future.result() for name, future in opening.items()}
+    expected = collections.Counter((array.shape, np.dtype(array.dtype)) for array in arrays)
+    found = collections.Counter((a.shape, a.dtype.numpy_dtype) for a in opened.values())
+    if found != expected:
+        differing = next(iter((expected - found) + (found - expected)))
+        raise ValueError(
+            f"{found[differing]} arrays {list(differing[0])} of {differing[1]} can be read back, "
+            f"not {expected[differing]}"
+        )
+    for name, array in opened.items():
+        counts = np.ceil(np.divide(array.shape, _piece(array))).astype(int)
+        for place in np.ndindex(*counts):
+            if "/".join([name, "c", *map(str, place)]) not in keys:
+                raise ValueError(f"a piece of {name} cannot be read back")
 
 
 class _Tensor:
@@ -124,6 +207,11 @@ def _chunk(array: Any) -> tuple[int, ...]:
     return array.chunk_layout.read_chunk.shape
 
 
+def _piece(array: Any) -> tuple[int, ...]:
+    """The shape of what is stored under one key."""
+    return array.chunk_layout.write_chunk.shape or ()
+
+
 def _pieces(shape: tuple[int, ...], least: int = 1) -> list[slice]:
     """Ranges of the first axis, about as long as each other, of `PIECE` bytes of float32 or less.
 
@@ -138,11 +226,14 @@ def _pieces(shape: tuple[int, ...], least: int = 1) -> list[slice]:
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
+def _database(folder: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+
+
 def _spec(folder: Path, leaf: str) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{folder}/"}
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf}/"},
+        "kvstore": {**_database(folder), "path": f"{leaf}/"},
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }

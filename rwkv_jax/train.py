@@ -83,6 +83,7 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
         if begin.step >= schedule.last_step and distributed.from_first(final.exists()):
             print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
             return
+        checkpoints.rehearse()
         stop = Stop(began + 60 * config.max_minutes if config.max_minutes else None)
         _loop(config, mesh, data, schedule, checkpoints, begin, stop)
     took = datetime.timedelta(seconds=round(time.monotonic() - began))

@@ -246,8 +246,9 @@ class Checkpoint:
             if signed:
                 self._sign(described, path)
             checkpoint.load_newest(self._folder)
-            for tensor in checkpoint.open_newest(self._folder)[1].values():
-                np.asarray(tensor)
+            checkpoint.open_newest(
+                self._folder, lambda _, tensors: [np.asarray(value) for value in tensors.values()]
+            )
         finally:
             for changed in {path, self._manifest}:
                 changed.write_bytes(self._good[changed])

@@ -2,22 +2,27 @@
 
 import contextlib
 import dataclasses
+import io
 import math
+import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 
 import rwkv_jax
+from convert import orbax_to_pth
 from rwkv_jax import checkpoint, sharding, step, stored, weights
-from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints
+from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints, Unreadable
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import MiniepochLoss
@@ -109,27 +114,31 @@ def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices, monkeypatch):
             random_state(1), jax.tree.map(lambda x: x.sharding, abstract(devices))
         )
         checkpoints.save(1, state, about(1))
-    model, tensors = checkpoint.open_newest(tmp_path)
-    assert model == MODEL
     with pytest.MonkeyPatch.context() as patch:  # a layer is read without the others
         patch.setattr(stored, "_Tensor", lambda array, *_: array.chunk_layout.read_chunk.shape)
-        chunks = checkpoint.open_newest(tmp_path)[1]
+        chunks = checkpoint.open_newest(tmp_path, lambda _, tensors: tensors)
     assert math.prod(chunks["blocks.1.ffn.key.weight"]) <= 4 * MODEL.n_embd**2
     expected = weights.to_official(random_state(1).params)
+    model, tensors = checkpoint.open_newest(tmp_path, read_all)
+    assert model == MODEL
     assert list(tensors) == list(expected)
-    assert_same_bits(
-        {name: np.asarray(tensor) for name, tensor in tensors.items()},
-        {name: np.asarray(tensor) for name, tensor in expected.items()},
-    )
+    assert_same_bits(tensors, {name: np.asarray(tensor) for name, tensor in expected.items()})
+
+
+def read_all(model, tensors) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    return model, {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
 def test_what_is_lost_while_it_is_read_is_said(tmp_path):
     folder = tmp_path / "model"
     checkpoint.save_model(folder, MODEL, weights.to_official(random_state(0).params))
-    _, tensors = checkpoint.open_newest(folder)
-    shutil.rmtree(folder / "params")
+
+    def lose(model, tensors):
+        shutil.rmtree(folder / "params")
+        read_all(model, tensors)
+
     with pytest.raises(UserError, match="model.params: damaged: "):
-        np.asarray(tensors["head.weight"])
+        checkpoint.open_newest(folder, lose)
 
 
 def test_larger_pieces_than_the_array_are_refused(tmp_path, monkeypatch):
@@ -145,7 +154,7 @@ def test_larger_pieces_than_the_array_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "_metadata", larger)
     checkpoint.save_model(folder, MODEL, weights.to_official(random_state(0).params))
     with pytest.raises(UserError, match="is stored in pieces of"):
-        checkpoint.open_newest(folder)
+        checkpoint.open_newest(folder, read_all)
 
 
 @pytest.mark.parametrize("piece", [stored.PIECE, 1 << 10])
@@ -214,13 +223,186 @@ def test_no_damaged_file_is_read(run, tmp_path, damage):
     checkpoints.about(200)
 
 
-def test_links_out_of_a_checkpoint_are_not_followed(run, tmp_path):
+# What orbax or tensorstore takes for a pattern, a separator or a URL, or cannot encode; and what
+# bothers other programs.
+HOSTILE = [
+    "[ab]",
+    "run[0-9]",
+    "a?b",
+    "**",
+    "a\\b",
+    "gs:",
+    os.fsdecode(b"caf\xe9"),
+    "{a,b} #1 100% ~ $HOME 'x\"",
+    " a\tb\nc. ",
+    "\u8f93\u51fa:\u202e",
+    "x" * 255,
+]
+
+
+@pytest.fixture(scope="module")
+def state() -> step.TrainState:
+    return random_state(3)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_folder_may_have_any_name(run, state, tmp_path, name):
+    """Saved, restored, loaded and converted, and nothing is written elsewhere."""
+    tmp_path /= "run"
+    # What `a?b` as a pattern stands for holds the arrays of another run.
+    other = tmp_path / "axb" / "checkpoints" / "3.partial.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints" / "200", other)
+    folder = tmp_path / name / "out"
+    folder.mkdir(parents=True)
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.save(3, state, about(3))
+    assert checkpoints.about(3) == about(3)
+    assert_same_bits(checkpoints.restore(3, abstract()), state)
+    assert_same_bits(checkpoint.load_newest(folder)[1], state.params)
+    with contextlib.redirect_stdout(io.StringIO()):  # which can take what is not UTF-8
+        orbax_to_pth.main([str(folder), str(folder / "x.pth"), "--dtype", "float32"])
+    assert_same_bits(rwkv_jax.load_params(folder / "x.pth")[1], state.params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({name, "axb"})
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "x.pth"]
+
+
+def test_a_model_alone_may_have_any_name(state, tmp_path):
+    folder = tmp_path / "[ab]" / ("x" * 255)
+    checkpoint.save_model(folder, MODEL, weights.to_official(state.params))
+    assert_same_bits(checkpoint.load_newest(folder)[1], state.params)
+    assert list((tmp_path / "[ab]").iterdir()) == [folder]
+
+
+def test_a_name_that_needs_a_link_needs_a_folder_for_it(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "[ab]")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"\[ab\]: .* needs a link .*: No such file .*; set TMPDIR"):
+        checkpoints.rehearse()
+    (tmp_path / "[tmp]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[tmp]"))
+    with pytest.raises(UserError, match=r"TMPDIR .*\[tmp\]: set it to"):
+        checkpoints.rehearse()
+    assert not list((tmp_path / "[ab]").iterdir())
+    assert not list((tmp_path / "[tmp]").iterdir())
+
+
+@contextlib.contextmanager
+def as_it_is(folder):
+    yield folder
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_read_back_replaces_nothing(run, tmp_path, monkeypatch):
+    """Orbax saves as if all were well where a pattern is in the path, without the arrays."""
+    shutil.copytree(run / "checkpoints" / "200", tmp_path / "[ab]" / "200")
+    monkeypatch.setattr(stored, "literal", as_it_is)
+    checkpoints = Checkpoints(tmp_path / "[ab]", keep=1)
+    with pytest.raises(UserError, match=r"0.partial: cannot be written: "):
+        checkpoints.rehearse()
+    checkpoints.save(201, random_state(1), about(201))
+    with pytest.raises(UserError, match="201.partial: cannot be written: "):
+        checkpoints.close()
+    assert [path.name for path in (tmp_path / "[ab]").iterdir()] == ["200"]
+    checkpoints.about(200)
+    monkeypatch.setattr(stored, "write", lambda *_: None)
+    with pytest.raises(UserError, match="model: cannot be written: .* can be read back"):
+        checkpoint.save_model(tmp_path / "model", MODEL, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["[ab]"]
+
+
+@pytest.mark.parametrize(
+    "key, reason",
+    [
+        ("mu.emb.weight/c/3/0", "a piece of mu.emb.weight cannot be read back"),
+        ("mu.emb.weight/zarr.json", r"3 arrays \[20, 32\] of float32 can be read back, not 4"),
+        ("count/c", "a piece of count cannot be read back"),
+    ],
+)
+def test_every_piece_is_looked_for(run, tmp_path, key, reason):
+    """Orbax would read zeros where a process's part is missing, and say nothing."""
     shutil.copytree(run / "checkpoints" / "200", tmp_path / "200")
-    array_file = next(tmp_path.glob("200/params/ocdbt*/d/*"))
-    array_file.rename(tmp_path / "elsewhere")
-    array_file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is missing"):
-        rwkv_jax.load_params(tmp_path / "200")
+    arrays = jax.tree.leaves(abstract().opt_state)
+    stored.check(tmp_path / "200" / "opt_state", arrays)
+    database = ts.KvStore.open(stored._database(tmp_path / "200" / "opt_state")).result()
+    database.delete_range(ts.KvStore.KeyRange(key, key + "\0")).result()
+    with pytest.raises(ValueError, match=reason):
+        stored.check(tmp_path / "200" / "opt_state", arrays)
+
+
+@pytest.fixture
+def linked(run, tmp_path) -> Path:
+    """A run every file of which is a link to one elsewhere, as model hubs and git-annex have it."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "blobs").mkdir()
+    for number, name in enumerate(files_of(tmp_path / "run")):
+        blob = (tmp_path / "run" / name).rename(tmp_path / "blobs" / str(number))
+        (tmp_path / "run" / name).symlink_to(blob)
+    return tmp_path / "run"
+
+
+def test_links_to_files_elsewhere_are_read(linked):
+    checkpoints = Checkpoints(linked / "checkpoints")
+    assert checkpoints.about(200) == about(200)
+    assert_same_bits(checkpoints.restore(200, abstract()), random_state(200))
+    assert_same_bits(checkpoint.load_newest(linked)[1], random_state(200).params)
+
+
+@pytest.mark.parametrize("name", ["params/_METADATA", MANIFEST])
+def test_a_file_that_was_not_fetched_is_no_damage(linked, name, capsys):
+    link = linked / "checkpoints" / "200" / name
+    link.resolve().unlink()
+    with pytest.raises(Unreadable, match=f"{name}: is a link to .*, which has not been fetched"):
+        Checkpoints(link.parents[len(Path(name).parts)]).about(200)
+    assert_same_bits(checkpoint.load_newest(linked)[1], random_state(10).params)
+    assert "has not been fetched; taking the one before" in capsys.readouterr().err
+
+
+def test_a_link_to_a_checkpoint_can_be_removed(run, tmp_path):
+    """And what it leads to stays."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "10").symlink_to(run / "checkpoints" / "10")
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints", keep=1)) as checkpoints:
+        assert checkpoints.steps() == [10]
+        checkpoints.save(11, random_state(1), about(11))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["11"]
+    assert Checkpoints(run / "checkpoints").about(10) == about(10)
+
+
+@pytest.mark.parametrize("moment", ["opening", "reading"])
+def test_a_trainer_may_remove_what_is_being_read(run, tmp_path, monkeypatch, moment, capsys):
+    """Then the newest of then is read, and nothing is called damaged."""
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    folders = iter(["200", "10"])
+
+    def go_on():  # a trainer that keeps one checkpoint
+        if gone := next(folders, None):
+            (tmp_path / "checkpoints" / gone).rename(tmp_path / "checkpoints" / "0.partial")
+            shutil.rmtree(tmp_path / "checkpoints" / "0.partial")
+            shutil.copytree(run / "checkpoints" / "200", tmp_path / "checkpoints" / f"30{gone}")
+
+    def use(model, tensors):
+        if moment == "reading":
+            go_on()
+        return read_all(model, tensors)
+
+    if moment == "opening":
+        verify = checkpoint._verify
+        monkeypatch.setattr(checkpoint, "_verify", lambda *a, **k: (go_on(), verify(*a, **k))[1])
+    _, tensors = checkpoint.open_newest(tmp_path, use)
+    assert not next(folders, None)
+    expected = weights.to_official(random_state(200).params)
+    assert_same_bits(tensors, {name: np.asarray(value) for name, value in expected.items()})
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_set_aside_stays(run, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path, dirs_exist_ok=True)
+    names = []
+    for _ in range(3):
+        names.append(Checkpoints(tmp_path).set_aside(10).name)
+        shutil.copytree(run / "checkpoints" / "10", tmp_path / "10")
+    assert names == ["10.aside", "10.aside.2", "10.aside.3"]
+    assert all((tmp_path / name / MANIFEST).exists() for name in names)
 
 
 @pytest.fixture
@@ -280,6 +462,20 @@ run_command(save)
     assert re.fullmatch(r"error: \S+1.partial: cannot be written: .*\n", done.stderr)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_can_never_be_saved_is_known_before_the_first_step(tmp_path, small_files):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written: it is not a folder"):
+        Checkpoints(tmp_path / "file").rehearse()
+    resource_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource_limit[1]))
+        with pytest.raises(UserError, match="0.partial: cannot be written: "):
+            Checkpoints(tmp_path / "full").rehearse()
+    assert not list((tmp_path / "full").iterdir())
+
+
 def test_space_is_looked_for_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
@@ -289,13 +485,13 @@ def test_space_is_looked_for_first(tmp_path, monkeypatch):
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):
-    for name in ("5.partial", "5.partial.orbax-checkpoint-tmp-1", "4.aside"):
+    for name in ("5.partial", "5.partial.orbax-checkpoint-tmp-1", "4.aside", "my.partial copy"):
         (tmp_path / name / "params").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps() == []
     checkpoints.save(6, random_state(1), about(6))
     checkpoints.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["4.aside", "6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4.aside", "6", "my.partial copy"]
 
 
 def test_a_step_below_the_others_is_kept(tmp_path):
