@@ -156,8 +156,8 @@ def check(folder: Path, arrays: Iterable[Any]) -> None:
     if found != expected:
         differing = next(iter((expected - found) + (found - expected)))
         raise ValueError(
-            f"{found[differing]} arrays {list(differing[0])} of {differing[1]} can be read back, "
-            f"not {expected[differing]}"
+            f"{expected[differing]} arrays {list(differing[0])} of {differing[1]} cannot be read "
+            f"back: {found[differing]} are there"
         )
     for name, array in opened.items():
         counts = np.ceil(np.divide(array.shape, _piece(array))).astype(int)

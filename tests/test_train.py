@@ -190,7 +190,7 @@ def stopped(data, tmp_path_factory) -> tuple[Path, list[float]]:
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tmp_path):
-    folder, before = tmp_path / "out", stopped[1]
+    folder, before = tmp_path / "[v1]" / "a\\b*", stopped[1]  # moved, to where patterns are
     shutil.copytree(stopped[0], folder)
     assert MINIEPOCH < len(before) < 2 * MINIEPOCH
     assert not (folder / "rwkv-final.pth").exists()
@@ -337,7 +337,26 @@ def test_checkpoints_that_are_all_damaged_are_no_reason_to_begin_anew(data, stop
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
     for manifest in tmp_path.glob("checkpoints/*/manifest"):
         manifest.unlink()
-    with pytest.raises(UserError, match="manifest: is missing; no other checkpoint is whole"):
+    with pytest.raises(UserError, match="manifest: is missing; no other .*: copy .*, or move .*"):
+        train(config(data, tmp_path))
+
+
+def test_a_checkpoint_that_was_not_fetched_is_not_set_aside(data, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoints" / str(len(stopped[1])) / "manifest"
+    manifest.unlink()
+    manifest.symlink_to(".git/annex/objects/x")
+    with pytest.raises(UserError, match="manifest: is a link to .*, which has not been fetched"):
+        train(config(data, tmp_path))
+    assert manifest.is_symlink()
+
+
+def test_checkpoints_that_cannot_be_written_are_known_before_the_first_step(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "build_step", None)
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints: cannot be written: it is not a folder"):
         train(config(data, tmp_path))
 
 
