@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if sys.platform == "win32":  # jax has no CUDA there, and files cannot be locked or flushed so
     raise ImportError("rwkv-jax runs on Linux and macOS; on Windows, install it inside WSL2")
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.model import RWKV7

@@ -5,11 +5,14 @@ stand together, once. The names are the official trainer's.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from rwkv_jax.errors import CommandParser, UserError
+from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +113,36 @@ AUTO = -1  # what `--micro_bsz auto` becomes
 
 def _number_or_auto(text: str) -> int:
     if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
     return AUTO if text == "auto" else int(text)
 
 
 def _number_or_all(text: str) -> int:
+    if "," in text:
+        which = text.strip("[], ")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} lists devices: set CUDA_VISIBLE_DEVICES={which} before the command, and "
+            "give their number here"
+        )
     if text not in ("auto", "-1") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
     return 0 if text in ("auto", "-1") else int(text)
+
+
+def _whole(text: str) -> int:
+    """An integer, also as in 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        with contextlib.suppress(ValueError, OverflowError):
+            if (value := int(float(text))) == float(text):
+                return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+def _among(choices: tuple[Any, ...]) -> Callable[[str], str]:
+    """Makes a choice of a word, without regard to case; another word stays as it is."""
+    return lambda text: next((name for name in choices if name.lower() == text.lower()), text)
 
 
 def _option(
@@ -134,15 +159,19 @@ def _option(
     Args:
         metavar: what its value is, in one word; empty: the choices.
         least: the smallest value allowed.
-        parse: makes the value of a word; None: the type of the default.
+        parse: makes the value of a word; None: that of the choices, or the type of the default.
     """
+    if parse is None and choices and isinstance(default, str):
+        parse = _among(choices)
+    elif parse is None:
+        parse = _whole if isinstance(default, int) else type(default)
     metadata = {
         "group": group,
         "metavar": metavar or "|".join(str(choice) for choice in choices if choice != ""),
         "help": text,
         "choices": choices or None,
         "least": least,
-        "parse": parse or type(default),
+        "parse": parse,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -358,60 +387,101 @@ class TrainConfig:
         return dict(zip(names, map(int, widths), strict=True))
 
 
-# Options of the official trainer that have no meaning here: why, and the values that agree with
-# what is done (None: any). Accepted and said to be without effect; other values are refused.
-WITHOUT_MEANING: dict[str, tuple[str, tuple[str, ...] | None]] = {
-    "my_testing": ("every model here is x070", ("x070",)),
-    "MODEL_TYPE": ("every model here is x070", ("x070",)),
-    "dim_att": ("in x070 it equals n_embd", None),  # compared with it in parse_train_options
-    "data_type": ("a .jsonl is known by its name, anything else is binidx", ("binidx", "jsonl")),
-    "ds_bucket_mb": ("XLA sizes and schedules the communication itself", None),
-    "kernel": ("the WKV kernel follows the device and the precision", None),
-    "epoch_steps": ("a miniepoch is 40320 samples, there as here", None),
-}
-
-
 def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
-    """The command line as a `TrainConfig`, and one line for each option that means nothing here."""
+    """The command line as a `TrainConfig`, and what to say of the official options that it has.
+
+    Returns:
+        The options, and at most two lines: those that others replace, and those without effect.
+
+    Raises:
+        UserError: an option or a value cannot be used.
+    """
     parser = CommandParser(
         prog="python -m rwkv_jax.train",
         usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
         description="Pretrain an RWKV-7 model, or continue training one. Without options: the 0.1b "
         "model on the demo text. A run that was stopped is resumed by the same command.",
-        epilog="Also accepted, without effect: "
-        + ", ".join(f"--{name} ({reason})" for name, (reason, _) in WITHOUT_MEANING.items()),
+        epilog="The other options of the official trainers and of Lightning's Trainer are known "
+        "too: docs/options.md lists what is done with each.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, field in fields.items():
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         default = field.default
         told = "" if default in ("", -1, 0, 0.0, None) else f" (default {default})"
+        switch = "True" in (field.metadata["choices"] or ())
         groups[group].add_argument(
-            f"--{field.name}",
+            f"--{name}",
             type=field.metadata["parse"],
-            default=default,
             metavar=field.metadata["metavar"],
             help=(field.metadata["help"].removesuffix(".") + told + ".").replace("%", "%%"),
+            **({"nargs": "?", "const": "True"} if switch else {}),
         )
-    for name in WITHOUT_MEANING:
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    options = vars(parser.parse_args(arguments))
-    given = {name: options.pop(name) for name in WITHOUT_MEANING}
-    config = TrainConfig(**options)
-    ignored = []
-    for name, (reason, agreeing) in WITHOUT_MEANING.items():
-        if given[name] is None:
-            continue
-        if agreeing is not None and given[name] not in agreeing:
-            raise UserError(
-                f"--{name} {given[name]}: {reason}; give {agreeing[0]}, or leave it out"
+    for name, option in OFFICIAL_OPTIONS.items():
+        if option.becomes:
+            parse = option.parse or fields[option.becomes].metadata["parse"]
+            parser.add_argument(f"--{name}", dest=name, type=parse, help=argparse.SUPPRESS)
+        else:  # which Lightning takes without a value, too
+            parser.add_argument(
+                f"--{name}", dest=name, nargs="?", const="True", help=argparse.SUPPRESS
             )
-        ignored.append(f"--{name} has no effect: {reason}")
-    if given["dim_att"] not in (None, "0") and not config.load_model:
+    options = vars(parser.parse_args(arguments))
+    official = {name: options.pop(name) for name in OFFICIAL_OPTIONS if name in options}
+    notes = {
+        "replaced here": _renamed(official, options),
+        "without effect here": _without_effect(official),
+    }
+    config = TrainConfig(**options)
+    width = official.get("dim_att", "0")
+    if width != "0" and not config.load_model:
         n_embd = config.model_config().n_embd
-        if given["dim_att"] != str(n_embd):
-            raise UserError(f"--dim_att {given['dim_att']}: x070 needs n_embd, {n_embd}")
-    return config, ignored
+        if width != str(n_embd):
+            raise UserError(f"--dim_att {width}: x070 needs n_embd, {n_embd}")
+    return config, [f"{text}: {'; '.join(each)}" for text, each in notes.items() if each]
+
+
+def _renamed(official: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Adds to `options` what they have under an official name; returns what to say of each."""
+    said = []
+    for name, value in official.items():
+        option = OFFICIAL_OPTIONS[name]
+        here = option.becomes
+        if not here:
+            continue
+        if option.agreeing is not None and str(value) not in option.agreeing:
+            raise _refused(name, value)
+        if options.setdefault(here, value) != value:
+            raise UserError(
+                f"--{name} {value} and --{here} {options[here]}: two names of one option; give one"
+            )
+        said.append(f"--{name} (by --{here} {value})")
+    for name, value in options.items():
+        if taken := OFFICIAL_VALUES.get((name, str(value).lower())):
+            options[name] = taken
+            said.append(f"--{name} {value} (by {taken})")
+    return said
+
+
+def _without_effect(official: dict[str, Any]) -> list[str]:
+    """What to say of the options that do nothing here, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, value in official.items():
+        option = OFFICIAL_OPTIONS[name]
+        if option.becomes:
+            continue
+        if option.agreeing is not None:
+            if value.lower() not in (agreeing.lower() for agreeing in option.agreeing):
+                raise _refused(name, value)
+        reasons.setdefault(option.reason, []).append(f"--{name}")
+    return [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+
+
+def _refused(name: str, value: Any) -> UserError:
+    option = OFFICIAL_OPTIONS[name]
+    agreeing = (option.agreeing or ("",))[0]
+    return UserError(f"--{name} {value}: {option.reason}; give {agreeing}, or leave it out")

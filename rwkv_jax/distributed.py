@@ -40,13 +40,13 @@ LOST = (
 def joined(config: TrainConfig) -> Iterator[None]:
     """Inside, this process is one of the run's; alone when the options name no others.
 
-    SLURM, Open MPI and Kubernetes say who the others are; elsewhere --coordinator_address and
-    --process_id do. When a process is lost, jax aborts the others within `HEARTBEAT_TIMEOUT`.
+    SLURM, Open MPI, Kubernetes and torchrun say who the others are; elsewhere --coordinator_address
+    and --process_id do. When a process is lost, jax aborts the others within `HEARTBEAT_TIMEOUT`.
 
     Raises:
         UserError: the others are not named.
     """
-    if config.num_nodes == 1 and not config.coordinator_address:
+    if config.num_nodes == 1 and not config.coordinator_address and not _by_torchrun():
         yield
         return
     named = _named(config)
@@ -62,8 +62,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
             ended()
             raise UserError(
                 f"--num_nodes {config.num_nodes}: no SLURM, Open MPI or Kubernetes tells of the "
-                "other processes; give each --coordinator_address HOST:PORT (of the first) and "
-                "--process_id"
+                "other processes, nor do MASTER_ADDR, MASTER_PORT and NODE_RANK; give each "
+                "--coordinator_address HOST:PORT (of the first) and --process_id"
             ) from None
         except RuntimeError as error:
             ended()
@@ -95,25 +95,63 @@ def joined(config: TrainConfig) -> Iterator[None]:
 
 
 def _named(config: TrainConfig) -> dict[str, Any]:
-    """What the options say of the processes, as arguments of `jax.distributed.initialize`."""
-    if not config.coordinator_address:
-        # In the order in which jax looks. A process that is the only one of its machine takes all
-        # devices there; by itself jax would hide from it all but one.
-        count = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
-        return {"local_device_ids": []} if count == str(config.num_nodes) else {}
-    if not re.fullmatch(r".+:\d+", config.coordinator_address):
-        raise UserError(f"--coordinator_address {config.coordinator_address}: give HOST:PORT")
-    if not 0 <= config.process_id < config.num_nodes:
+    """Who the processes are, as arguments of `jax.distributed.initialize`."""
+    nodes, address, number = config.num_nodes, config.coordinator_address, config.process_id
+    if address:
+        if not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"--coordinator_address {address}: give HOST:PORT")
+        return _process(address, nodes, number, "--process_id")
+    if _by_torchrun():
+        count = _variable("WORLD_SIZE")
+        named = _process(_master(), count, _variable("RANK"), "RANK")
+        alone = count == nodes or os.environ.get("LOCAL_WORLD_SIZE") == "1"
+        if "LOCAL_RANK" in os.environ and not alone:
+            named["local_device_ids"] = [_variable("LOCAL_RANK")]
+        return named
+    # In the order in which jax looks. A process that is the only one of its machine takes all
+    # devices there; by itself jax would hide from it all but one.
+    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
+    if not tasks and _are_set("NODE_RANK"):
+        return _process(_master(), nodes, _variable("NODE_RANK"), "NODE_RANK")
+    return {"local_device_ids": []} if tasks == str(nodes) else {}
+
+
+def _process(address: str, count: int, number: int, name: str) -> dict[str, Any]:
+    if not 0 <= number < count:
         raise UserError(
-            f"--process_id {config.process_id}: give each of the --num_nodes {config.num_nodes} "
-            f"processes its own, from 0 to {config.num_nodes - 1}"
+            f"{name} {number}: give each of the {count} processes its own, from 0 to {count - 1}"
         )
     return {
-        "coordinator_address": config.coordinator_address,
-        "num_processes": config.num_nodes,
-        "process_id": config.process_id,
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": number,
         "cluster_detection_method": "deactivate",
     }
+
+
+def _by_torchrun() -> bool:
+    """Whether torchrun, or what sets its variables, has started this process and others."""
+    return _are_set("RANK", "WORLD_SIZE") and _variable("WORLD_SIZE") > 1
+
+
+def _are_set(*names: str) -> bool:
+    """Whether these are variables of the environment, and the first process's address, too."""
+    return all(name in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT"))
+
+
+def _variable(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: give a number, as torchrun does, or unset it")
+    return int(text)
+
+
+def _master() -> str:
+    """Where the first process listens, by torchrun's variables."""
+    port = _variable("MASTER_PORT")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        port += 1  # torchrun itself listens at that one
+    return f"{os.environ['MASTER_ADDR']}:{port}"
 
 
 @contextlib.contextmanager

@@ -4,9 +4,12 @@ import argparse
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from rwkv_jax import __version__
 
 
 class UserError(ValueError):
@@ -20,12 +23,27 @@ class UserError(ValueError):
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that reports a wrong command line as the one line of a `UserError`."""
 
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's leaves out -1e-4
+        version = f"rwkv-jax {__version__}"
+        self.add_argument("--version", action="version", version=version, help="Print the version.")
+
     def error(self, message: str) -> NoReturn:
-        known = [name for action in self._actions for name in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        near = difflib.get_close_matches(unknown[0], known, 1) if unknown != message.split() else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        _, found, unknown = message.partition("unrecognized arguments: ")
+        near = self._near(unknown.split()[0].partition("=")[0]) if found else []
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"{message}{hint} (--help lists the options)")
+
+    def _near(self, typed: str) -> list[str]:
+        """The options that one may have meant: a longer or shorter name, else a similar one."""
+        if not typed.startswith("--"):
+            return []
+        typed = "--" + typed[2:].replace("-", "_")
+        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+        known = [name for action in shown for name in action.option_strings if len(name) > 2]
+        related = [name for name in known if name.startswith(typed) or typed.startswith(name)]
+        return related[:3] or difflib.get_close_matches(typed, known, 1, 0.82)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

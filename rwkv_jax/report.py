@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from rwkv_jax import distributed, weights
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.dataset import Dataset
 from rwkv_jax.errors import UserError
-from rwkv_jax.metrics import LossWatch, ProgressLine, TrainLog
+from rwkv_jax.metrics import LossWatch, ProgressLine, TrainLog, tell
 from rwkv_jax.model import Params
 from rwkv_jax.schedule import Schedule
 from rwkv_jax.start import Start
@@ -54,6 +55,15 @@ class Report(contextlib.ExitStack):
         is_first = distributed.is_first()
         if not is_first:
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        # Before a bar is drawn: a tracker may ask the person who watches.
+        self.say: Callable[[str], None] = tell
+        trackers = open_trackers(
+            config, begin.about.model, folder, lambda text: self.say(text), begin.resumed
+        )
+        self._trackers = [
+            self.enter_context(contextlib.closing(tracker))
+            for tracker in (trackers if is_first else ())
+        ]
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
         first = begin.step if begin.resumed else None
@@ -69,11 +79,6 @@ class Report(contextlib.ExitStack):
         )
         self.say = self._progress.say
         self.callback(self._progress.close)
-        trackers = open_trackers(config, begin.about.model, folder, self.say, begin.resumed)
-        self._trackers = [
-            self.enter_context(contextlib.closing(tracker))
-            for tracker in (trackers if is_first else ())
-        ]
         self.callback(self.flush)
 
     def add(self, step: int, metrics: Metrics) -> None:

@@ -29,30 +29,53 @@ class Tracker(Protocol):
 class Wandb:
     """Weights & Biases under the official keys; imported, and started, only when asked for.
 
-    As in the official trainer, the first step is 1. `WANDB_MODE=offline` needs no account.
+    As in the official trainer, the first step is 1. `WANDB_MODE=offline` needs no account. Of what
+    wandb prints, its question for an account stays (on a terminal).
 
     Args:
         name: of a new run.
         resumed: continue the run whose id an earlier start has left in the folder.
+        say: takes a line for the person who watches: where the run is found.
+
+    Raises:
+        UserError: there is no API key, or a wrong one.
     """
 
     def __init__(
-        self, project: str, folder: Path, name: str, options: dict[str, Any], resumed: bool
+        self,
+        project: str,
+        folder: Path,
+        name: str,
+        options: dict[str, Any],
+        resumed: bool,
+        say: Callable[[str], None],
     ):
         import wandb
 
         id_file = folder / WANDB_ID
         known = id_file.read_text().strip() if resumed and id_file.exists() else ""
         given: dict[str, Any] = {"id": known, "resume": "allow"} if known else {"name": name}
-        self._run = wandb.init(
-            project=project,
-            dir=folder,
-            config=options,
-            save_code=False,
-            allow_val_change=True,
-            **given,
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=folder,
+                config=options,
+                save_code=False,
+                allow_val_change=True,
+                settings={"silent": True},
+                **given,
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            why = str(error).partition(". ")[0]
+            raise UserError(
+                f"--wandb {project}: {why}; run `wandb login`, set WANDB_API_KEY, or set "
+                "WANDB_MODE=offline to log into the folder alone"
+            ) from None
         id_file.write_text(f"{self._run.id}\n")
+        if self._run.offline:
+            say(f"wandb: offline; `wandb sync {Path(self._run.dir).parent}` uploads the run")
+        elif not self._run.disabled:
+            say(f"wandb: {self._run.url}")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step + 1)
@@ -90,12 +113,13 @@ class Guarded:
     """A tracker that cannot stop a run: what it raises is told, the first time, and no more.
 
     Args:
+        name: the option that asks for it.
         open_tracker: makes it; a `UserError` of this is raised, as the options are wrong then.
         say: takes a line for the person who watches.
     """
 
-    def __init__(self, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
-        self._say, self._told = say, False
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
+        self._name, self._say, self._told = name, say, False
         self._tracker: Tracker | None = None
         self._guard(lambda: setattr(self, "_tracker", open_tracker()), UserError)
 
@@ -115,7 +139,7 @@ class Guarded:
         except Exception as error:
             if not self._told:
                 line = next(iter(str(error).splitlines()), type(error).__name__)
-                self._say(f"warning: a tracker failed ({line}); training goes on without it")
+                self._say(f"warning: --{self._name} failed ({line}); training continues without it")
             self._told = True
 
 
@@ -135,10 +159,10 @@ def open_trackers(
     name = f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {time}"
     options = dataclasses.asdict(config)
     openers: dict[str, Callable[[], Tracker]] = {
-        "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed),
+        "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed, say),
         "tensorboard": lambda: TensorBoard(folder),
         "plot": lambda: LivePlot(folder),
     }
     for option, opener in openers.items():
         if getattr(config, option):
-            yield Guarded(opener, say)
+            yield Guarded(option, opener, say)

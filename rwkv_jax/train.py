@@ -180,7 +180,10 @@ def _loop(
     peak = mesh.size * cost.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
     peak /= cost.model_flops(model)
     exported: dict[str, bool] = {}
-    with stop, Report(config, schedule, data, rates, begin, peak) as report:
+    report = Report(
+        config, schedule, data, rates, begin, peak
+    )  # in which Ctrl-C may end a question
+    with stop, report:
         saver = Saver(checkpoints, config, report.say)
         report.callback(saver.finish)
         batches = prefetch(make_batch, begin.step, stalled=report.stalled)
@@ -266,8 +269,8 @@ def _describe(
 
 
 def main() -> None:
-    config, ignored = parse_train_options(sys.argv[1:])
-    for line in ignored:
+    config, notes = parse_train_options(sys.argv[1:])
+    for line in notes:
         print(f"note: {line}", file=sys.stderr)
     prepare_jax()
     with distributed.joined(config):
