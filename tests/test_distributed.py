@@ -185,7 +185,10 @@ def test_a_device_gets_the_samples_of_its_rank():
 @pytest.mark.parametrize(
     "given, said",
     [
-        ("--coordinator_address here:1 --num_nodes 2", "--process_id -1: give each of the"),
+        (
+            "--coordinator_address here:1 --num_nodes 2",
+            "--process_id -1: give each of the 2 processes",
+        ),
         ("--coordinator_address here:1 --process_id 2 --num_nodes 2", "from 0 to 1"),
         ("--coordinator_address here --process_id 0 --num_nodes 2", "give HOST:PORT"),
     ],
@@ -198,8 +201,105 @@ def test_wrong_options_are_one_line(given, said):
 
 @pytest.mark.parametrize("tasks, named", [("2", {"local_device_ids": []}), ("16", {})])
 def test_the_only_process_of_a_machine_takes_all_of_its_devices(monkeypatch, tasks, named):
+    unset_variables(monkeypatch)
     monkeypatch.setenv("SLURM_NTASKS", tasks)
     assert distributed._named(parse_train_options(["--num_nodes", "2"])[0]) == named
+
+
+TORCH = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+RANKS = {**TORCH, "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # that is at MASTER_PORT itself
+
+
+@pytest.mark.parametrize(
+    "given, variables, named",
+    [
+        ("--num_nodes 2", RANKS, ("10.0.0.1:29500", 16, 9, [1])),
+        ("", RANKS | AGENT, ("10.0.0.1:29501", 16, 9, [1])),
+        ("", RANKS | {"LOCAL_WORLD_SIZE": "1"}, ("10.0.0.1:29500", 16, 9, None)),
+        ("--num_nodes 16", RANKS, ("10.0.0.1:29500", 16, 9, None)),
+        ("--num_nodes 2", RANKS | {"SLURM_NTASKS": "2"}, ("10.0.0.1:29500", 16, 9, [1])),
+        ("--num_nodes 2", {**TORCH, "NODE_RANK": "1"}, ("10.0.0.1:29500", 2, 1, None)),
+        (
+            "--num_nodes 2 --process_id 1 --coordinator_address here:1",
+            RANKS,
+            ("here:1", 2, 1, None),
+        ),
+        # Without who is who, jax asks its clusters.
+        ("--num_nodes 2", TORCH, (None, None, None, None)),
+        ("--num_nodes 2", {"RANK": "1", "WORLD_SIZE": "2"}, (None, None, None, None)),
+        (
+            "--num_nodes 2",
+            {**TORCH, "NODE_RANK": "1", "SLURM_NTASKS": "2"},
+            (None, None, None, []),
+        ),
+    ],
+)
+def test_variables_of_torchrun_and_of_lightning(monkeypatch, given, variables, named):
+    unset_variables(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = distributed._named(parse_train_options(given.split())[0])
+    keys = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    assert tuple(found.get(key) for key in keys) == named
+
+
+def unset_variables(monkeypatch):
+    for name in (*RANKS, *AGENT, "NODE_RANK", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "given, variables, said",
+    [
+        ("", RANKS | {"RANK": "16"}, "RANK 16: give each of the 16 processes its own"),
+        ("", RANKS | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two: give a number"),
+        ("", RANKS | {"MASTER_PORT": ""}, "MASTER_PORT=: give a number"),
+        ("--num_nodes 2", {**TORCH, "NODE_RANK": "2"}, "NODE_RANK 2: give each of the 2"),
+    ],
+)
+def test_wrong_variables_are_one_line(monkeypatch, given, variables, said):
+    unset_variables(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        with distributed.joined(parse_train_options(given.split())[0]):
+            pass
+
+
+def test_one_process_of_torchrun_is_alone(monkeypatch):
+    unset_variables(monkeypatch)
+    for name, value in (RANKS | {"RANK": "0", "WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with distributed.joined(parse_train_options([])[0]):
+        assert jax.process_count() == 1
+
+
+def test_processes_of_torchrun_meet():
+    program = (
+        "import jax\n"
+        "from rwkv_jax import config, distributed, sharding\n"
+        "jax.config.update('jax_platforms', 'cpu')\n"
+        "with distributed.joined(config.parse_train_options(['--devices', '2'])[0]):\n"
+        "    mesh = sharding.make_mesh(2)\n"
+        "    print('mesh', mesh.size, flush=True)\n"
+        "    assert jax.process_count() == mesh.size\n"
+    )
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    out = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "mesh 2" in out[0]
 
 
 def test_machines_that_nothing_names_are_one_line():

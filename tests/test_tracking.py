@@ -1,7 +1,10 @@
 """Where a run's numbers go: the step log and its reader, wandb's calls, TensorBoard's events."""
 
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.step_log import COLUMNS, STEP_LOG, StepLog, read_step_log
 from rwkv_jax.tracking import WANDB_ID, Guarded, TensorBoard, Wandb
 
+ROOT = Path(__file__).parent.parent
 WD = 0.001
 
 
@@ -96,6 +100,9 @@ def wandb_calls(monkeypatch) -> list:
             id=given.get("id") or f"made{len(calls)}",
             log=lambda values, step: calls.append(("log", step, values)),
             finish=lambda: calls.append(("finish",)),
+            offline=False,
+            disabled=False,
+            url="https://wandb.ai/me/goose/runs/made1",
         )
 
     fake = types.ModuleType("wandb")
@@ -107,11 +114,13 @@ def wandb_calls(monkeypatch) -> list:
 def test_wandb_is_called_with_what_was_given(wandb_calls, tmp_path):
     """The first step is 1, as in the official trainer."""
     options = {"n_layer": 12, "lr_init": 6e-4}
-    wandb = Wandb("goose", tmp_path, "65536 ctx512", options, resumed=False)
+    said = []
+    wandb = Wandb("goose", tmp_path, "65536 ctx512", options, False, said.append)
+    assert said == ["wandb: https://wandb.ai/me/goose/runs/made1"]
     wandb.log(0, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1})
     wandb.close()
     general = {"project": "goose", "dir": tmp_path, "config": options}
-    general |= {"save_code": False, "allow_val_change": True}
+    general |= {"save_code": False, "allow_val_change": True, "settings": {"silent": True}}
     assert wandb_calls == [
         ("init", {**general, "name": "65536 ctx512"}),
         ("log", 1, {"loss": 4.5, "lr": 6e-4, "wd": 0.001, "Gtokens": 0.1}),
@@ -121,23 +130,52 @@ def test_wandb_is_called_with_what_was_given(wandb_calls, tmp_path):
 
 def test_wandb_continues_the_run_of_a_resumed_one_only(wandb_calls, tmp_path):
     for resumed in (True, True, False, True):
-        Wandb("goose", tmp_path, "new", {}, resumed)
+        Wandb("goose", tmp_path, "new", {}, resumed, print)
     told = [{key: given.get(key) for key in ("id", "resume", "name")} for _, given in wandb_calls]
     new = {"id": None, "resume": None, "name": "new"}
     again = {"id": "made1", "resume": "allow", "name": None}
     assert told == [new, again, new, {**again, "id": "made3"}]
 
 
-def test_wandb_offline_keeps_its_id(tmp_path, monkeypatch):
-    """The package itself, without a network."""
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
+def test_wandb_offline_keeps_its_id(tmp_path, monkeypatch, capfd):
+    """The package itself, without a network, prints nothing; we say where the run is."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said = []
     for resumed in (False, True):
-        wandb = Wandb("goose", tmp_path, "65536 ctx512", {"lr_init": float(resumed)}, resumed)
+        options = {"lr_init": float(resumed)}
+        wandb = Wandb("goose", tmp_path, "65536 ctx512", options, resumed, said.append)
         wandb.log(int(resumed), {"loss": 4.5})
         wandb.close()
+    assert capfd.readouterr() == ("", "")
+    assert [line.startswith("wandb: offline; `wandb sync ") for line in said] == [True, True]
+    assert all(Path(line.split()[4].rstrip("`")).is_dir() for line in said)
     (run_id,) = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert (tmp_path / WANDB_ID).read_text() == f"{run_id}\n"
+
+
+@pytest.mark.parametrize("key", ["", "abc"])
+def test_wandb_without_a_usable_key_is_an_error_of_the_options(tmp_path, key):
+    """The package itself, where there is no terminal; in a process of its own, as it keeps keys."""
+    program = (
+        "from rwkv_jax.config import ModelConfig, TrainConfig\n"
+        "from rwkv_jax.errors import run_command\n"
+        "from rwkv_jax.tracking import open_trackers\n"
+        "config = TrainConfig(wandb='goose')\n"
+        f"arguments = (config, ModelConfig(1, 64), Path({str(tmp_path)!r}), print, False)\n"
+        "run_command(lambda: list(open_trackers(*arguments)))\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"WANDB_API_KEY": key} if key else {}
+    for name in {"WANDB_MODE", "NETRC", *(() if key else ("WANDB_API_KEY",))}:
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", "from pathlib import Path\n" + program],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    [line] = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith("error: --wandb goose: ") and "WANDB_MODE=offline" in line
+    assert list(tmp_path.iterdir()) == [] or not (tmp_path / WANDB_ID).exists()
 
 
 class Failing:
@@ -159,12 +197,12 @@ class Failing:
 @pytest.mark.parametrize("where", ["open", "log", "close"])
 def test_a_tracker_cannot_stop_a_run(where):
     said = []
-    tracker = Guarded(lambda: Failing(where), said.append)
+    tracker = Guarded("tensorboard", lambda: Failing(where), said.append)
     for step in range(3):
         tracker.log(step, {})
     tracker.close()
     reason = f"network unreachable in {where}"
-    assert said == [f"warning: a tracker failed ({reason}); training goes on without it"]
+    assert said == [f"warning: --tensorboard failed ({reason}); training continues without it"]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_of_the_options():
@@ -172,4 +210,4 @@ def test_a_tracker_that_is_not_installed_is_an_error_of_the_options():
         raise UserError("not installed")
 
     with pytest.raises(UserError, match="not installed"):
-        Guarded(missing, print)
+        Guarded("tensorboard", missing, print)

@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import rwkv_jax
-from rwkv_jax import build, metrics, pth, schedule, weights
+from rwkv_jax import build, metrics, pth, report, schedule, weights
 from rwkv_jax import train as trainer
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.checkpoint import Checkpoints
@@ -522,8 +522,9 @@ def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch
     def init(**given):
         names.append(given.get("name"))
         return types.SimpleNamespace(
-            id="x1", log=lambda values, step: logged.append((step, values)), finish=lambda: None
-        )
+            id="x1", log=lambda values, step: logged.append((step, values)), finish=lambda: None,
+            offline=False, disabled=True,
+        )  # fmt: skip
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     train(config(data, tmp_path, wandb="project"))
@@ -535,6 +536,22 @@ def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch
     train(config(data, tmp_path, wandb="project", my_exit_tokens=(STEPS + 1) * T))
     assert re.fullmatch(rf"{V} ctx{T} L2 D64 \d{{4}}(-\d\d){{5}}", names[0])
     assert names[1:] == [None] and logged[-1][0] == STEPS + 1
+
+
+def test_a_tracker_may_ask_before_there_is_a_bar(data, tmp_path, monkeypatch):
+    """wandb asks for an account: nothing is drawn over its question, and Ctrl-C ends it."""
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def init(**_):
+        found.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+
+    errors = types.SimpleNamespace(UsageError=ValueError, AuthenticationError=ValueError)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, errors=errors))
+    monkeypatch.setattr(report, "ProgressLine", None)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(data, tmp_path, wandb="project"))
+    assert found == [before] and not (tmp_path / "step_log.tsv").exists()
 
 
 def test_plot_draws_the_run(data, tmp_path, standing_still):
