@@ -180,9 +180,7 @@ def _loop(
     peak = mesh.size * cost.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
     peak /= cost.model_flops(model)
     exported: dict[str, bool] = {}
-    report = Report(
-        config, schedule, data, rates, begin, peak
-    )  # in which Ctrl-C may end a question
+    report = Report(config, schedule, data, rates, begin, peak)  # before `stop` takes Ctrl-C
     with stop, report:
         saver = Saver(checkpoints, config, report.say)
         report.callback(saver.finish)
