@@ -68,7 +68,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
         except RuntimeError as error:
             ended()
             why = str(error).splitlines()[0]
-            raise UserError(f"--num_nodes {config.num_nodes}: did not meet: {why}") from None
+            count = named.get("num_processes", config.num_nodes)
+            raise UserError(f"the {count} processes of this run did not meet: {why}") from None
         if not is_first():
             sys.stdout = open(os.devnull, "w")
         try:
