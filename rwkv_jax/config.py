@@ -113,7 +113,7 @@ AUTO = -1  # what `--micro_bsz auto` becomes
 
 def _number_or_auto(text: str) -> int:
     if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return AUTO if text == "auto" else int(text)
 
 
@@ -125,7 +125,7 @@ def _number_or_all(text: str) -> int:
             "give their number here"
         )
     if text not in ("auto", "-1") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return 0 if text in ("auto", "-1") else int(text)
 
 
