@@ -293,8 +293,8 @@ class TrainConfig:
         1, "machine", "MACHINES", "Machines that train together; every one runs the same command "
         "(docs/many-gpus.md).", least=1)
     coordinator_address: str = _option(
-        "", "machine", "HOST:PORT", "Address of the first machine, where neither SLURM nor Open "
-        "MPI nor Kubernetes provides it.")
+        "", "machine", "HOST:PORT", "Address of the first machine, where neither SLURM, Open "
+        "MPI, Kubernetes nor torchrun provides it.")
     process_id: int = _option(
         -1, "machine", "NUMBER", "Number of this machine, from 0; with --coordinator_address.",
         least=-1)
