@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rwkv_jax.errors import CommandParser, UserError
-from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES
+from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES, device_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +115,6 @@ def _number_or_auto(text: str) -> int:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return AUTO if text == "auto" else int(text)
-
-
-def _number_or_all(text: str) -> int:
-    if "," in text:
-        which = text.strip("[], ")
-        raise argparse.ArgumentTypeError(
-            f"{text!r} lists devices: set CUDA_VISIBLE_DEVICES={which} before the command, and "
-            "give their number here"
-        )
-    if text not in ("auto", "-1") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return 0 if text in ("auto", "-1") else int(text)
 
 
 def _whole(text: str) -> int:
@@ -288,7 +276,7 @@ class TrainConfig:
         "auto", "machine", "", "What to run on; cuda is gpu.", "auto", "gpu", "cuda", "cpu")
     devices: int = _option(
         0, "machine", "NUMBER|auto", "How many of them, on each machine; 0, -1 or auto: all.",
-        least=-1, parse=_number_or_all)
+        least=-1, parse=device_count)
     num_nodes: int = _option(
         1, "machine", "MACHINES", "Machines that train together; every one runs the same command "
         "(docs/many-gpus.md).", least=1)

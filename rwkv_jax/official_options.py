@@ -39,6 +39,25 @@ def _each(
     return dict.fromkeys(names.split(), OfficialOption(reason, agreeing, becomes, parse))
 
 
+def device_count(text: str) -> int:
+    """Of a number of devices as Lightning writes it; 0: all."""
+    if "," in text:
+        which = text.strip("[], ")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} lists devices: set CUDA_VISIBLE_DEVICES={which} before the command, and "
+            "give their number here"
+        )
+    if text not in ("auto", "-1") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return 0 if text in ("auto", "-1") else int(text)
+
+
+def _gpus(text: str) -> int:
+    if text == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is no GPU: --accelerator cpu trains without")
+    return device_count(text)
+
+
 def _minutes(text: str) -> float:
     """Of a time as Lightning writes it."""
     try:
@@ -91,7 +110,7 @@ OFFICIAL_OPTIONS: dict[str, OfficialOption] = {
     ),
     # Of Lightning's Trainer: those that have a meaning here.
     **_each("gradient_clip_val", "", None, "grad_clip"),
-    **_each("gpus", "", None, "devices"),
+    **_each("gpus", "", None, "devices", _gpus),
     **_each("max_time", "", None, "max_minutes", _minutes),
     # … those that the official trainer replaces, or that only its unused parts read.
     **_each("max_epochs min_epochs min_steps", "--epoch_count and --my_exit_tokens end a run"),
