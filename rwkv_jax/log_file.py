@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 _MOST_WAITING = 8 << 20  # bytes of lines that are kept in memory while they cannot be written
@@ -10,9 +11,10 @@ _MOST_WAITING = 8 << 20  # bytes of lines that are kept in memory while they can
 class LogFile:
     """Lines that begin with an ascending number: a step, a miniepoch.
 
-    A resumed run does some steps again, so the lines from `first` on are dropped, and one that a
-    kill cut short: each number is there once. A run that starts without a checkpoint appends: what
-    is there may be another's. Lines that cannot be written wait, in order, for the next try.
+    A resumed run does some steps again, so the lines from `first` on are dropped, and so is what a
+    kill or a power cut left at the end: each number is there once. A run that starts without a
+    checkpoint appends: what is there may be another's, but for NUL bytes at the end. Lines that
+    cannot be written wait, in order, for the next try.
 
     Args:
         header: line of a new file.
@@ -22,21 +24,13 @@ class LogFile:
     def __init__(self, path: Path, first: int | None, header: str = ""):
         self._path = path
         self._waiting = b""
-        size, cut, last, line = 0, None, -1, b"\n"
+        self._size, line_ends = 0, True  # of what stays
         with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
-            for line in lines:
-                number = _number(line)
-                if number <= last:  # where a run began to append
-                    cut = None
-                if cut is None and first is not None:
-                    if number >= first or not line.endswith(b"\n"):
-                        cut = size
-                size, last = size + len(line), number
-        if first is None and not line.endswith(b"\n"):
-            self._waiting = b"\n"
-        self._size = size if cut is None else cut  # of what stays
+            self._size, line_ends = _what_stays(lines, first, header.encode())
         if not self._size:
             self._waiting = header.encode()
+        elif not line_ends:
+            self._waiting = b"\n"
         self.append("")
 
     def append(self, line: str) -> str:
@@ -63,8 +57,40 @@ class LogFile:
             os.fsync(file.fileno())
 
 
-def _number(line: bytes) -> int:
+def _what_stays(lines: Iterable[bytes], first: int | None, header: bytes) -> tuple[int, bool]:
+    """How many bytes of a file `LogFile` leaves, and whether they end a line."""
+    size, cut, last, line = 0, None, -1, b""
+    for line in lines:
+        number = _number(line)
+        if number is not None and _is_whole(line):
+            if number <= last or (first is not None and number < first):
+                cut = None  # a run began to append here, or went on after what a crash had left
+            if cut is None and first is not None and number >= first:
+                cut = size
+            last = number
+        elif cut is None and not _is_whole(line):
+            cut = size
+        size += len(line)
+    if first is not None:
+        return (size, True) if cut is None else (cut, True)
+    text = line.rstrip(b"\0")
+    size -= len(line) - len(text)
+    if header.startswith(text) and size == len(text):  # that is all
+        return 0, True
+    return size, not text or text.endswith(b"\n")
+
+
+def _number(line: bytes) -> int | None:
     try:
         return int(line.split(maxsplit=1)[0])
     except (ValueError, IndexError):
-        return -1  # a header
+        return None  # a header
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether it ends, and has no bytes but text: a power cut leaves others, NUL for the most."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return False
+    return text.endswith("\n") and text.rstrip().expandtabs().isprintable()

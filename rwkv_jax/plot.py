@@ -82,25 +82,24 @@ def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
 def _read_train_log(file: Path) -> dict[int, float]:
     """The mean loss of each miniepoch, in their order.
 
-    What the official trainer writes when it starts (NEW RUN, its options) and a last line that was
-    cut are passed over.
+    What the official trainer writes when it starts (NEW RUN, its options) is passed over, and a
+    line that a crash cut short or damaged.
     """
+    means, others = {}, []
     try:
-        text = file.read_text("utf-8")
-        rows = [
-            line.split()
-            for line in text.splitlines()
-            if line.strip() and not line.startswith(("NEW RUN", "{"))
-        ]
-        if rows and not text.endswith("\n") and len(rows[-1]) < 3:
-            rows.pop()
-        means = {int(row[0]): float(row[1]) for row in rows}  # a run that went on writes one again
+        lines = file.read_text("utf-8", "replace").splitlines()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give a run's folder or its log") from None
-    except (ValueError, IndexError, UnicodeDecodeError):
+    for line in filter(str.strip, lines):
+        try:
+            number, loss, _ = line.split(maxsplit=2)
+            means[int(number)] = float(loss)  # a run that went on writes one again
+        except ValueError:
+            others.append(line)
+    if others and not means and not any(line.startswith(("NEW RUN", "{")) for line in others):
         raise UserError(
             f"{file}: is no train_log.txt; its lines begin with a miniepoch and its mean loss"
-        ) from None
+        )
     return dict(sorted(means.items()))
 
 

@@ -257,3 +257,14 @@ def test_a_last_line_that_was_cut(tmp_path):
     assert plot.read_run(log).loss.tolist() == [4.875856]
     log.write_text("0 4.875856 131.0 0.0006 t 0\n1 4.028621 56.")
     assert plot.read_run(log).loss.tolist() == [4.875856, 4.028621]
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 100, b"\0\0\n", b"\xff\xfe\n", b"1 4.0\0\0\n", b"1\n"])
+def test_what_a_crash_left_is_passed_over(tmp_path, junk):
+    log = tmp_path / "train_log.txt"
+    for content in (
+        b"0 4.5 90.0 0.0006 t 0\n" + junk,
+        junk.rstrip(b"\n") + b"\n0 4.5 90.0 0 t 0\n",
+    ):
+        log.write_bytes(content)
+        assert plot.read_run(log).loss.tolist() == [4.5]
