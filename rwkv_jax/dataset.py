@@ -80,7 +80,8 @@ def choose_magic_prime(name: str, tokens: int, ctx_len: int, given: int | None =
 
     Fewer than 3 slots have no magic prime and are refused: there is nothing to shuffle, and a
     shorter `ctx_len` makes use of the text. A given prime needs p·ctx_len + 1 tokens, so that the
-    last slot has its target.
+    last slot has its target, and, as in the official trainer, more than 0.9 of the slots (where the
+    largest one has so many).
 
     Args:
         name: of the data, for the error.
@@ -107,6 +108,8 @@ def choose_magic_prime(name: str, tokens: int, ctx_len: int, given: int | None =
         reason = "is not a prime"
     elif given % 3 != 2:
         reason = f"leaves {given % 3}, not 2, when divided by 3"
+    elif given < largest and given <= 0.9 * (tokens // ctx_len):
+        reason = f"would visit {given} of the {tokens // ctx_len} samples alone"
     else:
         return given
     raise UserError(f"{name}: magic_prime {given} {reason}; use {largest}, or leave it out")

@@ -143,13 +143,15 @@ def test_magic_prime_is_the_largest_there_is():
 
 def test_a_given_magic_prime_is_checked():
     assert choose_magic_prime("d", 200499, 4096, 47) == 47
-    assert choose_magic_prime("d", 200499, 4096, 41) == 41
+    assert choose_magic_prime("d", 1498226207, 512, 2926169) == 2926169  # not the largest
     for given, reason in [
         (46, "is not a prime"),
         (35, "is not a prime"),
         (1, "is not a prime"),
         (0, "is not a prime"),
         (-47, "is not a prime"),
+        (41, "would visit 41 of the 48 samples alone"),
+        (23, "would visit 23 of the 48 samples alone"),  # of twice the ctx_len
         (43, "leaves 1, not 2, when divided by 3"),
         (3, "leaves 0, not 2, when divided by 3"),
         (53, "needs 217089 tokens at ctx_len 4096, of which it has 200499"),
