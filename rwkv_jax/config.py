@@ -173,8 +173,10 @@ class TrainConfig:
         "", "model", "", "Sets n_layer and n_embd (default 0.1b).", "", *SIZES, *SIZE_ALIASES)
     n_layer: int = _option(0, "model", "LAYERS", "Number of layers, L; overrides --size.", least=0)
     n_embd: int = _option(0, "model", "WIDTH", "Width, C; overrides --size.", least=0)
-    vocab_size: int = _option(65536, "model", "ROWS", "Rows of embedding and head, V.", least=2)
-    head_size: int = _option(64, "model", "", "Width of a head, N.", *HEAD_SIZES)
+    vocab_size: int | None = _option(
+        None, "model", "ROWS", "Rows of embedding and head, V (default 65536).", least=2, parse=int)
+    head_size: int | None = _option(
+        None, "model", "", "Width of a head, N (default 64).", *HEAD_SIZES, parse=int)
     dim_ffn: int = _option(
         0, "model", "WIDTH", "Inner width of the channel mix; 0: 4·n_embd.", least=0)
     lora_dims: str = _option(
@@ -301,12 +303,13 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             least = field.metadata["least"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice != "")
                 raise UserError(f"--{field.name} {value}: choose one of {known}")
             if least is not None and value is not None:
                 if not (value >= least and math.isfinite(value)):
-                    raise UserError(f"--{field.name} {value}: give {least} or more")
+                    omit = ", or leave it out" if field.default is None else ""
+                    raise UserError(f"--{field.name} {value}: give {least} or more{omit}")
         same: dict[str, dict[Any, Any]] = {
             "load_model": {"0": ""},
             "accelerator": {"cuda": "gpu"},
@@ -351,8 +354,8 @@ class TrainConfig:
         return ModelConfig(
             n_layer=self.n_layer or n_layer,
             n_embd=self.n_embd or n_embd,
-            vocab_size=self.vocab_size,
-            head_size=self.head_size,
+            vocab_size=self.vocab_size or ModelConfig.vocab_size,
+            head_size=self.head_size or ModelConfig.head_size,
             dim_ffn=self.dim_ffn,
             **self._low_rank(size),
         )

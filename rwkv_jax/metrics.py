@@ -79,7 +79,7 @@ class ProgressLine:
             tell("compiling the step …")
 
     def show(self, step: int, loss: float, running: float, rate: float, norm: float) -> float:
-        """Shows that a step is done; returns the speed in tokens a second (0 for the first).
+        """Shows that a step is done; returns the speed in tokens a second (0: not known yet).
 
         Args:
             running: mean loss of the miniepoch so far.
@@ -90,11 +90,13 @@ class ProgressLine:
         self._times.append((step, now))
         (old_step, old), done = self._times[0], step + 1
         pace = (step - old_step) / (now - old) if step > old_step else 0.0  # steps a second
-        left = str(datetime.timedelta(seconds=round((self.last - done) / pace))) if pace else "?"
         text = f"step {done}/{self.last} loss {loss:.4f} running {running:.4f} lr {rate:.2e}"
-        more = f"norm {norm:.2f} {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
-        if self.peak:
-            more += f" MFU {pace * self.tokens / self.peak:.1%}"
+        more = f"norm {norm:.2f}"
+        if pace:  # two steps show it
+            left = datetime.timedelta(seconds=round((self.last - done) / pace))
+            more += f" {pace:.2f} it/s {pace * self.tokens / 1000:.2f} Kt/s left {left}"
+            if self.peak:
+                more += f" MFU {pace * self.tokens / self.peak:.1%}"
         if self._bar:  # beside which 80 columns hold half of it
             self._bar.update(self._task, completed=done, description=f"{text}\n{more}")
         elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:

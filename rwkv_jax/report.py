@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rwkv_jax import distributed, weights
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.dataset import Dataset
 from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import LossWatch, ProgressLine, TrainLog, tell
@@ -57,8 +59,9 @@ class Report(contextlib.ExitStack):
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         # Before a bar is drawn: a tracker may ask the person who watches.
         self.say: Callable[[str], None] = tell
+        options = _resolved(config, schedule, data, begin.about.model)
         trackers = open_trackers(
-            config, begin.about.model, folder, lambda text: self.say(text), begin.resumed
+            config, begin.about.model, options, folder, lambda text: self.say(text), begin.resumed
         )
         self._trackers = [
             self.enter_context(contextlib.closing(tracker))
@@ -126,15 +129,16 @@ class Report(contextlib.ExitStack):
             "lr": rate,
             "wd": self._config.weight_decay,
             "Gtokens": (step + 1) * self._schedule.tokens_per_step / 1e9,
-            "kt/s": speed / 1000,
             "grad_norm": norm,
         }
-        if self._progress.peak:
+        if speed:
+            values["kt/s"] = speed / 1000
+        if speed and self._progress.peak:
             values["mfu"] = speed / self._progress.peak
         for tracker in (self._step_log, *self._trackers):
             tracker.log(step, values)
         ends = self._schedule.ends_miniepoch(step)
-        if ends or step + 1 == self._schedule.last_step:
+        if ends or (step + 1 == self._schedule.last_step and not self._schedule.ends_a_miniepoch):
             self._train_log.add(self._schedule.miniepoch(step), self.running.mean, rate)
         if ends:
             self.running.reset()
@@ -154,3 +158,22 @@ class Report(contextlib.ExitStack):
         """Makes the logs survive a power cut, before a checkpoint says that the steps are done."""
         self._train_log.flush()
         self._step_log.flush()
+
+
+def _resolved(
+    config: TrainConfig, schedule: Schedule, data: Dataset, model: ModelConfig
+) -> dict[str, Any]:
+    """The options as the run takes them, and the official real_bsz: what trackers keep of a run."""
+    lr_init, lr_final = config.learning_rates(model.n_embd)
+    micro_batches = config.micro_bsz * config.accumulate_grad_batches * config.num_nodes
+    return {
+        **dataclasses.asdict(config),
+        **dataclasses.asdict(model),
+        "lr_init": lr_init,
+        "lr_final": lr_final,
+        "warmup_steps": max(config.warmup_steps, 0),
+        "magic_prime": data.magic_prime,
+        "my_exit_tokens": config.my_exit_tokens or len(data.tokens),
+        "devices": schedule.batch // micro_batches,
+        "real_bsz": schedule.batch,
+    }

@@ -14,14 +14,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rwkv_jax.checkpoint import About, Checkpoints
+import numpy as np
+
+from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.dataset import Dataset, fingerprint
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.step import TrainState
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
 ONE_PRESS_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal has sent already
+
+WEIGHTS = "weights of load_model"  # in a run's identity: what they are, not where
+_GONE = "missing"  # instead of these, where --load_model names nothing
 
 # Options that a run may go on with changed; every later step is another for it.
 _CHANGEABLE = (
@@ -50,9 +56,37 @@ def identity(config: TrainConfig, data: Dataset, batch: int) -> dict[str, Any]:
         "magic_prime": data.magic_prime,
         "epoch_begin": config.epoch_begin,
         "random_seed": config.random_seed,
-        "load_model": str(Path(config.load_model).resolve()) if config.load_model else "",
+        WEIGHTS: weights_fingerprint(config.load_model),
         **{name: getattr(config, name) for name in _CHANGEABLE},
     }
+
+
+def weights_fingerprint(load_model: str) -> str:
+    """Tells the content of one --load_model from another's; empty for none.
+
+    A folder is known by the manifest of its newest checkpoint, which has the hash of every file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(load_model)
+    if load_model and path.is_dir() and not (path / MANIFEST).exists():
+        path = path / "checkpoints" / str(next(iter(Checkpoints(path / "checkpoints").steps()), ""))
+    file = path / MANIFEST if path.is_dir() else path
+    if not load_model or not file.exists():
+        return _GONE if load_model else ""
+    with reporting_os_errors(file, "read"):
+        content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+    return fingerprint(content)
+
+
+def resumed_weights(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The `WEIGHTS` of a resumed run, which needs no --load_model: it may be left out, or be gone.
+
+    None: not known, of a checkpoint from before they were recorded.
+    """
+    begun, given = then.get(WEIGHTS), now[WEIGHTS]
+    return begun if not given or (given == _GONE and begun != "") else given
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -60,11 +94,10 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[
 
     A run that began with --load_model goes on without it, too.
     """
-    differing = [
-        name
-        for name in now
-        if then.get(name) != now[name] and not (name == "load_model" and not now[name])
-    ]
+    now = {**now, WEIGHTS: resumed_weights(then, now)}
+    if then.get(WEIGHTS) is None:
+        then = {**then, WEIGHTS: now[WEIGHTS]}
+    differing = [name for name in now if then.get(name) != now[name]]
     given = {name: "unset" if now[name] is None else now[name] for name in differing}
     told = {name: f"{name} {then.get(name) or 'unset'}, not {given[name]}" for name in differing}
     return (

@@ -29,6 +29,11 @@ class Schedule:
         """The miniepoch in which the first sample of a step lies."""
         return step * self.batch // MINIEPOCH
 
+    @property
+    def ends_a_miniepoch(self) -> bool:
+        """Whether any step of the run does."""
+        return self.miniepoch(self.last_step) > self.miniepoch(self.first_step)
+
     def ends_miniepoch(self, step: int) -> bool:
         return self.miniepoch(step + 1) > self.miniepoch(step)
 

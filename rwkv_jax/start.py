@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import secrets
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +19,17 @@ from rwkv_jax import distributed, pth, weights
 from rwkv_jax.checkpoint import About, Checkpoints, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
+from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.initialisation import init_params, is_of_seed
 from rwkv_jax.model import Params
 from rwkv_jax.optimizer import at_step
-from rwkv_jax.run import changes
+from rwkv_jax.run import WEIGHTS, changes, resumed_weights
+from rwkv_jax.schedule import Schedule
 from rwkv_jax.sharding import STRATEGIES
 from rwkv_jax.step import TrainState, abstract_state, fresh_moments
-from rwkv_jax.step_log import STEP_LOG
 
 INIT = "rwkv-init.pth"
+FINAL = "rwkv-final.pth"
 _NUMBERED = re.compile(r"rwkv-(\d+)\.pth")
 
 MakeOptimizer = Callable[[ModelConfig], optax.GradientTransformation]
@@ -48,12 +51,15 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
     A folder with checkpoints is resumed, with the epoch_begin of its run. One that has none, but
     has weights rwkv-{n}.pth, is a run of the official trainer (or one whose checkpoints were
     removed): as there, in its train_stage 2 and 3, the largest n is loaded and miniepoch n + 1 is
-    the next. Else rwkv-init.pth is loaded, if it is there.
+    the next; the one before it, if the file is damaged. Else rwkv-init.pth is loaded, if it is
+    there.
 
     Raises:
-        UserError: the options would have such weights overwritten, or leave a gap after them.
+        UserError: the options would have such weights, or rwkv-final.pth, overwritten, or leave a
+            gap after them; or they are all damaged.
     """
-    for step in checkpoints.steps():
+    steps = checkpoints.steps()
+    for step in steps:
         with contextlib.suppress(UserError):  # `start` names what is damaged
             run = checkpoints.claim(step).run
             begin, warmup = config.epoch_begin, config.warmup_steps
@@ -62,53 +68,73 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
                 epoch_begin=begin or run.get("epoch_begin", begin),
                 warmup_steps=run.get("warmup_steps", warmup) if warmup < 0 else warmup,
             )
+    if steps:
+        return config
     folder = Path(config.proj_dir)
-    numbers = [
-        int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))
-    ]
-    last = max(numbers, default=-1)
-    if numbers and config.train_stage > 0 and not _redoes(folder, last, config.epoch_begin):
-        there = f"{folder / f'rwkv-{last}.pth'}: is there without a checkpoint"
-        if not config.load_model and config.epoch_begin not in (0, last + 1):
+    if (final := folder / FINAL).exists():
+        raise UserError(
+            f"{final}: is there without a checkpoint, and would be overwritten: move it, or give "
+            f"another --proj_dir (and --load_model {shlex.quote(str(final))} to train it further)"
+        )
+    numbers = exported(folder)
+    if numbers and (config.load_model or config.train_stage == 0):
+        if numbers[0] >= config.epoch_begin:
+            option = "--load_model" if config.load_model else "--train_stage"
             raise UserError(
-                f"{there}: training continues at miniepoch {last + 1}, not at --epoch_begin "
-                f"{config.epoch_begin}; leave the option out, or give another --proj_dir"
+                f"{_numbered(folder, numbers[0])}: is there without a checkpoint, and would be "
+                f"overwritten: to continue from it leave {option} out; else give another --proj_dir"
             )
-        if not config.load_model:
-            path = str(folder / f"rwkv-{last}.pth")
-            warmup = 10 if config.warmup_steps < 0 else config.warmup_steps
-            return dataclasses.replace(
-                config, load_model=path, epoch_begin=last + 1, warmup_steps=warmup
-            )
-        if last >= config.epoch_begin:
-            raise UserError(
-                f"{there}, and would be overwritten: to continue from it leave --load_model out; "
-                "else give another --proj_dir, or --train_stage 0 to overwrite"
-            )
+    elif numbers:
+        return _continued(config, folder, numbers)
     if not config.load_model and (folder / INIT).exists():
         return dataclasses.replace(config, load_model=str(folder / INIT))
     return config
 
 
-def _redoes(folder: Path, last: int, begin: int) -> bool:
-    """Whether a run of ours was killed between its first export and its first checkpoint.
+def exported(folder: Path) -> list[int]:
+    """The n of all rwkv-{n}.pth in a folder, the largest first."""
+    names = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
+    return sorted((int(match[1]) for match in names if match), reverse=True)
 
-    It is done again from its beginning, where its step log began, and comes to the same weights.
-    """
-    try:
-        with (folder / STEP_LOG).open(encoding="utf-8", errors="replace") as lines:
-            words = [line.split() for _, line in zip(range(2), lines, strict=False)]
-    except OSError:
-        return False
-    first = words[1][0] if len(words) > 1 and words[1] else ""
-    return last == begin and first.isdecimal() and (int(first) > 0) == (begin > 0)
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder / (f"rwkv-{number}.pth" if number >= 0 else INIT)
+
+
+def _continued(config: TrainConfig, folder: Path, numbers: list[int]) -> TrainConfig:
+    """The options with the newest of these weights that can be read, and the miniepoch after it."""
+    damaged = []
+    for number in [*numbers, -1] if (folder / INIT).exists() else numbers:
+        path = _numbered(folder, number)
+        with reporting_os_errors(path, "read"):  # which does not mean that it is damaged
+            path.open("rb").close()
+        try:
+            pth.read(path)
+        except UserError as error:
+            damaged.append(error)
+            continue
+        if config.epoch_begin not in (0, number + 1):
+            raise UserError(
+                f"{path}: is there without a checkpoint: training continues at miniepoch "
+                f"{number + 1}, not at --epoch_begin {config.epoch_begin}; leave the option out, "
+                "or give another --proj_dir"
+            )
+        for reason in damaged:
+            print(f"warning: {reason}; taking {path.name}, at miniepoch {number + 1}", flush=True)
+        warmup = 10 if config.warmup_steps < 0 and number >= 0 else config.warmup_steps
+        return dataclasses.replace(
+            config, load_model=str(path), epoch_begin=number + 1, warmup_steps=warmup
+        )
+    raise UserError(
+        f"{damaged[0]}; no other weights are there: copy it again, or give another --proj_dir"
+    )
 
 
 def start(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     make_optimizer: MakeOptimizer,
-    first_step: int,
+    schedule: Schedule,
     checkpoints: Checkpoints,
     run: dict[str, Any],
 ) -> Start:
@@ -119,7 +145,7 @@ def start(
 
     Args:
         config: settled.
-        first_step: of a run that has weights alone.
+        schedule: whose first step is that of a run that has weights alone.
         run: `run.identity`, which a checkpoint's has to equal.
 
     Raises:
@@ -131,7 +157,7 @@ def start(
         return abstract_state(mesh, model, make_optimizer(model), offload)
 
     if distributed.from_first(bool(checkpoints.steps())):
-        return _resume(config, abstract, first_step, checkpoints, run)
+        return _resume(config, abstract, schedule, checkpoints, run)
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
     with distributed.first_ahead():
@@ -140,10 +166,7 @@ def start(
     model, params = load(config, source)
     if source == init and config.random_seed > 0:
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
-            raise UserError(
-                f"{source}: is not of --random_seed {config.random_seed}; leave the option out, "
-                "or give another --proj_dir"
-            )
+            print(f"note: {source} is not of --random_seed {config.random_seed}: taken as it is")
     of_model = abstract(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
     params = distributed.place(params, where)
@@ -154,7 +177,9 @@ def start(
             f"continued from {source} at miniepoch {config.epoch_begin}, with the weights alone: "
             "the optimizer and the warm-up start anew"
         )
-    return Start(first_step, TrainState(params, opt_state), About(model, run=run), origin, False)
+    return Start(
+        schedule.first_step, TrainState(params, opt_state), About(model, run=run), origin, False
+    )
 
 
 def _is_numbered_of(config: TrainConfig, source: Path) -> bool:
@@ -164,7 +189,7 @@ def _is_numbered_of(config: TrainConfig, source: Path) -> bool:
 def _resume(
     config: TrainConfig,
     abstract: Callable[[ModelConfig], TrainState],
-    first_step: int,
+    schedule: Schedule,
     checkpoints: Checkpoints,
     run: dict[str, Any],
 ) -> Start:
@@ -176,9 +201,12 @@ def _resume(
     check_shape(config, about.model, str(source))
     another, changed = changes(about.run, run)
     if another and not config.resume_anyway:
+        same = "the same data and options"
+        if all(change.startswith(WEIGHTS) for change in another):
+            same = "them, or without --load_model"
         raise UserError(
-            f"{checkpoints.folder}: this run was begun with {', '.join(another)}; go on with the "
-            "same data and options, give another --proj_dir, or --resume_anyway 1"
+            f"{checkpoints.folder}: this run was begun with {', '.join(another)}; go on with "
+            f"{same}, give another --proj_dir, or --resume_anyway 1"
         )
     then, now = about.run.get("precision"), run["precision"]
     if then != now and "fp16" in (then, now):
@@ -188,15 +216,23 @@ def _resume(
             "--load_model"
         )
     if another or changed:
+        batch = about.run.get("samples a step", 0)
+        miniepoch = dataclasses.replace(schedule, batch=batch).miniepoch(saved)
+        later = [number for number in exported(Path(config.proj_dir)) if number >= miniepoch]
+        if later:  # the newer checkpoints were damaged, or removed
+            raise UserError(
+                f"{_numbered(Path(config.proj_dir), later[0])}: is of a later step than {source}, "
+                f"and would be overwritten by a run with {', '.join(another + changed)}: move it, "
+                "or give another --proj_dir"
+            )
         print(f"note: this run went on so far with {', '.join(another + changed)}")
     tokens_per_step = [
         then.get("samples a step", 0) * then.get("ctx_len", 0) for then in (about.run, run)
     ]
-    step = max(first_step, saved * tokens_per_step[0] // tokens_per_step[1])
+    step = max(schedule.first_step, saved * tokens_per_step[0] // tokens_per_step[1])
     state = checkpoints.restore(saved, abstract(about.model))
-    state = state._replace(opt_state=at_step(state.opt_state, step - first_step))
-    run = {**run, "load_model": run["load_model"] or about.run.get("load_model", "")}
-    about = dataclasses.replace(about, run=run)
+    state = state._replace(opt_state=at_step(state.opt_state, step - schedule.first_step))
+    about = dataclasses.replace(about, run={**run, WEIGHTS: resumed_weights(about.run, run)})
     if step != saved:  # steps have another size from here on: the old numbers mean nothing
         with distributed.first_ahead():
             if step in checkpoints.steps():
@@ -226,8 +262,9 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
             print(f"warning: {reason}; now {aside.name}, going on from step {step}", flush=True)
         return step, about
     raise UserError(
-        f"{damaged[0][1]}; no other checkpoint is whole: copy one here again, or move "
-        f"{checkpoints.folder} elsewhere to start from the .pth files of the run, or anew"
+        f"{damaged[0][1]}; no other checkpoint is whole: copy one there again, move "
+        f"{checkpoints.folder} elsewhere to continue from the last rwkv-{{n}}.pth, or give another "
+        "--proj_dir"
     )
 
 
@@ -279,9 +316,11 @@ def _load_partial(config: TrainConfig, source: Path) -> tuple[ModelConfig, Param
 
 def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
     """Refuses a model that the options contradict; what they leave open, the file decides."""
-    asked = config.model_config()
+    head_size = config.head_size or model.head_size
+    asked = dataclasses.replace(config, head_size=head_size).model_config()
     names = ["n_layer", "n_embd"] if config.size else []
-    names += [name for name in ("n_layer", "n_embd", "dim_ffn") if getattr(config, name)]
+    given = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
+    names += [name for name in given if getattr(config, name)]
     names += ["dim_w", "dim_a", "dim_v", "dim_g"] if config.lora_dims != "formula" else []
     wrong = [
         f"{name} {getattr(model, name)}, not {getattr(asked, name)}"
@@ -289,9 +328,29 @@ def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
         if getattr(asked, name) != getattr(model, name)
     ]
     if wrong:
-        raise UserError(
-            f"{source}: has {', '.join(wrong)}; leave the option out to take the file's"
-        )
+        way_out = "leave the option out to take the file's"
+        if Path(config.proj_dir).absolute() in Path(source).absolute().parents:
+            way_out += ", or give another --proj_dir"
+        raise UserError(f"{source}: has {', '.join(wrong)}; {way_out}")
+
+
+def prepare(path: Path, config: TrainConfig) -> str:
+    """--train_stage 1: writes rwkv-init.pth where none is; returns what to say.
+
+    Raises:
+        UserError: other weights are there.
+    """
+    if not path.exists():
+        return f"wrote {write_init(path, config)}"
+    model, tensors = weights.open_pth(path)
+    seed = config.random_seed
+    same_shape = model == config.model_config()
+    if same_shape and seed >= 0 and is_of_seed(np.asarray(tensors["emb.weight"]), seed):
+        return f"{path} is there already, of --random_seed {seed}"
+    raise UserError(
+        f"{path}: is there, and is not what these options would write: leave --train_stage 1 out "
+        "to train from it, or give another --proj_dir"
+    )
 
 
 def write_init(path: Path, config: TrainConfig) -> Path:

@@ -1,6 +1,5 @@
 """Where a run's numbers go, step by step: the trackers that were asked for."""
 
-import dataclasses
 import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,9 @@ WANDB_ID = "wandb-run-id.txt"
 class Tracker(Protocol):
     """Takes the numbers of each step, in order; step counts from 0.
 
-    The keys are those of the official trainer's wandb log (loss, lr, wd, Gtokens, kt/s), and
-    grad_norm: the gradient's global norm before clipping; on a GPU whose peak is known also mfu, a
-    fraction.
+    The keys are those of the official trainer's wandb log (loss, lr, wd, Gtokens, and kt/s from the
+    second step on), and grad_norm: the gradient's global norm before clipping; on a GPU whose peak
+    is known also mfu, a fraction.
     """
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
@@ -146,6 +145,7 @@ class Guarded:
 def open_trackers(
     config: TrainConfig,
     model: ModelConfig,
+    options: dict[str, Any],
     folder: Path,
     say: Callable[[str], None],
     resumed: bool,
@@ -153,11 +153,11 @@ def open_trackers(
     """Those that the options ask for, one after the other (the step log is the trainer's own).
 
     Args:
+        options: for those that keep them.
         resumed: the run continues from a checkpoint, and so do those that can.
     """
     time = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     name = f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {time}"
-    options = dataclasses.asdict(config)
     openers: dict[str, Callable[[], Tracker]] = {
         "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed, say),
         "tensorboard": lambda: TensorBoard(folder),

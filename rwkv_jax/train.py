@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import shlex
 import shutil
 import sys
 import time
@@ -25,11 +26,11 @@ from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
 from rwkv_jax.run import Saver, Stop, identity, lock
 from rwkv_jax.schedule import Schedule, make_schedule
-from rwkv_jax.start import INIT, Start, brief, settle, start, write_init
+from rwkv_jax.start import FINAL, INIT, Start, brief, exported, prepare, settle, start
 from rwkv_jax.step import TrainState
+from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
-FINAL = "rwkv-final.pth"
 
 
 def train(config: TrainConfig) -> None:
@@ -48,19 +49,22 @@ def train(config: TrainConfig) -> None:
     folder = Path(config.proj_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--proj_dir {folder}: is a file, or in one; give a folder") from None
     except OSError as error:
         raise UserError(f"--proj_dir {folder}: {error.strerror}; give another folder") from None
     with lock(folder) if distributed.is_first() else contextlib.nullcontext():
         if config.train_stage == 1:
             if distributed.is_first():
-                print(f"wrote {write_init(folder / INIT, config)}")
+                print(prepare(folder / INIT, config))
         else:
             _train(config, mesh, folder, began)
 
 
 def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: float) -> None:
     source = config.data_file, config.ctx_len, config.magic_prime or None
-    data = open_dataset(*source, config.vocab_size)
+    vocab_size = config.vocab_size or ModelConfig.vocab_size
+    data = open_dataset(*source, vocab_size)
     final = folder / FINAL
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as checkpoints:
         config = settle(config, checkpoints)
@@ -73,25 +77,59 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
             config,
             mesh,
             lambda model: _optimizer(config, model, schedule)[1],
-            schedule.first_step,
+            schedule,
             checkpoints,
             identity(config, data, batch),
         )
-        if begin.about.model.vocab_size != config.vocab_size:  # the file of the weights decides
+        if begin.about.model.vocab_size != vocab_size:  # the file of the weights decides
             data = open_dataset(*source, begin.about.model.vocab_size)
         _describe(config, mesh, data, schedule, begin)
-        if begin.step >= schedule.last_step and distributed.from_first(final.exists()):
-            print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
-            return
+        if begin.resumed:
+            _note_exports_gone(config, schedule, begin.step)
+        if distributed.from_first(final.exists()):
+            if begin.step >= schedule.last_step:
+                print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
+                return
+            _check_longer(final, schedule)
         checkpoints.rehearse()
         stop = Stop(began + 60 * config.max_minutes if config.max_minutes else None)
         _loop(config, mesh, data, schedule, checkpoints, begin, stop)
     took = datetime.timedelta(seconds=round(time.monotonic() - began))
     print(
         f"wrote {final} after {took}\n"
-        f"try it: python -m rwkv_jax.generate --load_model {final} "
+        f"try it: python -m rwkv_jax.generate --load_model {shlex.quote(str(final))} "
         "--prompt $'User: 123+456=?\\n\\nAssistant:'"
     )
+
+
+def _note_exports_gone(config: TrainConfig, schedule: Schedule, step: int) -> None:
+    """The official scripts remove rwkv-*.pth to start over: that is not enough here."""
+    folder = Path(config.proj_dir)
+    due = config.epoch_save and schedule.miniepoch(step) > config.epoch_begin
+    if (due or step >= schedule.last_step) and not exported(folder):
+        if not (folder / FINAL).exists():
+            print(
+                f"note: no rwkv-{{n}}.pth or {FINAL} is left in {folder}, but its checkpoints are, "
+                "and are resumed; to start over, give another --proj_dir, or move "
+                f"{folder / 'checkpoints'} elsewhere"
+            )
+
+
+def _check_longer(final: Path, schedule: Schedule) -> None:
+    """Refuses to replace the model of a longer run, whose newest checkpoints are gone.
+
+    Raises:
+        UserError: the folder's log has steps from after this run's last.
+    """
+    tokens = np.zeros(1)
+    with contextlib.suppress(UserError):
+        tokens = np.append(tokens, 1e9 * read_step_log(final.with_name(STEP_LOG))["Gtokens"])
+    planned = schedule.last_step * schedule.tokens_per_step
+    if tokens[-1] > planned * (1 + 1e-6):  # the log has seven digits
+        raise UserError(
+            f"{final}: is of a run of {tokens[-1]:,.0f} tokens, more than these {planned:,}, and "
+            "would be overwritten: move it, or give another --proj_dir"
+        )
 
 
 def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> int:
@@ -153,7 +191,8 @@ def _loop(
 
     A step's loss is fetched while the next one runs, so that the device never waits for the host.
     Exports are written before the checkpoint of their step: whichever step a run goes on from, no
-    file from before it is missing.
+    file from before it is missing. But the first export waits for the first checkpoint, since
+    weights without one are another trainer's, or a removed run's; a resumed run makes up for it.
 
     Raises:
         UserError: steps in a row were not finite, the data cannot be used, or the final model
@@ -179,13 +218,17 @@ def _loop(
     agree = distributed.make_agree(mesh)
     peak = mesh.size * cost.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
     peak /= cost.model_flops(model)
-    exported: dict[str, bool] = {}
+    written: dict[str, bool] = {}
     report = Report(config, schedule, data, rates, begin, peak)  # before `stop` takes Ctrl-C
     with stop, report:
         saver = Saver(checkpoints, config, report.say)
         report.callback(saver.finish)
         batches = prefetch(make_batch, begin.step, stalled=report.stalled)
         report.enter_context(contextlib.closing(batches))
+        if begin.resumed and begin.step > schedule.first_step:  # a kill, or no room, prevented it
+            for name in _exports(config, schedule, begin.step - 1):
+                if not distributed.from_first((folder / name).exists()):
+                    written[name] = report.try_export(folder / name, state.params)
         for step in range(begin.step, schedule.last_step):
             try:
                 batch = next(batches)
@@ -211,15 +254,20 @@ def _loop(
             stopping, due = agree((bool(stop), saver.overdue()), metrics.loss)
             if exports or stopping or due or saver.due(done):
                 report.catch_up()
+                keep = FINAL in exports or stopping or not report.skipped
+                first = bool(exports) and not (begin.resumed or written)
+                if keep and first:
+                    save(done, state, report.running)
+                    saver.finish()
                 for name in exports:
-                    exported[name] = report.try_export(folder / name, state.params)
-                if FINAL in exports or stopping or not report.skipped:
+                    written[name] = report.try_export(folder / name, state.params)
+                if keep and not first:
                     save(done, state, report.running)
             if stopping and done < schedule.last_step:
                 if saver.finish():
                     tell(f"stopped and saved at step {done}: the same command goes on from there")
                 sys.exit(1)
-    if not exported.get(FINAL):  # failed, or got lost after all steps were done
+    if not written.get(FINAL):  # failed, or got lost after all steps were done
         params = distributed.to_first(state.params)
         if distributed.is_first():
             weights.save_pth(folder / FINAL, params)
@@ -228,8 +276,10 @@ def _loop(
 def _exports(config: TrainConfig, schedule: Schedule, step: int) -> list[str]:
     """Names of the .pth files that hold the weights after this step."""
     names, miniepoch = [], schedule.miniepoch(step)
-    if config.epoch_save and schedule.ends_miniepoch(step):
-        if (miniepoch - config.epoch_begin) % config.epoch_save == 0:
+    if schedule.ends_miniepoch(step):
+        is_last = schedule.miniepoch(step + 1) == schedule.miniepoch(schedule.last_step)
+        every = config.epoch_save
+        if is_last or (every and (miniepoch - config.epoch_begin) % every == 0):
             names.append(f"rwkv-{miniepoch}.pth")
     return names + ([FINAL] if step + 1 == schedule.last_step else [])
 
@@ -256,7 +306,7 @@ def _describe(
         "batch": f"{schedule.batch} samples = {mesh.size} devices x micro_bsz {config.micro_bsz} "
         f"x {config.accumulate_grad_batches}: {schedule.tokens_per_step:,} tokens a step",
         "steps": f"{schedule.last_step:,} ({tokens:,} tokens, "
-        f"{tokens / len(data.tokens):.3g} passes over the data), "
+        f"{tokens / (data.magic_prime * data.ctx_len):.3g} passes over the data), "
         f"a miniepoch every {MINIEPOCH / schedule.batch:,.0f}",
         "learning rate": f"{init:.3g} to {final:.3g}, "
         f"{max(config.warmup_steps, 0)} steps of warm-up",

@@ -95,7 +95,8 @@ def kill_once(process: subprocess.Popen, folder: Path, number: int, rng: random.
 
 
 def compare(folder: Path, alone: Path, steps: int) -> None:
-    # A run that is killed before its first checkpoint begins anew, and appends.
+    # A run that is killed before its first checkpoint begins anew, and appends; what is left of a
+    # miniepoch at the end is not logged.
     assert read_step_log(folder / "step_log.tsv")["step"].tolist() == list(range(steps))
     logs = [
         {
@@ -104,7 +105,7 @@ def compare(folder: Path, alone: Path, steps: int) -> None:
         }
         for run in (folder, alone)
     ]
-    assert logs[0] == logs[1] and len(logs[0]) == -(-steps // MINIEPOCH_STEPS)
+    assert logs[0] == logs[1] and len(logs[0]) == steps // MINIEPOCH_STEPS
     names = [sorted(path.name for path in run.glob("*.pth")) for run in (folder, alone)]
     assert names[0] == names[1] and "rwkv-final.pth" in names[0]
     for name in names[0]:

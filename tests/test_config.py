@@ -352,7 +352,8 @@ def test_without_options_everything_is_official():
     assert (config.beta1, config.beta2, config.adam_eps) == (0.9, 0.99, 1e-18)
     assert (config.weight_decay, config.grad_clip, config.warmup_steps) == (0.001, 1.0, 10)
     assert config.epoch_save == 10
-    assert (config.vocab_size, config.head_size) == (65536, 64)
+    model = config.model_config()
+    assert (model.vocab_size, model.head_size) == (65536, 64)
     assert (config.model_config().n_layer, config.model_config().n_embd) == (12, 768)
 
 
@@ -382,6 +383,7 @@ def test_without_options_everything_is_official():
         (["--accelerator", "tpu"], ["--accelerator tpu", "gpu"]),
         (["--train_stage", "1", "--load_model", "x.pth"], ["--load_model x.pth", "leave"]),
         (["--head_size", "48"], ["--head_size 48", "64"]),
+        (["--vocab_size", "0"], ["--vocab_size 0: give 2 or more, or leave it out"]),
         (["--my_testing", "x060"], ["--my_testing x060", "x070"]),
         (["--dim_att", "512"], ["--dim_att 512", "768"]),
         (["--data_type", "numpy"], ["--data_type numpy", "binidx"]),

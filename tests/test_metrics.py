@@ -85,7 +85,7 @@ def test_lines_without_a_terminal(capsys, clock):
     assert [line.split()[1] for line in lines[1:-1]] == [
         "1/100", "21/100", "41/100", "61/100", "81/100", "100/100",
     ]  # fmt: skip
-    assert lines[1].endswith("left ?")  # one step says nothing about speed
+    assert lines[1].endswith("norm 0.50")  # one step says nothing about speed
     assert lines[2] == (
         "step 21/100 loss 4.8000 running 4.5000 lr 6.00e-04 norm 0.50 2.00 it/s 8.19 Kt/s "
         "left 0:00:40"

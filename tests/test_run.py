@@ -11,7 +11,7 @@ import pytest
 from rwkv_jax import run
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.run import Saver
+from rwkv_jax.run import WEIGHTS, Saver, changes, resumed_weights, weights_fingerprint
 
 WAITING = """
 import time
@@ -144,3 +144,44 @@ def test_saved_is_said_only_of_what_was(also_next):
     assert checkpoints.saved == ([] if also_next else [6])
     assert saver.finish() is not also_next
     assert len(said) == 1 + also_next and "5.partial" in said[0]
+
+
+# What a run began with, what it is resumed with, whether that is refused, and what is kept.
+RESUMED = {
+    "the same": ("a", "a", False, "a"),
+    "left out": ("a", "", False, "a"),
+    "deleted": ("a", "missing", False, "a"),
+    "another": ("a", "b", True, "b"),
+    "begun with none": ("", "a", True, "a"),
+    "begun with none, a wrong name": ("", "missing", True, "missing"),
+    "of an earlier version": (None, "a", False, "a"),
+    "of an earlier version, left out": (None, "", False, None),
+    "of an earlier version, deleted": (None, "missing", False, None),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_weights_that_a_run_is_resumed_with(case):
+    begun, given, refused, kept = RESUMED[case]
+    for then in [{WEIGHTS: begun}] + [{"load_model": "/a/path"}] * (begun is None):
+        another, changed = changes(then, {WEIGHTS: given})
+        assert (bool(another), changed) == (refused, [])
+        assert resumed_weights(then, {WEIGHTS: given}) == kept
+
+
+def test_a_fingerprint_of_weights_is_of_their_content(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"x" * 5000)
+    (tmp_path / "b.pth").write_bytes(b"x" * 5000)
+    (tmp_path / "c.pth").write_bytes(b"x" * 4999 + b"y")
+    (tmp_path / "empty.pth").touch()
+    a, b, c, empty = (weights_fingerprint(str(path)) for path in sorted(tmp_path.iterdir()))
+    assert a == b and len({a, c, empty}) == 3
+    assert weights_fingerprint("") == ""
+    assert weights_fingerprint(str(tmp_path / "d.pth")) == "missing"
+    assert weights_fingerprint(str(tmp_path)) == "missing"  # a folder without checkpoints
+    for name, content in {"checkpoints/7/manifest": b"7", "checkpoints/31/manifest": b"31"}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    newest = weights_fingerprint(str(tmp_path))
+    assert newest == weights_fingerprint(str(tmp_path / "checkpoints" / "31")) != a
+    assert newest != weights_fingerprint(str(tmp_path / "checkpoints" / "7"))

@@ -52,6 +52,21 @@ def test_step_log_goes_on_where_a_run_went_on(tmp_path):
     np.testing.assert_array_equal(log["loss"], [5, 5, 4, 3, 3, 3])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 512, b"3\t0.1", b"3\t0.1\t3.2\t1e-4\t0.5\t12\0\0\n", b"\xff\xfe\x00garbage\n",
+     b"3\t0.1\t3.2\t1e-4\t0.5\t1"],
+)  # fmt: skip
+def test_step_log_is_read_with_what_a_crash_left_in_it(tmp_path, damage):
+    write(tmp_path, {0: 5.0, 1: 4.0})
+    path = tmp_path / STEP_LOG
+    *header, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(header) + last + damage)
+    np.testing.assert_array_equal(read_step_log(path)["loss"], [5, 4])
+    path.write_bytes(b"".join(header) + damage.rstrip(b"\n") + b"\n" + last)
+    assert read_step_log(path)["loss"][-1] == 4
+
+
 def test_step_log_of_no_step(tmp_path):
     write(tmp_path, {})
     assert read_step_log(tmp_path / STEP_LOG)["loss"].shape == (0,)

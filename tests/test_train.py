@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from rwkv_jax.dataset import Dataset, open_dataset
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.initialisation import init_params
 from rwkv_jax.optimizer import at_step
+from rwkv_jax.report import Report
 from rwkv_jax.run import lock
 from rwkv_jax.step import Metrics
 
@@ -117,11 +119,13 @@ def train(options: TrainConfig, stop_after: int | None = None) -> list[float]:
     return losses
 
 
+STILL = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
+
+
 @pytest.fixture
 def standing_still(monkeypatch):
     """Steps that change nothing and cost nothing: for what happens around them."""
-    metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
-    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, metrics))
+    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +180,17 @@ def test_train_log(run):
         assert (words[0], words[4]) == (str(n), str(n))
         assert float(words[1]) == pytest.approx(mean, abs=1e-6)
         assert float(words[2]) == pytest.approx(np.exp(mean), rel=1e-4)
-    # Of each miniepoch's last step: warm-up is at 4/10 and 9/10, then the cosine's last half.
+    # Of each whole miniepoch's last step: warm-up is at 4/10 and 9/10.
     rates = [float(words[3]) for words in log(folder)]
     expected = [0.45 / 64 * (0.01 + 0.99 * done / 10) for done in (4, 9)]
-    assert rates == pytest.approx([*expected, (0.45 + 0.04) / 2 / 64], abs=1e-8)
+    assert rates == pytest.approx(expected, abs=1e-8)
+
+
+def test_train_log_of_less_than_a_miniepoch(data, tmp_path, standing_still):
+    """Its mean so far; it gives way to the whole one's when the run is made longer."""
+    for steps, lines in {MINIEPOCH - 1: ["00"], 2 * MINIEPOCH + 1: ["00", "11"]}.items():
+        train(config(data, tmp_path, my_exit_tokens=steps * T))
+        assert [words[0] + words[4] for words in log(tmp_path)] == lines
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +282,11 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
         ("micro_bsz", 2): "samples a step 1, not 2;",
         ("data_file", str(other)): r"data \w+ \(2000 uint16\), not \w+ \(2000 uint16\);",
         ("random_seed", 1): "random_seed unset, not 1;",
-        ("load_model", "other.pth"): "load_model unset, not .*/other.pth;",
+        (
+            "load_model",
+            f"{data}.bin",
+        ): r"weights of load_model unset, not \w+ \(4000 uint8\); go on "
+        "with them, or without --load_model",
         ("epoch_begin", 1): "epoch_begin unset, not 1;",
     }.items():
         with pytest.raises(UserError, match=f"this run was begun with {changed}"):
@@ -288,7 +303,7 @@ def test_resume_anyway_goes_on_at_as_many_tokens(data, stopped, tmp_path, capsys
     assert len(train(options)) == 14 // 2 - 3  # 7 steps of 1 sample are 3 of 2 and a half
     assert "samples a step 1, not 2" in capsys.readouterr().out
     rates = [float(words[3]) for words in log(tmp_path)]
-    assert rates[-1] == pytest.approx(0.45 / 64 * (0.01 + 0.99 * 6 / 10), abs=1e-8)
+    assert rates[-1] == pytest.approx(0.45 / 64 * (0.01 + 0.99 * 4 / 10), abs=1e-8)
     (newest,) = Checkpoints(tmp_path / "checkpoints").steps()[:1]
     assert newest == 7
 
@@ -415,10 +430,16 @@ def test_bad_data_in_the_middle_stops_with_what_was_done(
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
 
 
-def test_an_initialisation_of_another_seed_is_refused(data, run, tmp_path):
+def test_an_initialisation_of_another_seed_is_taken_as_it_is(
+    data, run, tmp_path, standing_still, capsys
+):
+    """As a base model that was renamed to it is."""
     shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
-    with pytest.raises(UserError, match="rwkv-init.pth: is not of --random_seed 3; remove it"):
-        train(config(data, tmp_path, random_seed=3))
+    train(config(data, tmp_path, random_seed=3))
+    assert "rwkv-init.pth is not of --random_seed 3: taken as it is" in capsys.readouterr().out
+    before = (run[0] / "rwkv-init.pth").read_bytes()
+    assert before == (tmp_path / "rwkv-init.pth").read_bytes()
+    assert before == (tmp_path / "rwkv-final.pth").read_bytes()
 
 
 def stumbling(monkeypatch, finite: Callable[[int], bool]):
@@ -436,13 +457,13 @@ def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, caps
     stumbling(monkeypatch, lambda step: step % 5 != 1)
     train(config(data, tmp_path))
     assert re.findall(r"step (\d+): loss nan", capsys.readouterr().out) == ["1", "6", "11"]
-    assert [words[1] for words in log(tmp_path)] == ["1.000000"] * 3
+    assert [words[1] for words in log(tmp_path)] == ["1.000000"] * 2
 
 
 def test_float16_skips_no_step_at_first(data, tmp_path, capsys):
     train(config(data, tmp_path, precision="fp16"))
     assert "skipped" not in capsys.readouterr().out
-    assert len(log(tmp_path)) == 3
+    assert len(log(tmp_path)) == 2
 
 
 def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
@@ -517,10 +538,11 @@ def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path,
 
 
 def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch, standing_still):
-    logged, names = [], []
+    logged, names, options = [], [], []
 
     def init(**given):
         names.append(given.get("name"))
+        options.append(given["config"])
         return types.SimpleNamespace(
             id="x1", log=lambda values, step: logged.append((step, values)), finish=lambda: None,
             offline=False, disabled=True,
@@ -530,7 +552,14 @@ def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch
     train(config(data, tmp_path, wandb="project"))
     assert [step for step, _ in logged] == list(range(1, STEPS + 1))
     official = {"loss", "lr", "wd", "Gtokens", "kt/s"}
-    assert all(set(values) == official | {"grad_norm"} for _, values in logged)
+    keys = [set(values) for _, values in logged]
+    assert keys == [official - {"kt/s"} | {"grad_norm"}] + [official | {"grad_norm"}] * (STEPS - 1)
+    resolved = {
+        "lr_init": 0.45 / 64, "lr_final": 0.04 / 64, "magic_prime": 113, "devices": 1,
+        "micro_bsz": 1, "real_bsz": 1, "my_exit_tokens": STEPS * T, "vocab_size": V,
+        "head_size": 64, "dim_ffn": 256, "dim_w": 32,
+    }  # fmt: skip
+    assert {name: options[0][name] for name in resolved} == pytest.approx(resolved)
     assert logged[-1][1]["Gtokens"] == STEPS * T / 1e9
     assert logged[-1][1]["wd"] == 0.001
     train(config(data, tmp_path, wandb="project", my_exit_tokens=(STEPS + 1) * T))
@@ -732,27 +761,172 @@ def test_official_weights_are_not_overwritten(data, official_folder, run):
 
 
 def test_stage_zero_does_not_look_for_official_weights(data, run, official_folder, standing_still):
-    assert len(train(config(data, official_folder, train_stage=0))) == STEPS
+    options = {"train_stage": 0, "epoch_begin": 2}
+    assert len(train(config(data, official_folder, **options))) == STEPS - 2 * MINIEPOCH
     final = (official_folder / "rwkv-final.pth").read_bytes()
     assert final == (run[0] / "rwkv-init.pth").read_bytes()
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_done_again(data, run, tmp_path):
-    """After its first export: that is not taken for an official one."""
-    shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
-    shutil.copy(run[0] / "rwkv-0.pth", tmp_path)
-    lines = (run[0] / "step_log.tsv").read_text().splitlines(keepends=True)
-    (tmp_path / "step_log.tsv").write_text("".join(lines[: 1 + MINIEPOCH]))
-    assert train(config(data, tmp_path)) == run[1]
-    assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
+@pytest.mark.parametrize(
+    "cut, taken, miniepoch",
+    [([1], "rwkv-0.pth", 1), ([1, 0], "rwkv-init.pth", 0), ([1, 0, "init"], "", -1)],
+)
+def test_weights_that_were_cut_short(
+    data, official_folder, standing_still, capsys, cut, taken, miniepoch
+):
+    """The ones before are continued, as by the official trainer."""
+    for number in cut:
+        os.truncate(official_folder / f"rwkv-{number}.pth", 1000)
+    if not taken:
+        (official_folder / "rwkv-init.pth").unlink()
+        with pytest.raises(
+            UserError, match="rwkv-1.pth: .*; no other weights are there: .*proj_dir"
+        ):
+            train(config(data, official_folder))
+        return
+    expected = (official_folder / taken).read_bytes()
+    losses = train(config(data, official_folder, epoch_save=0))
+    assert len(losses) == STEPS - miniepoch * MINIEPOCH
+    said = capsys.readouterr().out
+    for number in cut:
+        assert f"rwkv-{number}.pth: " in said
+    assert said.count(f"; taking {taken}, at miniepoch {miniepoch}\n") == len(cut)
+    assert (official_folder / "rwkv-final.pth").read_bytes() == expected
+
+
+# What is in the folder → options that would overwrite it, and what the refusal says.
+FINISHED = {
+    "the end alone": (["final"], {}, "give another --proj_dir .and --load_model .*final.pth"),
+    "after the checkpoints": (["init", "0", "1", "final"], {"my_exit_tokens": 99 * T}, "move it"),
+    "no stage": (["init", "final"], {"train_stage": 0}, "move it, or give another --proj_dir"),
+    "no stage, in between": (["0"], {"train_stage": 0}, "leave --train_stage out"),
+    "another's": (["0"], {"load_model": "rwkv-0.pth"}, "leave --load_model out"),
+    "itself": (["final"], {"load_model": "rwkv-final.pth"}, "another --proj_dir"),
+    "stage one": (["1", "init"], {"train_stage": 1, "random_seed": 7}, "is there, and"),
+    "no seed": (["init"], {"train_stage": 1, "random_seed": -1}, "another --proj_dir"),
+    "another shape": (["init"], {"train_stage": 1, "n_layer": 1}, "another --proj_dir"),
+    "of a longer run": (
+        ["checkpoints/10", "final", "step_log.tsv"], {"my_exit_tokens": 11 * T},
+        "is of a run of 192 tokens, more than these 176",
+    ),
+    "of a later step": (
+        ["checkpoints/10", "1", "2"], {"lr_init": 1e-5},
+        "rwkv-2.pth: is of a later step .* by a run with lr_init unset, not 1e-05",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FINISHED)
+def test_finished_work_is_not_overwritten(data, run, tmp_path, standing_still, case):
+    there, options, message = FINISHED[case]
+    for name in there:
+        source = run[0] / ("rwkv-1.pth" if name == "2" else name)
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        else:
+            name = name if "." in name else f"rwkv-{name}.pth"
+            shutil.copy(source if source.is_file() else run[0] / name, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if "load_model" in options:
+        options = {"load_model": str(tmp_path / options["load_model"])}
+    with pytest.raises(UserError, match=message):
+        train(config(data, tmp_path, **options))
+    (tmp_path / ".lock").unlink()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_stage_one_twice(data, tmp_path, capsys):
+    """The official preparation, given again: nothing is written."""
+    for _ in range(2):
+        train(config(data, tmp_path, train_stage=1, random_seed=5))
+        stamp = (tmp_path / "rwkv-init.pth").stat()
+    assert "rwkv-init.pth is there already, of --random_seed 5" in capsys.readouterr().out
+    assert stamp == (tmp_path / "rwkv-init.pth").stat()
+
+
+def test_an_export_has_a_checkpoint_from_the_first_on(data, run, stopped, tmp_path, monkeypatch):
+    """So a run that is killed between the two makes up for what is missing."""
+    there = []
+
+    def note(self, path, params):
+        there.append((path.name, Checkpoints(path.parent / "checkpoints").steps()[:1]))
+        return try_export(self, path, params)
+
+    try_export = Report.try_export
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "try_export", note)
+        patch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
+        train(config(data, tmp_path / "a"))
+    assert there[0] == ("rwkv-0.pth", [MINIEPOCH])
+
+    shutil.copytree(stopped[0], tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / str(len(stopped[1])))
+    (tmp_path / "b" / "rwkv-0.pth").unlink()
+    train(config(data, tmp_path / "b"), stop_after=MINIEPOCH + 1)
+    assert (tmp_path / "b" / "rwkv-0.pth").read_bytes() == (run[0] / "rwkv-0.pth").read_bytes()
+
+
+def test_a_run_is_known_by_its_content(data, run, tmp_path, standing_still, capsys):
+    """Its folder, its data and its base model may lie elsewhere, and the model be gone."""
+    base = {"a": tmp_path / "a.pth", "b": tmp_path / "b"}
+    shutil.copy(run[0] / "rwkv-1.pth", base["a"])
+    shutil.copytree(run[0], base["b"])
+    for name, source in base.items():
+        folder, steps = tmp_path / "out" / name, STEPS
+        train(config(data, folder, load_model=str(source)))
+        for elsewhere in (source, tmp_path / f"{name}-moved", tmp_path / "nothing", None):
+            if elsewhere and elsewhere.name.endswith("-moved"):
+                source.rename(elsewhere)
+                folder = folder.rename(tmp_path / f"{name}-out")
+            steps += 1
+            there = str(elsewhere or "")
+            options = config(data, folder, load_model=there, my_exit_tokens=steps * T)
+            assert len(train(options)) == 1
+        with pytest.raises(UserError, match=r"weights of load_model \w+ .*, not \w+ .* uint8"):
+            train(config(data, folder, load_model=str(run[0] / "rwkv-0.pth")))
+
+
+def test_a_resumed_run_whose_exports_are_gone(data, run, tmp_path, capsys):
+    """The official scripts remove them to start over."""
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("rwkv-[0-9f]*.pth"):
+        path.unlink()
+    assert train(config(data, tmp_path)) == []
+    said = capsys.readouterr().out
+    assert "its checkpoints are, and are resumed; to start over, give another --proj_dir" in said
+    assert train(config(data, tmp_path)) == []
+    assert "to start over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "every, names", [(10, [*range(0, 71, 10), 71]), (0, [71]), (71, [0, 71]), (100, [0, 71])]
+)
+def test_the_official_exports(every, names):
+    """Of the demo: the last whole miniepoch's is there whatever --epoch_save is."""
+    options = TrainConfig(epoch_save=every, my_exit_tokens=1498226207)
+    demo = schedule.make_schedule(options, 16, 1498226207)
+    ends = [step for step in range(2519, demo.last_step, 2520)] + [demo.last_step - 1]
+    exports = [name for step in ends for name in trainer._exports(options, demo, step)]
+    assert exports == [*(f"rwkv-{number}.pth" for number in names), "rwkv-final.pth"]
+
+
+def test_passes_are_of_the_samples_that_are_visited(data, tmp_path, standing_still, capsys):
+    """And a command that is printed can be pasted."""
+    folder = tmp_path / "a run's"
+    train(config(data, folder, my_exit_tokens=2 * 113 * T))
+    said = capsys.readouterr().out
+    assert "2 passes over the data" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("try it: ")]
+    assert str(folder / "rwkv-final.pth") in shlex.split(line)
 
 
 def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_still):
+    """The last whole miniepoch is exported without --epoch_save, too."""
     options = {"epoch_begin": 1, "epoch_count": 1, "save_every_steps": 4, "epoch_save": 0}
     losses = train(config(data, tmp_path, **options))
     assert len(losses) == MINIEPOCH
     assert [words[0] + words[4] for words in log(tmp_path)] == ["10"]
-    assert not list(tmp_path.glob("rwkv-[0-9].pth"))
+    assert [path.name for path in tmp_path.glob("rwkv-[0-9].pth")] == ["rwkv-1.pth"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
     with pytest.raises(
         UserError, match="miniepoch 3 begins at step 15, but the run ends at step 12"
@@ -761,8 +935,12 @@ def test_miniepochs_that_a_run_begins_and_ends_with(data, tmp_path, standing_sti
 
 
 def test_a_checkpoint_of_another_model(data, run):
-    with pytest.raises(UserError, match="12: has n_layer 2, not 3, n_embd 64, not 128"):
+    said = "12: has n_layer 2, not 3, n_embd 64, not 128; .* or give another --proj_dir"
+    with pytest.raises(UserError, match=said):
         train(config(data, run[0], n_layer=3, n_embd=128))
+    with pytest.raises(UserError, match="12: has vocab_size 512, not 65536, head_size 64, not 32"):
+        train(config(data, run[0], vocab_size=65536, head_size=32))
+    assert train(config(data, run[0], vocab_size=None, head_size=None)) == []
     with pytest.raises(UserError, match="12: has dim_v 32, not 24"):
         train(config(data, run[0], lora_dims="32,32,24,64"))
 
@@ -771,7 +949,9 @@ def test_ids_are_held_to_the_vocabulary_of_the_file(data, tmp_path, standing_sti
     small = dataclasses.replace(MODEL, vocab_size=48)
     weights.save_pth(tmp_path / "small.pth", init_params(small, 0))
     with pytest.raises(UserError, match="outside the vocabulary of 48"):
-        train(config(data, tmp_path / "out", load_model=str(tmp_path / "small.pth")))
+        train(
+            config(data, tmp_path / "out", load_model=str(tmp_path / "small.pth"), vocab_size=None)
+        )
 
 
 @pytest.fixture
@@ -809,12 +989,16 @@ BAD_INPUT = {
     "--load_model init.pth --n_layer 3 --n_embd 128": (
         r"init.pth: has n_layer 2, not 3, n_embd 64, not 128; leave the option out"
     ),
+    "--load_model init.pth --vocab_size 65536 --head_size 32": (
+        r"init.pth: has vocab_size 512, not 65536, head_size 64, not 32; leave the option out"
+    ),
     "--load_model evil.pth": r"evil.pth: .*os.system",
     "--load_model folder": r"folder: no checkpoints",
     "--size 9b": r"--size 9b: choose one of tiny, 0.1b",
     "--n_layr 3": r"--n_layr 3; did you mean --n_layer\?",
     "--n_layer two": r"--n_layer: invalid int value: 'two'",
-    "--proj_dir file": r"--proj_dir file: File exists; give another folder",
+    "--proj_dir file": r"--proj_dir file: is a file, or in one; give a folder",
+    "--proj_dir file/out": r"--proj_dir file/out: is a file, or in one; give a folder",
     "--devices 9": r"--devices 9: jax sees 8",
     "--proj_dir half": r"half/rwkv-init.pth: ",
     "--n_embd 100": r"--n_embd 100 is not a multiple of --head_size 64: try 128",
