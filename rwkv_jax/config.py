@@ -243,14 +243,15 @@ class TrainConfig:
         least=0)
     train_stage: int = _option(
         3, "training", "", "1: write rwkv-init.pth and stop; 2, 3: train, and in a folder without "
-        "checkpoints continue from its last rwkv-{n}.pth; 0: train without looking for those.",
+        "checkpoints continue from its last rwkv-{n}.pth; 0: train without looking for those. None "
+        "overwrites finished weights.",
         0, 1, 2, 3)
 
     proj_dir: str = _option(
         "out", "output", "FOLDER", "Where the .pth files, checkpoints and logs go.")
     epoch_save: int = _option(
         10, "output", "MINIEPOCHS", "Write rwkv-{n}.pth and a checkpoint every so many miniepochs, "
-        "from the first on; 0: never.", least=0)
+        "from the first on, and after the last whole one; 0: only then.", least=0)
     save_every_steps: int = _option(
         0, "output", "STEPS", "Write a checkpoint every so many steps as well; 0: never.", least=0)
     save_every_minutes: float = _option(

@@ -161,7 +161,7 @@ def start(
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
     with distributed.first_ahead():
-        if source == init and not init.exists():
+        if not config.load_model:
             write_init(init, config)
     model, params = load(config, source)
     if source == init and config.random_seed > 0:
