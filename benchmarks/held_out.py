@@ -30,7 +30,7 @@ LENGTH = 256  # chats are padded to a multiple of this; the padding is not count
 
 
 def documents(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
 
 
 def model_bits(path: Path, held_out: list[list[int]]) -> float:

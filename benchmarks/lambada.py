@@ -36,6 +36,7 @@ import torch_rwkv7  # noqa: E402
 import rwkv_jax  # noqa: E402
 from rwkv_jax import evaluate, weights  # noqa: E402
 from rwkv_jax.config import SIZES, ModelConfig  # noqa: E402
+from rwkv_jax.corpus import find  # noqa: E402
 from rwkv_jax.initialisation import init_params  # noqa: E402
 from rwkv_jax.model import RWKV7, bind, use_precision  # noqa: E402
 
@@ -103,7 +104,7 @@ def main() -> None:
     use_precision("fp32")
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model.pth"
-        documents = list(evaluate.lambada_documents(args.data))[: args.count]
+        documents = list(evaluate.lambada_documents(find(args.data).documents()))[: args.count]
         if args.model is None:
             make_model(path, documents[::2])
         model = rwkv_jax.load(path)

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_jax.binidx import BinIdx, open_binidx
-from rwkv_jax.dataset import choose_magic_prime
+from rwkv_jax.dataset import Dataset, choose_magic_prime
 from rwkv_jax.errors import CommandParser, run_command
+from rwkv_jax.tokenizer import VOCAB_SIZE
 
 
 def report(name: str, data: BinIdx, ctx_len: int) -> str:
     """Items and tokens of `data`, and the options to train on it.
 
     Raises:
-        UserError: `data` is too short for `ctx_len`.
+        UserError: `data` is too short for `ctx_len`, or holds an id outside the vocabulary.
     """
     tokens = len(data.tokens)
     magic_prime = choose_magic_prime(name, tokens, ctx_len)
+    Dataset(name, data.tokens, ctx_len, magic_prime, VOCAB_SIZE).check_all_ids()
     return (
         f"{name}: {len(data)} items, {tokens} tokens\n"
         f"--my_exit_tokens {tokens} --magic_prime {magic_prime} --ctx_len {ctx_len}"

@@ -1,11 +1,11 @@
-"""Turns a jsonl into a binidx file for training: N passes over its lines, each shuffled anew.
+"""Turns text into a binidx file for training: N passes over its documents, each shuffled anew.
 
 python -m data.make_data IN.jsonl N CTX_LEN
 """
 
 import itertools
 import os
-import tempfile
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,20 +20,22 @@ from rwkv_jax.binidx import (
     open_binidx,
     prefix_of,
 )
+from rwkv_jax.corpus import SKIPPED, Corpus, add_options, find, skipped_note
 from rwkv_jax.dataset import choose_magic_prime
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import reporting_os_errors
-from rwkv_jax.jsonl import progress_bar, read_text, tokenize_jsonl
+from rwkv_jax.files import reporting_os_errors, scratch_folder
+from rwkv_jax.tokenizing import progress_bar, tokenize
 
 _COPIED_ITEMS = 256  # at once
 _VERIFIED_ITEMS = 100  # documents whose text is compared in every pass
 
 
-def make_data(source: Path, passes: int, ctx_len: int, prefix: Path, seed: int) -> str:
+def make_data(text: Corpus, passes: int, ctx_len: int, prefix: Path, seed: int) -> str:
     """Writes `prefix.bin` and `prefix.idx`; returns what to tell the user.
 
     The text is tokenized once, into a folder beside `prefix` that is removed at the end; each pass
-    copies from there. Memory grows by 32 bytes a line.
+    copies from there. Memory grows by 32 bytes a document. Bad lines, where the corpus skips them,
+    are listed in `prefix.skipped.tsv`.
 
     Raises:
         UserError: unusable arguments or text, too short for `ctx_len`, or not writable.
@@ -42,14 +44,11 @@ def make_data(source: Path, passes: int, ctx_len: int, prefix: Path, seed: int) 
         raise UserError(f"N {passes}: the number of passes over the lines must be at least 1")
     if seed < 0:
         raise UserError(f"--seed {seed}: must not be negative")
-    with reporting_os_errors(prefix, "write"):
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent)
-    with folder:
-        tokenize_jsonl(source, Path(folder.name, "tokenized"))
-        documents = open_binidx(Path(folder.name, "tokenized"))
-        choose_magic_prime(str(source), passes * len(documents.tokens), ctx_len)
-        shuffled = Path(folder.name, "shuffled")
+    with scratch_folder(prefix) as folder:
+        tokenize(text, folder / "tokenized")
+        documents = open_binidx(folder / "tokenized")
+        choose_magic_prime(text.name, passes * len(documents.tokens), ctx_len)
+        shuffled = folder / "shuffled"
         with BinIdxWriter(shuffled) as writer, progress_bar() as bar:
             task = bar.add_task("shuffling", total=passes * len(documents))
             for number in range(passes):
@@ -60,10 +59,16 @@ def make_data(source: Path, passes: int, ctx_len: int, prefix: Path, seed: int) 
                         np.concatenate([documents[i] for i in items]), documents.sizes[items]
                     )
                     bar.advance(task, len(items))
-        verify(source, documents, open_binidx(shuffled), passes, seed)
+        verify(text, documents, open_binidx(shuffled), passes, seed)
+        skipped = beside(folder / "tokenized", SKIPPED)
         with reporting_os_errors(prefix, "write"):
             for ending in (".bin", ".idx"):
                 os.replace(beside(shuffled, ending), beside(prefix, ending))
+            if skipped.exists():
+                os.replace(skipped, beside(prefix, SKIPPED))
+                print(skipped_note(beside(prefix, SKIPPED)), file=sys.stderr)
+            else:
+                beside(prefix, SKIPPED).unlink(missing_ok=True)  # of files that are replaced
     return report(str(prefix), open_binidx(prefix), ctx_len)
 
 
@@ -75,25 +80,24 @@ def shuffled_order(items: int, seed: int, number: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def verify(source: Path, documents: BinIdx, written: BinIdx, passes: int, seed: int) -> None:
+def verify(text: Corpus, documents: BinIdx, written: BinIdx, passes: int, seed: int) -> None:
     """Reads back what was written: the lengths and closing tokens of all items, and in every pass
-    the text of the first documents of `source`.
+    the text of the first documents of `text`.
 
     Raises:
         UserError: something differs.
     """
-    with source.open("rb") as file:
-        lines = itertools.islice(filter(bytes.strip, file), _VERIFIED_ITEMS)
-        texts = [read_text(line, str(source)).encode() for line in lines]
+    first = itertools.islice(text.documents(), _VERIFIED_ITEMS)
+    texts = [document.text.encode() for document in first]
     ends = np.cumsum(written.sizes, dtype=np.int64)
     intact = bool((written.tokens[ends - 1] == tokenizer.END_OF_DOCUMENT).all())
     for number in range(passes):
-        first = number * len(documents)
+        begin = number * len(documents)
         order = shuffled_order(len(documents), seed, number)
-        sizes = written.sizes[first : first + len(documents)]
+        sizes = written.sizes[begin : begin + len(documents)]
         intact &= np.array_equal(sizes, documents.sizes[order])
         for position in np.flatnonzero(order < len(texts)).tolist():
-            tokens = written[first + position][:-1].tolist()
+            tokens = written[begin + position][:-1].tolist()
             intact &= tokenizer.decode_bytes(tokens) == texts[order[position]]
     if not intact or len(written) != passes * len(documents):
         raise UserError(
@@ -104,16 +108,16 @@ def verify(source: Path, documents: BinIdx, written: BinIdx, passes: int, seed: 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m data.make_data",
-        description='Turn a jsonl, one {"text": "…"} a line, into PREFIX.bin and PREFIX.idx for '
-        "training. Blank lines are skipped; a line that cannot be used is named in an error.",
+        description='Turn text into PREFIX.bin and PREFIX.idx for training: a .jsonl, one {"text": '
+        '"…"} a line; a .txt, one document; a .parquet; a folder of them, or a pattern in quotes. '
+        "Also .jsonl.gz and .jsonl.zst. Blank lines are skipped; a line that cannot be used is "
+        "named in an error.",
         epilog="example: python -m data.make_data demo.jsonl 3 4096 writes demo.bin and demo.idx "
         "and prints the options to train on them with.",
     )
+    parser.add_argument("source", metavar="IN.jsonl", help="The text; see above.")
     parser.add_argument(
-        "source", metavar="IN.jsonl", type=Path, help="The text, one document a line."
-    )
-    parser.add_argument(
-        "passes", metavar="N", type=int, help="Passes over the lines, one after the other."
+        "passes", metavar="N", type=int, help="Passes over the documents, one after the other."
     )
     parser.add_argument(
         "ctx_len", metavar="CTX_LEN", type=int, help="Length of a sample in tokens."
@@ -127,9 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seed", metavar="SEED", type=int, default=0, help="Seed of the shuffling (0)."
     )
+    add_options(parser)
     args = parser.parse_args(argv)
-    prefix = prefix_of(args.output or args.source.stem)
-    print(make_data(args.source, args.passes, args.ctx_len, prefix, args.seed))
+    text = find(args.source, args.text_key, args.on_bad_line)
+    prefix = prefix_of(args.output or text.stem)
+    print(make_data(text, args.passes, args.ctx_len, prefix, args.seed))
 
 
 if __name__ == "__main__":

@@ -192,8 +192,15 @@ class TrainConfig:
         0, "model", "SEED", "Seed of fresh initial weights; -1: another one each time.", least=-1)
 
     data_file: str = _option(
-        "", "data", "PATH", 'X.jsonl with a "text" in each line, or X for the token files X.bin '
+        "", "data", "PATH", 'Text: X.jsonl (or .jsonl.gz, .jsonl.zst) with a "text" in each line, '
+        "X.txt, X.parquet, a folder of them, or a pattern in quotes. Or X, for the tokens X.bin "
         "and X.idx (default: the checkout's data/demo.jsonl).")
+    text_key: str = _option(
+        "text", "data", "KEY", "Key of a .jsonl, or column of a .parquet, that holds the text.")
+    on_bad_line: str = _option(
+        "stop", "data", "", "What to do about a line that cannot be used: stop with an error that "
+        "names it, or skip it; the skipped ones are counted, and listed in proj_dir/skipped.tsv.",
+        "stop", "skip")
     ctx_len: int = _option(512, "data", "TOKENS", "Length of a sample, T.", least=1)
     my_exit_tokens: int = _option(
         0, "data", "TOKENS", "Train on so many tokens, then write rwkv-final.pth; 0: as many as "

@@ -15,7 +15,10 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
+import re
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -23,15 +26,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from rwkv_jax import tokenizer
+from rwkv_jax import corpus, tokenizer
 from rwkv_jax.binidx import BinIdx, beside, open_binidx
+from rwkv_jax.corpus import SKIPPED, Corpus
 from rwkv_jax.errors import UserError
-from rwkv_jax.files import cache_folder, reporting_os_errors, written_whole
-from rwkv_jax.jsonl import tokenize_jsonl
+from rwkv_jax.files import cache_folder, reporting_os_errors, scratch_folder, try_lock
+from rwkv_jax.tokenizing import tokenize
 
 MINIEPOCH = 40320  # samples; 8!, so that most batch sizes divide it
 STALL_SECONDS = 10.0  # that a step waits for its batch before it is told
-_CACHE_FORMAT = 1  # part of a cached file's name: raise it when tokenize_jsonl's output changes
+_CACHE_FORMAT = 2  # part of a cached file's name: raise it when the output of `tokenize` changes
+_CACHE_BYTES = 16 << 30  # of tokens that are kept beside those in use
+_RECORD = ".blake2b"  # of a kept token file; its time is that of the last use
+_KEPT = (SKIPPED, ".bin", ".idx", _RECORD)
 _SCAN_TOKENS = 1 << 32  # a file up to this long is checked for stray ids before training
 
 
@@ -125,6 +132,7 @@ class Dataset:
         ctx_len: T, tokens of a sample.
         magic_prime: slots that are visited.
         vocab_size: V; an id outside [0, V) is an error.
+        skipped: lists the lines of the text that were skipped, one a line; None: there are none.
     """
 
     name: str
@@ -132,6 +140,7 @@ class Dataset:
     ctx_len: int
     magic_prime: int
     vocab_size: int
+    skipped: Path | None = None
 
     def offsets(self, numbers: np.ndarray) -> np.ndarray:
         """Token offsets of sample numbers, the same shape, int64. Exact for any size of file."""
@@ -159,26 +168,46 @@ class Dataset:
         starts = self.offsets(numbers if rows is None else numbers[rows]).tolist()
         samples = np.stack([self.tokens[start : start + self.ctx_len + 1] for start in starts])
         for start, sample in zip(starts, samples, strict=True):
-            self._check_ids(sample, start)
+            check_ids(self.name, sample, start, self.vocab_size)
         return samples.astype(np.int32)
 
     def check_all_ids(self) -> None:
-        """Reads the whole file in search of an id outside the vocabulary.
+        """Reads the file in search of an id outside the vocabulary, if its dtype has such numbers.
+
+        One of more than 2³² tokens is left to `batch`.
 
         Raises:
             UserError: names the id and its position.
         """
+        dtype = self.tokens.dtype
+        every_id_fits = dtype.kind == "u" and np.iinfo(dtype).max < self.vocab_size
+        if every_id_fits or len(self.tokens) > _SCAN_TOKENS:
+            return
         chunk = 1 << 24
         for start in range(0, len(self.tokens), chunk):
-            self._check_ids(self.tokens[start : start + chunk], start)
+            check_ids(self.name, self.tokens[start : start + chunk], start, self.vocab_size)
 
-    def _check_ids(self, ids: np.ndarray, start: int) -> None:
-        if ids.min() >= 0 and ids.max() < self.vocab_size:
-            return
-        at = int((~((ids >= 0) & (ids < self.vocab_size))).argmax())
+
+def check_ids(name: str, ids: np.ndarray, start: int, vocab_size: int) -> None:
+    """Refuses what is no id: outside [0, V), or, of a float dtype, not whole.
+
+    Args:
+        name: of the token file.
+        ids: some of its tokens.
+        start: number of the first of them.
+
+    Raises:
+        UserError: names the id and its position.
+    """
+    whole = ids.dtype.kind != "f"
+    if not ids.size or whole and ids.min() >= 0 and ids.max() < vocab_size:
+        return
+    bad = ~((ids >= 0) & (ids < vocab_size) & (ids == np.floor(ids)))
+    if bad.any():
+        at = int(bad.argmax())
         raise UserError(
-            f"{self.name}: token {start + at} has id {ids[at]}, outside the vocabulary of "
-            f"{self.vocab_size}: the text was tokenized for another model, or vocab_size is wrong"
+            f"{name}: token {start + at} has id {ids[at]}, outside the vocabulary of "
+            f"{vocab_size}: the text was tokenized for another model, or vocab_size is wrong"
         )
 
 
@@ -187,71 +216,126 @@ def open_dataset(
     ctx_len: int,
     magic_prime: int | None = None,
     vocab_size: int = tokenizer.VOCAB_SIZE,
+    text_key: str = "text",
+    on_bad_line: str = "stop",
 ) -> Dataset:
     """Opens training data, checked as far as that can be done before training.
 
     Args:
-        data_file: a binidx prefix (with or without `.bin` or `.idx`), or an `X.jsonl`. A jsonl is
-            tokenized once, in file order (the sampler shuffles), and kept under
-            `$XDG_CACHE_HOME/rwkv_jax` (`~/.cache/rwkv_jax`) by a hash of its content.
+        data_file: a binidx prefix (with or without `.bin` or `.idx`), or text: all that
+            `corpus.find` takes. Text is tokenized once, in the order of the files (the sampler
+            shuffles), and kept under `$XDG_CACHE_HOME/rwkv_jax` (`~/.cache/rwkv_jax`) by a hash of
+            its content. Of these tokens, the least recently used are removed when they take more
+            than 16 GiB.
         magic_prime: computed when None, checked when given.
+        text_key: key of a jsonl, column of a Parquet file, that holds the text.
+        on_bad_line: what cannot be used: "stop" raises an error, "skip" leaves it out.
 
     Raises:
         UserError: no such data, damaged, too short for `ctx_len`, a wrong `magic_prime`, or (in a
             file of up to 2³² tokens; a longer one is checked batch by batch) an id outside the
             vocabulary.
     """
-    path = Path(data_file)
-    if path.is_file() and path.suffix not in (".jsonl", ".bin", ".idx"):
-        raise UserError(
-            f"{path}: is neither an X.jsonl nor the PREFIX of a PREFIX.bin and PREFIX.idx"
-        )
-    tokens = (_cached(path) if path.suffix == ".jsonl" else open_binidx(path)).tokens
-    prime = choose_magic_prime(str(path), len(tokens), ctx_len, magic_prime)
-    dataset = Dataset(str(path), tokens, ctx_len, prime, vocab_size)
-    every_id_fits = tokens.dtype.kind == "u" and np.iinfo(tokens.dtype).max < vocab_size
-    if not every_id_fits and len(tokens) <= _SCAN_TOKENS:
-        dataset.check_all_ids()
+    name, listed = str(data_file), None
+    if corpus.is_binidx(name):
+        tokens = open_binidx(name).tokens
+    else:
+        kept = _cached(corpus.find(name, text_key, on_bad_line))
+        tokens, listed = kept.tokens, beside(kept.prefix, SKIPPED)
+    prime = choose_magic_prime(name, len(tokens), ctx_len, magic_prime)
+    skipped = listed if listed and listed.exists() else None
+    dataset = Dataset(name, tokens, ctx_len, prime, vocab_size, skipped)
+    dataset.check_all_ids()
     return dataset
 
 
-def _cached(path: Path) -> BinIdx:
-    """The token file of a jsonl, written when it is not there or damaged.
+def _cached(text: Corpus) -> BinIdx:
+    """The token file of a text, written when it is not there or damaged.
 
     The name holds a hash of everything that its bytes depend on, a file beside it the hash of these
     bytes, and a writer renames complete files into place: two processes at once both write the
     same, and neither sees a half.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with reporting_os_errors(path, "read"), path.open("rb") as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    content.update(f"{tokenizer.VOCAB_NAME} {_CACHE_FORMAT}".encode())
+    options = (tokenizer.VOCAB_NAME, _CACHE_FORMAT, text.text_key, text.skip_bad)
+    content = hashlib.blake2b(repr(options).encode(), digest_size=16)
+    for path in text.files:
+        with reporting_os_errors(path, "read"), path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        # The endings say how a file is read; the list of skipped lines names it.
+        named = str(path) if text.skip_bad else "".join(path.suffixes[-2:]).lower()
+        content.update(repr((digest, named)).encode())
     folder = cache_folder()
-    prefix = folder / f"{path.stem[:32]}-{content.hexdigest()}"
-    record = beside(prefix, ".blake2b")
-    with contextlib.suppress(OSError, UserError):
-        if record.read_bytes() == _content_hash(prefix):
-            return open_binidx(prefix)
+    prefix = folder / f"{text.stem[:32]}-{content.hexdigest()}"
+    kept = _open_kept(prefix)
+    if kept:
+        return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot keep the tokens of {path}: {error.strerror}; set XDG_CACHE_HOME to "
-            "a folder that can be written"
+            f"{folder}: cannot keep the tokens of {text.name}: {error.strerror}; set "
+            "XDG_CACHE_HOME to a folder that can be written"
         ) from None
-    tokenize_jsonl(path, prefix)
-    with reporting_os_errors(record, "write"), written_whole(record) as temporary:
-        temporary.write_bytes(_content_hash(prefix))
-    return open_binidx(prefix)
+    with scratch_folder(folder / "tokenizing") as scratch:
+        made = scratch / "tokens"
+        tokenize(text, made)
+        with reporting_os_errors(prefix, "write"):
+            beside(made, _RECORD).write_bytes(_content_hash(made))
+            for ending in _KEPT:
+                if beside(made, ending).exists():
+                    os.replace(beside(made, ending), beside(prefix, ending))
+    kept = _open_kept(prefix) or open_binidx(prefix)
+    _limit_cache(folder)
+    return kept
+
+
+def _open_kept(prefix: Path) -> BinIdx | None:
+    """Kept tokens, if they are there and whole; nobody removes them while the array lives."""
+    try:
+        record = os.open(beside(prefix, _RECORD), os.O_RDONLY)
+    except OSError:
+        return None
+    try_lock(record, shared=True)
+    with contextlib.suppress(OSError, UserError):
+        if beside(prefix, _RECORD).read_bytes() == _content_hash(prefix):
+            kept = open_binidx(prefix)
+            weakref.finalize(kept.tokens, os.close, record)
+            with contextlib.suppress(OSError):
+                os.utime(beside(prefix, _RECORD))
+            return kept
+    os.close(record)
+    return None
+
+
+def _limit_cache(folder: Path) -> None:
+    """Removes the least recently used tokens that nobody uses, down to `_CACHE_BYTES`."""
+    entries: dict[Path, list[os.stat_result]] = {}
+    ending = "|".join(map(re.escape, _KEPT))
+    for path in folder.iterdir():
+        match = re.fullmatch(rf"(.+-[0-9a-f]{{32}})(?:{ending})", path.name, re.S)
+        if match:
+            with contextlib.suppress(OSError):
+                entries.setdefault(folder / match[1], []).append(path.stat())
+    total = sum(stat.st_size for stats in entries.values() for stat in stats)
+    for prefix in sorted(entries, key=lambda each: max(stat.st_mtime for stat in entries[each])):
+        if total <= _CACHE_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            record = os.open(beside(prefix, _RECORD), os.O_RDWR)
+            if try_lock(record):
+                for ending in reversed(_KEPT):
+                    beside(prefix, ending).unlink(missing_ok=True)
+                total -= sum(stat.st_size for stat in entries[prefix])
+            os.close(record)
 
 
 def _content_hash(prefix: Path) -> bytes:
     digests = []
-    for ending in (".bin", ".idx"):
-        with beside(prefix, ending).open("rb") as file:
-            digests.append(hashlib.file_digest(file, hashlib.blake2b).hexdigest())
+    for path in (beside(prefix, ending) for ending in _KEPT[:-1]):
+        if path.exists():
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, hashlib.blake2b).hexdigest())
     return "\n".join(digests).encode()
 
 

@@ -8,6 +8,7 @@ token of the answer is the first choice after those before it, so nothing has to
 import functools
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,25 @@ from flax import nnx
 
 import rwkv_jax
 from rwkv_jax import tokenizer
-from rwkv_jax.binidx import beside, open_binidx, prefix_of
+from rwkv_jax.binidx import BinIdx, open_binidx
 from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
+from rwkv_jax.corpus import (
+    SKIPPED,
+    BadLine,
+    Corpus,
+    Text,
+    add_options,
+    find,
+    is_binidx,
+    is_text,
+    skipped_note,
+    writing_skipped,
+)
+from rwkv_jax.dataset import check_ids
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
-from rwkv_jax.jsonl import progress_bar, read_text
+from rwkv_jax.files import reporting_os_errors, written_whole
 from rwkv_jax.model import RWKV7, State, use_precision
+from rwkv_jax.tokenizing import progress_bar
 
 Array = jax.Array
 
@@ -135,43 +149,33 @@ def _score(graphdef, params, rows: Array, asked: Array, state: State) -> tuple[A
     return nats, first, state
 
 
-# Tasks: a file → documents ------------------------------------------------------------------------
+# Tasks: texts → documents -------------------------------------------------------------------------
 
 
-def text_documents(path: Path) -> Iterator[Document]:
-    """Of a jsonl each line, of a binidx each item, of any other file all of it."""
-    prefix = prefix_of(path)
-    if path.suffix == ".jsonl" or not beside(prefix, ".idx").exists():
-        whole = path.suffix != ".jsonl"
-        for text in [read_utf8(path)] if whole else _lines(path):
-            ids = tokenizer.encode(text)
-            yield Document(ids, [(0, len(ids))], len(text.encode()))
-        return
-    data = open_binidx(prefix)
-    for item in range(len(data)):
-        ids = data[item].tolist()
-        if ids and ids[-1] == tokenizer.END_OF_DOCUMENT:
-            ids.pop()
-        yield Document(ids, [(0, len(ids))], len(tokenizer.decode_bytes(ids)))
+def text_documents(texts: Iterable[Text]) -> Iterator[Document]:
+    """All of each text is asked about."""
+    for _, text in texts:
+        ids = tokenizer.encode(text)
+        yield Document(ids, [(0, len(ids))], len(text.encode()))
 
 
-def lambada_documents(path: Path) -> Iterator[Document]:
+def lambada_documents(texts: Iterable[Text]) -> Iterator[Document]:
     """The last word of each text, with the blank before it, is the answer."""
-    for text in _lines(path):
+    for where, text in texts:
         begin, blank, word = text.rpartition(" ")
         if not blank or not word:
-            raise UserError(f"{path}: a text of one word, {text[:40]!a}: is it LAMBADA's?")
+            raise UserError(f"{where}: a text of one word, {text[:40]!a}: is it LAMBADA's?")
         before, answer = tokenizer.encode(begin), tokenizer.encode(blank + word)
         ids = before + answer
         yield Document(ids, [(len(before), len(ids))], len((blank + word).encode()))
 
 
-def arithmetic_documents(path: Path) -> Iterator[Document]:
+def arithmetic_documents(texts: Iterable[Text]) -> Iterator[Document]:
     """What follows each "Assistant:", or "=" where a text is no chat, and the token that ends it.
 
     In the middle of a chat that is the blank line, at the end of a text the end of the document.
     """
-    for text in _lines(path):
+    for where, text in texts:
         data = text.encode()
         marks, stop = (b"Assistant:", b"\n\nUser:") if b"Assistant:" in data else (b"=", data)
         answers, at = [], 0
@@ -181,7 +185,7 @@ def arithmetic_documents(path: Path) -> Iterator[Document]:
             at = end = len(data) if end < 0 else end
             answers.append((begin, end))
         if not answers:
-            raise UserError(f'{path}: no "Assistant:" and no "=" in {text[:40]!a}')
+            raise UserError(f'{where}: no "Assistant:" and no "=" in {text[:40]!a}')
         ids = [*tokenizer.encode(text), tokenizer.END_OF_DOCUMENT]
         ends = np.cumsum([len(tokenizer.decode_bytes([token])) for token in ids])
         ends[-1] += 1  # the end of the document comes after the last byte
@@ -200,23 +204,32 @@ TASKS = {
 }
 
 
-def _lines(path: Path) -> Iterator[str]:
-    for number, line in _filled(path):
-        yield read_text(line, f"{path}:{number}")
+def item_documents(data: BinIdx) -> Iterator[Document]:
+    """Each item of a token file, without its closing token 0.
 
-
-def _filled(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, and their numbers."""
-    with reporting_os_errors(path, "read"), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+    Raises:
+        UserError: an id that is none of the tokenizer's.
+    """
+    for item in range(len(data)):
+        start = int(data.pointers[item]) // data.tokens.itemsize
+        check_ids(str(data.prefix), data[item], start, tokenizer.VOCAB_SIZE)
+        ids = data[item].astype(np.int64).tolist()
+        if ids and ids[-1] == tokenizer.END_OF_DOCUMENT:
+            ids.pop()
+        yield Document(ids, [(0, len(ids))], len(tokenizer.decode_bytes(ids)))
 
 
 # Results ------------------------------------------------------------------------------------------
 
 
-def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, Any]:
+def evaluate(
+    model: RWKV7,
+    task: str,
+    path: str | Path,
+    limit: int = 0,
+    text_key: str = "text",
+    on_bad_line: str = "stop",
+) -> dict[str, Any]:
     """The numbers of one task on one file, with a progress bar on standard error.
 
     text: `bits_per_byte`, and `perplexity` of a token. lambada: `accuracy`, and `perplexity` of a
@@ -224,19 +237,30 @@ def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, A
 
     Args:
         task: a name in `TASKS`.
+        path: text, all that `corpus.find` takes; for the task text also a binidx prefix, and any
+            other file, as one text.
         limit: documents, from the first; 0: all.
+        text_key, on_bad_line: as for `dataset.open_dataset`; `skipped` lines are counted, and
+            listed in NAME.skipped.tsv in the current folder.
 
     Raises:
-        UserError: the file cannot be used, or holds nothing.
+        UserError: the data cannot be used, or holds nothing.
     """
-    total = limit
-    if not total and path.suffix == ".jsonl":
-        total = sum(1 for _ in _filled(path))
+    skipped: list[BadLine] = []
+    if task == "text" and is_binidx(path):
+        data = open_binidx(path)
+        documents, total = item_documents(data), len(data)
+    else:
+        corpus = _corpus(path, task, text_key, on_bad_line)
+        documents, total = TASKS[task](corpus.documents(skipped)), 0
+        if not limit and all(file.is_file() for file in corpus.files):
+            total = sum(1 for _ in corpus.documents())
+    total = limit or total
     counts = {"documents": 0, "answers": 0, "right": 0, "tokens": 0, "bytes": 0}
     nats = 0.0
     with progress_bar() as bar:
         progress = bar.add_task(task, total=total or None)
-        for group in _groups(TASKS[task](path), limit):
+        for group in _groups(documents, limit):
             for number, answers in score(model, group):
                 counts["answers"] += len(answers)
                 counts["right"] += sum(answer.first for answer in answers)
@@ -245,9 +269,16 @@ def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, A
                 counts["bytes"] += group[number].nbytes
                 nats += sum(answer.nats for answer in answers)
                 bar.advance(progress)
-    if not counts["tokens"]:
-        raise UserError(f"{path}: holds no text")
+    if not counts["bytes"]:
+        first = [f": every line was skipped; {bad.where}: {bad.reason}" for bad in skipped[:1]]
+        raise UserError(f"{path}: holds no text" + "".join(first))
     shown = {"task": task, "file": str(path), "documents": counts["documents"]}
+    if skipped:
+        listed = Path(corpus.stem + SKIPPED)
+        with writing_skipped(listed) as rows:
+            rows.writelines(bad.row() for bad in skipped)
+        print(skipped_note(listed), file=sys.stderr)
+        shown["skipped"] = len(skipped)
     if task == "text":
         return shown | {
             "tokens": counts["tokens"],
@@ -259,6 +290,14 @@ def evaluate(model: RWKV7, task: str, path: Path, limit: int = 0) -> dict[str, A
     if task == "lambada":
         return shown | {"accuracy": right, "perplexity": _exp(nats / counts["answers"])}
     return shown | {"answers": counts["answers"], "exact_match": right}
+
+
+def _corpus(path: str | Path, task: str, text_key: str, on_bad_line: str) -> Corpus:
+    """The text; for the task text any file, whatever its name ends in, is one."""
+    file = Path(path)
+    if task == "text" and file.exists() and not file.is_dir() and not is_text(file):
+        return Corpus(str(path), (file,))
+    return find(path, text_key, on_bad_line)
 
 
 def _exp(nats: float) -> float:
@@ -281,8 +320,9 @@ def _groups(documents: Iterable[Document], limit: int) -> Iterator[list[Document
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m rwkv_jax.evaluate",
-        description="Measure a model on a file. text: bits per byte and perplexity of a .jsonl, a "
-        "binidx or any text; lambada: how often the last word of a text is the model's choice, and "
+        description="Measure a model on text: a .jsonl, .txt or .parquet, a folder of them, or a "
+        "pattern in quotes. text: bits per byte and perplexity, also of a binidx, and of any other "
+        "file as one text; lambada: how often the last word of a text is the model's choice, and "
         "its perplexity; arithmetic: how often greedy decoding gives the answer exactly. Prints a "
         "line of JSON.",
         epilog="example: python -m rwkv_jax.evaluate --load_model out --data_file held_out.jsonl",
@@ -293,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="X",
         help="a .pth, the output folder of a run, or a checkpoint",
     )
-    parser.add_argument("--data_file", required=True, type=Path, metavar="FILE", help="see above")
+    parser.add_argument("--data_file", required=True, metavar="FILE", help="see above")
+    add_options(parser)
     parser.add_argument("--task", choices=TASKS, default="text", help="what to measure (text)")
     parser.add_argument(
         "--limit", type=int, default=0, help="only so many documents, from the first (0: all)"
@@ -308,12 +349,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise UserError(f"--output {args.output}: give the name of a file in a folder that exists")
     prepare_jax()
     precision = args.precision or device_precision()
     use_precision(precision)
     model = rwkv_jax.load(args.load_model, PRECISIONS[precision])
     result = {"model": args.load_model, "precision": precision}
-    result |= evaluate(model, args.task, args.data_file, args.limit)
+    data = args.data_file, args.limit, args.text_key, args.on_bad_line
+    result |= evaluate(model, args.task, *data)
     text = json.dumps(result, ensure_ascii=False)
     print(text)
     if args.output:

@@ -1,9 +1,16 @@
 """Files on disk: where ours are kept, written whole or not at all, and errors in one line."""
 
 import contextlib
+import glob
 import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from rwkv_jax.errors import UserError
 
@@ -34,6 +41,79 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def try_lock(file: int, shared: bool = False) -> bool:
+    """Whether an open file could be locked: until it is closed, or the process ends in any way.
+
+    False where another process has it, and also where the system or the disk has no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder `.NAME.…` beside `target` for what is unfinished, removed when the block ends.
+
+    SIGTERM and SIGHUP end the block, and with it the process, by SystemExit. What a process left
+    that had no time for that (SIGKILL, a power cut) is removed by the next: each folder holds a
+    file that is locked as long as its process lives.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with _signals_raise():
+        with reporting_os_errors(target, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for old in target.parent.glob(f".{glob.escape(target.name)}.*/lock"):
+                with contextlib.suppress(OSError):
+                    holder = os.open(old, os.O_RDWR)
+                    if try_lock(holder):
+                        shutil.rmtree(old.parent, ignore_errors=True)
+                    os.close(holder)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            with reporting_os_errors(target, "write"):
+                # Renamed when it is locked: nobody finds it unlocked while we live.
+                lock = os.open(folder / "new", os.O_RDWR | os.O_CREAT)
+                try_lock(lock)
+                os.rename(folder / "new", folder / "lock")
+            try:
+                yield folder
+            finally:
+                os.close(lock)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit where they would end the process at once."""
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) == signal.SIG_DFL
+    ]
+
+    def leave(number: int, _: object) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # the cleaning up is not to be cut short
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def flush_folder(folder: Path) -> None:
     """Makes new names survive a power cut, on systems where folders can be flushed."""
     with contextlib.suppress(OSError):
@@ -42,16 +122,3 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def read_utf8(path: Path) -> str:
-    """A text file's content, without a byte order mark.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    with reporting_os_errors(path, "read"):
-        try:
-            return path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is not UTF-8") from None

@@ -24,9 +24,10 @@ import numpy as np
 import rwkv_jax
 from rwkv_jax import tokenizer
 from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
+from rwkv_jax.corpus import decode, json_text
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import read_utf8, reporting_os_errors, written_whole
+from rwkv_jax.files import reporting_os_errors, written_whole
 from rwkv_jax.model import State, use_precision
 from rwkv_jax.sampling import DEFAULT, Sampling
 
@@ -439,17 +440,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _read_prompts(path: Path) -> list[str]:
+    """The prompts of a file that are not blank: its lines end at LF or CR LF, and nowhere else."""
+    with reporting_os_errors(path, "read"):
+        lines = path.read_bytes().split(b"\n")
     prompts = []
-    for number, line in enumerate(read_utf8(path).splitlines(), 1):
-        prompt: object = line
-        if path.suffix == ".jsonl" and line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: is no JSON: {error}") from None
-            prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f'{path}:{number}: has no string "prompt"')
+    for number, line in enumerate(lines, 1):
+        try:
+            if path.suffix.lower() == ".jsonl" and line.strip():
+                prompt = json_text(line, "prompt")
+            else:
+                prompt = decode(line).removesuffix("\r")
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
         if prompt.strip():
             prompts.append(prompt)
     if not prompts:

@@ -46,7 +46,7 @@ def read_step_log(path: Path) -> dict[str, np.ndarray]:
         UserError: it is not there, or not such a file: nothing in it is a line of numbers.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
             names = tuple(next(lines, "").split())
             numbers = [_numbers(line) for line in lines if line.strip("\0\n ")]
     except OSError as error:

@@ -51,6 +51,19 @@ def encode(text: str) -> list[int]:
     """
     try:
         return _encoder().encode(text)
+    except UnicodeEncodeError:
+        check(text)
+        raise
+
+
+def check(text: str) -> None:
+    """Raises the error of `encode`, if it would.
+
+    Raises:
+        UserError: `text` holds half of a surrogate pair, which no bytes stand for.
+    """
+    try:
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"character {error.start} of the text, {text[error.start]!a}, is half of a surrogate "

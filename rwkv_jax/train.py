@@ -19,8 +19,10 @@ from rwkv_jax import cost, distributed, plan, sharding, weights
 from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
 from rwkv_jax.checkpoint import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
+from rwkv_jax.corpus import skipped_note
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
 from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.metrics import MiniepochLoss, tell
 from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
@@ -42,7 +44,9 @@ def train(config: TrainConfig) -> None:
     began = time.monotonic()
     mesh = _choose_devices(config)
     if not config.data_file and not DEMO.is_file():
-        raise UserError("--data_file is needed: a .jsonl, or the prefix of a .bin and .idx")
+        raise UserError(
+            "--data_file is needed: text (a .jsonl, a .txt …), or the prefix of a .bin and .idx"
+        )
     config = dataclasses.replace(config, data_file=config.data_file or str(DEMO))
     on_gpu = mesh.devices.flat[0].platform != "cpu"
     config = decide(config, on_gpu, current_compute_capability() if on_gpu else None)
@@ -62,9 +66,16 @@ def train(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: float) -> None:
-    source = config.data_file, config.ctx_len, config.magic_prime or None
+    def read_data(vocab_size: int) -> Dataset:
+        source = config.data_file, config.ctx_len, config.magic_prime or None
+        return open_dataset(*source, vocab_size, config.text_key, config.on_bad_line)
+
     vocab_size = config.vocab_size or ModelConfig.vocab_size
-    data = open_dataset(*source, vocab_size)
+    data = read_data(vocab_size)
+    if data.skipped and distributed.is_first():
+        with reporting_os_errors(folder / "skipped.tsv", "write"):
+            shutil.copyfile(data.skipped, folder / "skipped.tsv")
+        print(skipped_note(folder / "skipped.tsv"), file=sys.stderr)
     final = folder / FINAL
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as checkpoints:
         config = settle(config, checkpoints)
@@ -82,7 +93,7 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
             identity(config, data, batch),
         )
         if begin.about.model.vocab_size != vocab_size:  # the file of the weights decides
-            data = open_dataset(*source, begin.about.model.vocab_size)
+            data = read_data(begin.about.model.vocab_size)
         _describe(config, mesh, data, schedule, begin)
         if begin.resumed:
             _note_exports_gone(config, schedule, begin.step)

@@ -28,7 +28,7 @@ from typing import Any
 import malicious
 import numpy as np
 
-from rwkv_jax import checkpoint, jsonl, pth, weights
+from rwkv_jax import checkpoint, corpus, pth, tokenizing, weights
 from rwkv_jax.binidx import BinIdxWriter, open_binidx
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
@@ -212,7 +212,7 @@ class Jsonl:
         if rng.random() < 0.7:
             content = mutate(content, rng, [self._good, b"\xef\xbb\xbf", b"\xed\xa0\x80"])
         self._path.write_bytes(content)
-        for tokens, sizes, _ in jsonl._tokenized(self._path, workers=0):
+        for tokens, sizes, *_ in tokenizing._tokenized(corpus.find(self._path), workers=0):
             assert sizes.sum() == len(tokens) <= len(content) + len(sizes)
 
 

@@ -486,6 +486,8 @@ def test_every_option_is_official_or_ours():
     ours = {
         "size",
         "lora_dims",
+        "text_key",
+        "on_bad_line",
         "accumulate_grad_batches",
         "save_every_steps",
         "save_every_minutes",

@@ -13,8 +13,9 @@ import pytest
 from data import compute_magic_prime, make_data
 from rwkv_jax import tokenizer
 from rwkv_jax.binidx import open_binidx
+from rwkv_jax.corpus import find
 from rwkv_jax.errors import UserError, run_command
-from rwkv_jax.jsonl import tokenize_jsonl
+from rwkv_jax.tokenizing import tokenize
 
 ROOT = Path(__file__).parent.parent
 OFFICIAL = Path(__file__).parent / "data" / "demo_official.jsonl"
@@ -84,16 +85,17 @@ def test_the_seed_decides_the_order():
 
 def test_verify_sees_a_difference(monkeypatch):
     source = write_jsonl(["one two three", "b", "c", "d", "e"])
-    tokenize_jsonl(source, Path("documents"))
+    corpus = find(source)
+    tokenize(corpus, Path("documents"))
     documents = open_binidx("documents")
     monkeypatch.setattr(make_data, "shuffled_order", lambda items, seed, number: np.arange(items))
     make_data.main([str(source), "2", "1", "--output", "written"])
     written = open_binidx("written")
-    make_data.verify(source, documents, written, 2, 0)
+    make_data.verify(corpus, documents, written, 2, 0)
 
     def refused(data, passes):
         with pytest.raises(UserError, match="reads back otherwise than written"):
-            make_data.verify(source, documents, data, passes, 0)
+            make_data.verify(corpus, documents, data, passes, 0)
 
     refused(written, 1)  # more than was to be written
     tokens = written.tokens
@@ -131,10 +133,11 @@ def test_errors(capsys):
     good = write_jsonl(["one two three"])
     Path("empty.jsonl").write_bytes(b"\n")
     Path("bad.jsonl").write_bytes(b'{"text": "a"}\n\n{"txt": "b"}\n')
+    Path("folder").mkdir()
     before = sorted(Path().iterdir())
     for argv, message in [
-        (["none.jsonl", 1, 1], "none.jsonl: cannot read: No such file or directory"),
-        ([".", 1, 1], ".: cannot read: Is a directory"),
+        (["none.jsonl", 1, 1], "none.jsonl: no such file"),
+        (["folder", 1, 1], "folder: no text in this folder"),
         (["empty.jsonl", 1, 1], "empty.jsonl: holds no text"),
         (["bad.jsonl", 1, 1], "bad.jsonl:3: is not"),
         ([good, 0, 1], "N 0: "),
@@ -161,7 +164,7 @@ def test_as_a_person_runs_it():
     command = [sys.executable, "-X", "importtime", "-m", "data.make_data", "none.jsonl", "1", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "error: none.jsonl: cannot read" in result.stderr
+    assert "error: none.jsonl: no such file" in result.stderr
     assert "Traceback" not in result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "numpy" in imported

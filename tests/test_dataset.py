@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_jax import dataset, jsonl, tokenizer
+from rwkv_jax import corpus, dataset, tokenizer, tokenizing
 from rwkv_jax.binidx import BinIdxWriter, open_binidx
 from rwkv_jax.dataset import (
     Dataset,
@@ -204,6 +204,7 @@ def test_the_smallest_data_that_works(tmp_path):
         (np.int32, 65536, 65536),
         (np.int32, -1, 512),
         (np.float32, np.nan, 512),
+        (np.float32, 1.5, 512),
     ],
 )
 def test_an_id_outside_the_vocabulary(tmp_path, monkeypatch, dtype, id_at_70, vocab_size):
@@ -250,7 +251,7 @@ def test_a_long_name(tmp_path):
 def test_jsonl_is_tokenized_once(tmp_path, cache, monkeypatch):
     path = write_jsonl(tmp_path, '{"text": "one two three four"}\n')
     first = open_dataset(path, 1).tokens.tolist()
-    monkeypatch.setattr(dataset, "tokenize_jsonl", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(dataset, "tokenize", lambda *_: pytest.fail("tokenized again"))
     assert open_dataset(path, 1).tokens.tolist() == first
     moved = path.rename(tmp_path / "cache" / "x.jsonl")
     assert open_dataset(moved, 1).tokens.tolist() == first
@@ -296,11 +297,11 @@ def test_two_processes_at_once(tmp_path, cache):
 
 
 def test_several_processes_keep_the_order(tmp_path, monkeypatch):
-    jsonl.tokenize_jsonl(OFFICIAL, tmp_path / "one")
-    monkeypatch.setattr(jsonl, "_WORKER_BYTES", 100_000)
-    monkeypatch.setattr(jsonl, "_TASK_BYTES", 5_000)
+    tokenizing.tokenize(corpus.find(OFFICIAL), tmp_path / "one")
+    monkeypatch.setattr(tokenizing, "_WORKER_BYTES", 100_000)
+    monkeypatch.setattr(corpus, "_PIECE_BYTES", 5_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    jsonl.tokenize_jsonl(OFFICIAL, tmp_path / "two")
+    tokenizing.tokenize(corpus.find(OFFICIAL), tmp_path / "two")
     for ending in (".bin", ".idx"):
         assert (tmp_path / f"two{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
     assert len(open_binidx(tmp_path / "two")) == 182
@@ -308,7 +309,7 @@ def test_several_processes_keep_the_order(tmp_path, monkeypatch):
     lines = OFFICIAL.read_bytes().splitlines(keepends=True)
     path = write_jsonl(tmp_path, b"".join([*lines[:150], b"\n", b"{}\n", *lines[150:]]))
     with pytest.raises(UserError, match=r"x\.jsonl:152: "):
-        jsonl.tokenize_jsonl(path, tmp_path / "three")
+        tokenizing.tokenize(corpus.find(path), tmp_path / "three")
     assert not list(tmp_path.glob("three*"))
 
 
@@ -324,7 +325,8 @@ def test_several_processes_keep_the_order(tmp_path, monkeypatch):
         (b'{"text": 1' + b"1" * 5000 + b"}", r"x\.jsonl:1: is no JSON: Exceeds the limit"),
         (b'{"Text": "a"}\n', r'x\.jsonl:1: is not .* no string "text"'),
         (b'{"text": ["a"]}\n', r'x\.jsonl:1: is not .* no string "text"'),
-        (b'["text"]\n', r'x\.jsonl:1: is not .* no string "text"'),
+        (b'["text"]\n', r"x\.jsonl:1: is a JSON array; .* an object a line"),
+        (b"1\n", r'x\.jsonl:1: is not .* no string "text"'),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: byte 10 is not UTF-8"),
         (b'{"text": "ab\\ud83d"}\n', r"x\.jsonl:1: character 2 of the text.* surrogate pair"),
     ],
@@ -339,11 +341,13 @@ def test_unusable_jsonl(tmp_path, cache, content, message):
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         open_dataset(tmp_path / "none.jsonl", 1)
-    with pytest.raises(UserError, match=r"none\.bin: no such file; a binidx PREFIX needs"):
+    with pytest.raises(UserError, match=r"none: no such file, and no token files of that name"):
         open_dataset(tmp_path / "none", 1)
-    (tmp_path / "x.txt").write_text("text")
-    with pytest.raises(UserError, match=r"x\.txt: is neither an X\.jsonl nor the PREFIX"):
-        open_dataset(tmp_path / "x.txt", 1)
+    with pytest.raises(UserError, match=r"none\.bin: no such file; a binidx PREFIX needs"):
+        open_dataset(tmp_path / "none.bin", 1)
+    (tmp_path / "x.csv").write_text("text")
+    with pytest.raises(UserError, match=r"x\.csv: is neither a text file .* nor the PREFIX"):
+        open_dataset(tmp_path / "x.csv", 1)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

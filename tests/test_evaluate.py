@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import rwkv_jax
 from data.arithmetic import Chat, Sums, write_corpus
-from rwkv_jax import evaluate, generate, tokenizer, weights
+from rwkv_jax import corpus, evaluate, generate, tokenizer, weights
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.decoding import Decoder
@@ -53,6 +54,10 @@ def model(model_file):
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def texts_of(path: Path) -> Iterator[corpus.Text]:
+    return corpus.find(path).documents()
 
 
 def run(capsys, *arguments) -> dict:
@@ -145,7 +150,9 @@ def test_exact_match_is_what_greedy_decoding_gives(model, model_file, tmp_path, 
     prompts = ["User: 12+30=?\n\nAssistant:", "User: 十二加三等于几？\n\nAssistant:"]
     made = generate.complete(decoder, prompts, 6, GREEDY)
     chats = [prompt + reply for prompt, reply in zip(prompts, made, strict=True)]
-    documents = list(evaluate.arithmetic_documents(write_jsonl(tmp_path / "a.jsonl", chats)))
+    documents = list(
+        evaluate.arithmetic_documents(texts_of(write_jsonl(tmp_path / "a.jsonl", chats)))
+    )
     for document, reply in zip(documents, made, strict=True):
         ((begin, end),) = document.spans
         assert tokenizer.decode(document.ids[begin:end]) == reply and document.ids[end - 1] == 0
@@ -164,14 +171,14 @@ def test_exact_match_is_what_greedy_decoding_gives(model, model_file, tmp_path, 
         *("--load_model", model_file, "--task", "arithmetic"),
         *("--data_file", write_jsonl(tmp_path / "b.jsonl", ended + wrong)),
     )
-    (span,) = next(iter(evaluate.arithmetic_documents(tmp_path / "b.jsonl"))).spans
+    (span,) = next(iter(evaluate.arithmetic_documents(texts_of(tmp_path / "b.jsonl")))).spans
     assert (result["answers"], result["exact_match"]) == (2, 0.0) and span[1] > span[0]
 
 
 def test_answers_are_found(tmp_path):
     def answers(text: str) -> list[str]:
         path = write_jsonl(tmp_path / "a.jsonl", [text])
-        (document,) = evaluate.arithmetic_documents(path)
+        (document,) = evaluate.arithmetic_documents(texts_of(path))
         return [tokenizer.decode(document.ids[begin:end]) for begin, end in document.spans]
 
     assert answers("1 2 + 3 4 = 4 6") == [" 4 6"]

@@ -385,7 +385,7 @@ GREEDILY = ["--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", 
 
 
 def test_prompts_of_a_file(world, world_file, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[1:]) + "\n\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("\r\n".join(PROMPTS[1:]) + "\n\n", encoding="utf-8")
     lines = [json.dumps({"prompt": prompt}) for prompt in PROMPTS]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name, prompts in (("p.txt", PROMPTS[1:]), ("p.jsonl", PROMPTS)):
@@ -438,7 +438,11 @@ def test_bad_files_of_prompts(tmp_path):
     for content, complaint in [
         (b"\n \n", "holds no prompts"),
         (b"a\xff", "byte 1 is not UTF-8"),
-        (b'{"prompt": "a"}\n{"text": "b"}', ':2: has no string "prompt"'),
+        (
+            b'{"prompt": "a"}\n{"text": "b"}',
+            ':2: is not {"prompt": "…"}: it has no string "prompt"',
+        ),
+        (b'{"prompt": "a"}\r\n{"prompt": "\\ud83d"}', ":2: character 0 of the text, '\\ud83d'"),
         (b"{", ":1: is no JSON"),
     ]:
         (tmp_path / "p.jsonl").write_bytes(content)

@@ -976,7 +976,7 @@ def prepared(data, run, tmp_path) -> Path:
 
 
 BAD_INPUT = {
-    "--data_file nothing": r"nothing\.\w+: no such file",
+    "--data_file nothing": r"nothing: no such file",
     "--data_file nothing.jsonl": r"nothing.jsonl: no such file",
     "--data_file empty.jsonl": r"empty.jsonl: ",
     "--data_file no_json.jsonl": r"no_json.jsonl:2: is no JSON",
