@@ -207,10 +207,60 @@ def test_sums_keep_a_tenth_out(tmp_path):
         assert eval(problem) == int(answer)
 
 
+@pytest.fixture
+def a_nat_a_token(monkeypatch):
+    """What is read counts, not what a model makes of it."""
+
+    def score(_, documents):
+        for number, document in enumerate(documents):
+            yield number, [evaluate.Answer(float(len(document.ids)), True)]
+
+    monkeypatch.setattr(evaluate, "score", score)
+
+
+def test_text_of_other_kinds(a_nat_a_token, tmp_path, monkeypatch):
+    """A folder, bad lines that are skipped, and any file as one text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    write_jsonl(tmp_path / "f" / "a.jsonl", TEXTS[:2])
+    (tmp_path / "f" / "b.JSONL").write_text('{"text": "A short one"}\n{}\n')
+    result = evaluate.evaluate(None, "text", "f", on_bad_line="skip")
+    assert (result["documents"], result["skipped"]) == (3, 1)
+    assert (tmp_path / "f.skipped.tsv").read_text().startswith("f/b.JSONL:2\tis not ")
+    (tmp_path / "read.me").write_text(TEXTS[3])
+    ids = tokenizer.encode(TEXTS[3])
+    assert evaluate.evaluate(None, "text", "read.me")["tokens"] == len(ids)
+    write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    limited = evaluate.evaluate(None, "text", tmp_path / "c.jsonl", 3, text_key="text")
+    assert limited["documents"] == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ids", "complaint"),
+    [
+        (np.int32, [5, 128000, 0], "d: token 4 has id 128000, outside the vocabulary of 65536"),
+        (np.int32, [-1, 0], "d: token 3 has id -1, outside the vocabulary"),
+        (np.float32, [1.5, 0], "d: token 3 has id 1.5, outside the vocabulary"),
+        (np.uint16, [65530, 0], None),
+    ],
+)
+def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
+    with BinIdxWriter(tmp_path / "d", dtype) as writer:
+        writer.append(np.array([65530, 65531, 0], dtype), [3])
+        writer.append(np.array(ids, dtype), [len(ids)])
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        evaluate.evaluate(None, "text", tmp_path / "d")
+    assert (complaint or "d: holds no text") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("options", "content", "complaint"),
     [
         (["--limit", "-1"], "", "--limit -1: give 0 (all) or more"),
+        (["--output", "."], "", "--output .: give the name of a file"),
+        (["--output", "no/x"], "", "--output no/x: give the name of a file in a folder that"),
+        (["--on_bad_line", "skip"], "1", "holds no text: every line was skipped; "),
+        ([], '{"text": "cut \\ud83d"}', "x.jsonl:1: character 4 of the text"),
         ([], "", "holds no text"),
         ([], '{"texts": 1}\n', ':1: is not {"text": "…"}'),
         (["--task", "lambada"], '{"text": "word"}\n', "a text of one word, 'word'"),
