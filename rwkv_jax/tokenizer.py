@@ -8,8 +8,9 @@ stream, feed `decode_bytes` to a `codecs.getincrementaldecoder("utf-8")(errors="
 import ast
 import functools
 import importlib.resources
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 from pyrwkv_tokenizer import RWKVTokenizer
 
 from rwkv_jax.errors import UserError
@@ -17,6 +18,7 @@ from rwkv_jax.errors import UserError
 VOCAB_NAME = "rwkv_vocab_v20230424"
 VOCAB_SIZE = 65536
 END_OF_DOCUMENT = 0
+_PIECE = 1 << 18  # characters that are encoded at once
 
 
 @functools.cache
@@ -40,6 +42,12 @@ def _vocabulary() -> list[bytes]:
     return table
 
 
+@functools.cache
+def _sizes() -> np.ndarray:
+    """Bytes of each id, `[VOCAB_SIZE]`."""
+    return np.array([len(token) for token in _vocabulary()])
+
+
 def encode(text: str) -> list[int]:
     """Token ids of `text`, without an end-of-document mark. Any text is encodable.
 
@@ -54,6 +62,32 @@ def encode(text: str) -> list[int]:
     except UnicodeEncodeError:
         check(text)
         raise
+
+
+def encode_pieces(text: str) -> Iterator[list[int]]:
+    """`encode` in pieces that join to the same ids: a list of all takes 40 bytes a token.
+
+    A token depends on no more bytes after its beginning than the longest token has. So in a piece
+    all but the last few are those of the whole; the next begins where one of them, and a character,
+    ends.
+
+    Raises:
+        UserError: as `encode`.
+    """
+    at = 0
+    while len(text) - at > _PIECE:
+        piece = text[at : at + _PIECE]
+        ids = encode(piece)
+        content = np.frombuffer(piece.encode(), np.uint8)
+        ends = np.cumsum(_sizes()[ids])
+        ends = ends[ends <= len(content) - _sizes().max()]
+        begins_character = content[ends] & 0xC0 != 0x80
+        if not begins_character.any():
+            break
+        kept = int(np.flatnonzero(begins_character)[-1])
+        yield ids[: kept + 1]
+        at += len(content[: ends[kept]].tobytes().decode())
+    yield encode(text[at:])
 
 
 def check(text: str) -> None:

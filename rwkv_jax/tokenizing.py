@@ -129,9 +129,10 @@ def _tokenize_piece(piece: Piece, text_key: str, skip_bad: bool) -> _Tokenized:
     documents, skipped = [], []
     for each in read(piece, text_key):
         if isinstance(each, Text):
-            ids = tokenizer.encode(each.text)
-            ids.append(tokenizer.END_OF_DOCUMENT)
-            documents.append(np.array(ids, np.uint16))
+            ids = [np.array(ids, np.uint16) for ids in tokenizer.encode_pieces(each.text)]
+            documents.append(
+                np.concatenate([*ids, np.array([tokenizer.END_OF_DOCUMENT], np.uint16)])
+            )
         elif skip_bad:
             skipped.append(each)
         else:

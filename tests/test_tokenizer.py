@@ -109,3 +109,14 @@ def test_half_a_surrogate_pair_is_refused():
         UserError, match=r"character 2 of the text, '\\ud83d', is half of a surrogate"
     ):
         tokenizer.encode("ab\ud83d")
+
+
+@pytest.mark.parametrize("piece", [200, 333, 1000])
+def test_pieces_join_to_the_whole(piece, monkeypatch):
+    """Also where it ends within a long token, or between tokens that end within a character."""
+    rng = random.Random(piece)
+    text = "".join(rng.choice(VARIED) + "😀" * rng.randrange(40) for _ in range(300))
+    monkeypatch.setattr(tokenizer, "_PIECE", piece)
+    pieces = list(tokenizer.encode_pieces(text))
+    assert len(pieces) > 5 and sum(pieces, []) == tokenizer.encode(text)
+    assert list(tokenizer.encode_pieces("")) == [[]]
