@@ -74,7 +74,7 @@ OFFICIAL_OPTIONS: dict[str, OfficialOption] = {
     **_each("dim_att", "in x070 it equals n_embd"),  # compared with it in parse_train_options
     **_each(
         "data_type",
-        "a .jsonl is known by its name, anything else is binidx",
+        "text is known by its ending, anything else is binidx",
         ("binidx", "jsonl"),
     ),
     **_each("ds_bucket_mb", "XLA sizes and schedules the communication itself"),
