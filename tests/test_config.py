@@ -387,7 +387,7 @@ def test_without_options_everything_is_official():
         (["--my_testing", "x060"], ["--my_testing x060", "x070"]),
         (["--dim_att", "512"], ["--dim_att 512", "768"]),
         (["--data_type", "numpy"], ["--data_type numpy", "binidx"]),
-        (["--data_type", "utf-8"], ["--data_type utf-8", "jsonl", "leave it out"]),
+        (["--data_type", "utf-8"], ["--data_type utf-8", "binidx", "leave it out"]),
         (["--n_embd", "100"], ["--n_embd 100", "--head_size 64", "128"]),
         (["--n_embd", "1"], ["--n_embd 1 ", "try 64"]),
         (["--precision", "fp8"], ["fp8", "bf16"]),
