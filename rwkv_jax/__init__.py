@@ -17,6 +17,8 @@ if sys.platform == "win32":  # jax has no CUDA there, and files cannot be locked
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.model import RWKV7
 
@@ -47,6 +49,23 @@ def load_params(
 
     Memory is that of the tree in `dtype`: no wider copy of it is made on the way.
     """
+    return _load(path, dtype, tuned=False)[:2]
+
+
+def load_tuned(
+    path: str | os.PathLike[str], dtype: Any = "float32"
+) -> tuple["ModelConfig", dict[str, Any], "np.ndarray | None"]:
+    """As `load_params`, with the tuned initial state that a file may hold beside the model.
+
+    The state is that of `weights.tuned_state`. All others refuse such a file: with another state to
+    begin in, it is another model.
+    """
+    return _load(path, dtype, tuned=True)
+
+
+def _load(
+    path: str | os.PathLike[str], dtype: Any, tuned: bool
+) -> tuple["ModelConfig", dict[str, Any], "np.ndarray | None"]:
     from pathlib import Path
 
     import ml_dtypes  # noqa: F401  # by which NumPy knows "bfloat16"
@@ -57,11 +76,13 @@ def load_params(
     if Path(path).is_dir():
         from rwkv_jax.checkpoint import load_newest
 
-        config, params = load_newest(Path(path), dtype)
+        config, params, state = *load_newest(Path(path), dtype), None
     else:
-        from rwkv_jax.weights import load_pth
+        from rwkv_jax.weights import load_pth, load_tuned_pth
 
-        config, params = load_pth(path, dtype=dtype)
+        load = load_tuned_pth if tuned else load_pth
+        config, params, *states = load(path, dtype=dtype)
+        state = states[0] if states else None
     if config.head_size not in HEAD_SIZES:
         raise UserError(f"{path}: its heads are {config.head_size} wide, not one of {HEAD_SIZES}")
-    return config, params
+    return config, params, state

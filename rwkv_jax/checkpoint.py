@@ -58,7 +58,6 @@ _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
 _T = TypeVar("_T")
 _CUT_SHORT = re.compile(r"\d+\.partial(\.orbax.*)?")  # names of what a killed run leaves
-_POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 _MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
 
 
@@ -268,7 +267,7 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
         tensors: all of the official ones, in the official order.
 
     Raises:
-        UserError: it exists or cannot be written.
+        UserError: it exists or cannot be written, or a tensor raises one.
     """
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; give a new folder")
@@ -283,6 +282,8 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
         stored.write(partial / "params", config, tensors)
         _check(partial, {"params": abstract_params(config)})
         _commit(partial, folder, dataclasses.asdict(About(config)))
+    except UserError:  # of the tensors
+        raise
     except Exception as error:
         raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
     finally:
@@ -300,7 +301,9 @@ def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Param
         UserError: there is none, or it is damaged.
     """
 
-    return open_newest(path, lambda _, tensors: weights.from_official(tensors, dtype=dtype))
+    return open_newest(
+        path, lambda _, tensors: weights.from_official(tensors, None, dtype, str(path))
+    )
 
 
 def open_newest(path: Path, use: Callable[[ModelConfig, dict[str, pth.Array]], _T]) -> _T:
@@ -342,6 +345,11 @@ def _open_newest(
                 damaged.add(steps[0])
     if (folder / "_CHECKPOINT_METADATA").exists():
         raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{path}: is the folder of a Hugging Face model: convert it first, by "
+            f"python -m convert.hf_to_pth {path} model.pth"
+        )
     raise UserError(
         f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
     )
@@ -467,10 +475,8 @@ def _verify(folder: Path, without: str = "/") -> About:
         expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
         for name, (size, _) in expected.items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                _require_fetched(path)
             if not path.is_file():
-                raise UserError(f"{folder}: damaged: {name} is missing")
+                raise _missing(path, f"{folder}: damaged: {name} is missing")
             if path.stat().st_size != size:
                 raise UserError(
                     f"{folder}: damaged: {name} has {path.stat().st_size} bytes, not {size}"
@@ -494,7 +500,6 @@ def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
     path = folder / MANIFEST
     with contextlib.ExitStack() as stack:
         stack.enter_context(_reporting(path))
-        _require_fetched(path)
         with path.open("rb") as file:
             content = file.read(_MAX_MANIFEST)
         digest, _, body = content.partition(b"\n")
@@ -529,7 +534,7 @@ def _reporting(path: Path) -> Iterator[None]:
     except Unreadable:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing") from None
+        raise _missing(path, f"{path}: is missing") from None
     except (PermissionError, InterruptedError, BlockingIOError, TimeoutError) as error:
         raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:
@@ -538,17 +543,11 @@ def _reporting(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
 
 
-def _require_fetched(path: Path) -> None:
-    """Raises `Unreadable` where a link or a pointer stands for a file that is not here (yet)."""
-    if path.is_symlink() and not path.exists():
-        raise Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(32).startswith(_POINTERS):
-                raise Unreadable(
-                    f"{path}: is a pointer of Git LFS or git-annex to a file, "
-                    "which has not been fetched"
-                )
+def _missing(path: Path, reason: str) -> UserError:
+    """The error for a file that is not there: if a link to it is, the file may be elsewhere."""
+    if path.is_symlink():
+        return Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
+    return UserError(reason)
 
 
 def _numbered(folder: Path) -> Iterator[Path]:

@@ -240,6 +240,7 @@ def open_dataset(
     if corpus.is_binidx(name):
         tokens = open_binidx(name).tokens
     else:
+        tokenizer.check_vocabulary(vocab_size, name)
         kept = _cached(corpus.find(name, text_key, on_bad_line))
         tokens, listed = kept.tokens, beside(kept.prefix, SKIPPED)
     prime = choose_magic_prime(name, len(tokens), ctx_len, magic_prime)

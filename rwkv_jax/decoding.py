@@ -29,6 +29,10 @@ from rwkv_jax.sampling import Made, Sampling, choose
 Array = jax.Array
 
 PROMPT_PIECES = (256, 16, 1)  # tokens read a call, so that three programs read any prompt
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity): it computes beyond the range of its "
+    "precision; --precision bf16 or fp32 has more"
+)
 TOKENS_PER_CALL = 16  # tokens made a call, at most: the host sees ids, never logits
 
 
@@ -82,11 +86,20 @@ class Decoder:
     Args:
         config, params: from `rwkv_jax.load_params`, of any of the dtypes; NumPy or JAX arrays.
         precision: "fp32", "bf16" or "fp16"; None: `build.device_precision`.
+
+    Attributes:
+        tuned: the wkv state [L, H, N, N] in which every text begins; None: zeros.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, precision: str | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        precision: str | None = None,
+        tuned: np.ndarray | None = None,
+    ):
         kept = PRECISIONS[precision or device_precision()]
-        self.config = config
+        self.config, self.tuned = config, tuned
         self.dtype = jnp.float32 if jax.default_backend() == "cpu" else kept
 
         def place(path: tuple, leaf: Any) -> Array:
@@ -106,8 +119,9 @@ class Decoder:
         """Of one sequence, before its first token."""
         c = self.config
         shift = jnp.zeros((1, c.n_embd), self.dtype)
-        wkv = jnp.zeros((1, c.n_head, c.head_size, c.head_size), jnp.float32)
-        return [State(shift, shift, wkv) for _ in range(c.n_layer)]
+        shape = (c.n_layer, 1, c.n_head, c.head_size, c.head_size)
+        wkv = np.zeros(shape, np.float32) if self.tuned is None else self.tuned.reshape(shape)
+        return [State(shift, shift, jnp.asarray(layer, jnp.float32)) for layer in wkv]
 
     def read(
         self, tokens: Sequence[int], states: list[State] | None = None
@@ -148,10 +162,15 @@ class Decoder:
 
         Ends early, with fewer, when every sequence has made an end of document in this call. What a
         sequence makes after its own end means nothing.
+
+        Raises:
+            UserError: logits are not finite, so that no choice among them means anything.
         """
-        made, tokens, batch = _make(
+        made, tokens, finite, batch = _make(
             self._graphdef, self._params, batch, np.int32(count), sampling.checked()
         )
+        if not finite:
+            raise UserError(NOT_FINITE)
         return np.asarray(tokens)[:, : int(made)], batch
 
 
@@ -163,7 +182,7 @@ def _read(graphdef, params, tokens: Array, states: list[State]) -> tuple[Array, 
 @functools.partial(jax.jit, static_argnums=0)
 def _make(
     graphdef, params, batch: Batch, count: Array, sampling: Sampling
-) -> tuple[Array, Array, Batch]:
+) -> tuple[Array, Array, Array, Batch]:
     model: Layers = nnx.merge(graphdef, params)
     B = batch.logits.shape[0]
 
@@ -184,5 +203,7 @@ def _make(
 
     tokens = jnp.zeros((B, TOKENS_PER_CALL), jnp.int32)
     start = (jnp.int32(0), tokens, jnp.zeros(B, bool), batch)
+    # What is not finite stays in the state, so the first and the last logits show all of it.
+    finite = jnp.all(jnp.isfinite(batch.logits))
     made, tokens, _, batch = jax.lax.while_loop(unfinished, step, start)
-    return made, tokens, batch
+    return made, tokens, finite & jnp.all(jnp.isfinite(batch.logits)), batch

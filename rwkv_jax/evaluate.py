@@ -35,6 +35,7 @@ from rwkv_jax.corpus import (
     writing_skipped,
 )
 from rwkv_jax.dataset import check_ids
+from rwkv_jax.decoding import NOT_FINITE
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole
 from rwkv_jax.model import RWKV7, State, use_precision
@@ -204,19 +205,25 @@ TASKS = {
 }
 
 
-def item_documents(data: BinIdx) -> Iterator[Document]:
+def item_documents(data: BinIdx, vocab_size: int) -> Iterator[Document]:
     """Each item of a token file, without its closing token 0.
+
+    Args:
+        vocab_size: of the model. If it has another tokenizer than World's, documents have no bytes.
 
     Raises:
         UserError: an id that is none of the tokenizer's.
     """
+    is_world = not tokenizer.other_tokenizer(vocab_size)
+    ids_end = tokenizer.VOCAB_SIZE if is_world else vocab_size
     for item in range(len(data)):
         start = int(data.pointers[item]) // data.tokens.itemsize
-        check_ids(str(data.prefix), data[item], start, tokenizer.VOCAB_SIZE)
+        check_ids(str(data.prefix), data[item], start, ids_end)
         ids = data[item].astype(np.int64).tolist()
         if ids and ids[-1] == tokenizer.END_OF_DOCUMENT:
             ids.pop()
-        yield Document(ids, [(0, len(ids))], len(tokenizer.decode_bytes(ids)))
+        nbytes = len(tokenizer.decode_bytes(ids)) if is_world else 0
+        yield Document(ids, [(0, len(ids))], nbytes)
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -232,8 +239,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The numbers of one task on one file, with a progress bar on standard error.
 
-    text: `bits_per_byte`, and `perplexity` of a token. lambada: `accuracy`, and `perplexity` of a
-    last word. arithmetic: `exact_match`, the part of all answers that greedy decoding gives.
+    text: `bits_per_byte` (unless the model has another tokenizer), and `perplexity` of a token.
+    lambada: `accuracy`, and `perplexity` of a last word. arithmetic: `exact_match`, the part of all
+    answers that greedy decoding gives.
 
     Args:
         task: a name in `TASKS`.
@@ -247,10 +255,13 @@ def evaluate(
         UserError: the data cannot be used, or holds nothing.
     """
     skipped: list[BadLine] = []
+    V = model.config.vocab_size
+    is_world = not tokenizer.other_tokenizer(V)
     if task == "text" and is_binidx(path):
         data = open_binidx(path)
-        documents, total = item_documents(data), len(data)
+        documents, total = item_documents(data, V), len(data)
     else:
+        tokenizer.check_vocabulary(V, str(path))
         corpus = _corpus(path, task, text_key, on_bad_line)
         documents, total = TASKS[task](corpus.documents(skipped)), 0
         if not limit and all(file.is_file() for file in corpus.files):
@@ -269,7 +280,9 @@ def evaluate(
                 counts["bytes"] += group[number].nbytes
                 nats += sum(answer.nats for answer in answers)
                 bar.advance(progress)
-    if not counts["bytes"]:
+            if not math.isfinite(nats):
+                raise UserError(NOT_FINITE)
+    if not counts["bytes" if is_world else "tokens"]:
         first = [f": every line was skipped; {bad.where}: {bad.reason}" for bad in skipped[:1]]
         raise UserError(f"{path}: holds no text" + "".join(first))
     shown = {"task": task, "file": str(path), "documents": counts["documents"]}
@@ -280,12 +293,13 @@ def evaluate(
         print(skipped_note(listed), file=sys.stderr)
         shown["skipped"] = len(skipped)
     if task == "text":
-        return shown | {
-            "tokens": counts["tokens"],
-            "bytes": counts["bytes"],
-            "bits_per_byte": nats / math.log(2) / counts["bytes"],
-            "perplexity": _exp(nats / counts["tokens"]),
-        }
+        shown |= {"tokens": counts["tokens"]}
+        if is_world:  # the bytes of another tokenizer are not known
+            shown |= {
+                "bytes": counts["bytes"],
+                "bits_per_byte": nats / math.log(2) / counts["bytes"],
+            }
+        return shown | {"perplexity": _exp(nats / counts["tokens"])}
     right = counts["right"] / counts["answers"]
     if task == "lambada":
         return shown | {"accuracy": right, "perplexity": _exp(nats / counts["answers"])}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
-from rwkv_jax import tokenizer
+from rwkv_jax import pth, tokenizer, weights
 from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
 from rwkv_jax.corpus import decode, json_text
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
@@ -170,10 +170,15 @@ def complete(
     sampling: Sampling = DEFAULT,
     seed: int = 0,
     stop: Sequence[str] = (),
+    before: Text | None = None,
 ) -> list[str]:
-    """What follows each prompt (see `generate`), as text."""
+    """What follows each prompt (see `generate`), as text.
+
+    Args:
+        before: what each prompt follows.
+    """
     replies = [Reply(stop) for _ in prompts]
-    texts = [Text().then(tokenizer.encode(prompt)) for prompt in prompts]
+    texts = [(before or Text()).then(tokenizer.encode(prompt)) for prompt in prompts]
     for _ in generate(decoder, texts, replies, length, sampling, seed):
         pass
     return [reply.text for reply in replies]
@@ -211,6 +216,8 @@ def save_state(path: Path, text: Text, decoder: Decoder) -> None:
 def load_state(path: Path, decoder: Decoder) -> Text:
     """The text that a state stands for, to go on from.
 
+    A tuned state, a .pth, stands for none: the decoder begins every text in it.
+
     Raises:
         UserError: no such file, or the state of another model.
     """
@@ -222,7 +229,12 @@ def load_state(path: Path, decoder: Decoder) -> Text:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
                 arrays = {name: members[name] for name in shapes}
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"{path}: is not a state that --save_state wrote") from None
+            if path.suffix == ".pth":
+                decoder.tuned = weights.tuned_state(pth.read(path), decoder.config, str(path))
+                return Text()
+            raise UserError(
+                f"{path}: is neither a state that --save_state wrote nor the .pth of a tuned one"
+            ) from None
     for name, shape in shapes.items():
         array = arrays[name]
         if array.shape != shape or array.dtype != np.float32:
@@ -246,13 +258,10 @@ def load_decoder(path: str, precision: str | None = None) -> Decoder:
         UserError: it cannot be loaded, or is another tokenizer's.
     """
     precision = precision or device_precision()
-    decoder = Decoder(*rwkv_jax.load_params(path, PRECISIONS[precision]), precision)
-    V = decoder.config.vocab_size
-    if V > tokenizer.VOCAB_SIZE:
-        raise UserError(
-            f"{path}: has a vocabulary of {V}, so it is not for the World tokenizer, whose is "
-            f"{tokenizer.VOCAB_SIZE}"
-        )
+    config, params, tuned = rwkv_jax.load_tuned(path, PRECISIONS[precision])
+    tokenizer.check_vocabulary(config.vocab_size, path)
+    decoder = Decoder(config, params, precision, tuned)
+    V = config.vocab_size
     if V < tokenizer.VOCAB_SIZE - 6:
         print(f"note: {path} knows the first {V} ids of the World tokenizer only", file=sys.stderr)
     return decoder
@@ -264,10 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_jax()
     use_precision(args.precision)
     decoder = load_decoder(args.load_model, args.precision)
-    if args.prompts:
-        _complete_all(decoder, prompts, args)
-        return
     text = load_state(args.load_state, decoder) if args.load_state else Text()
+    if args.prompts:
+        _complete_all(decoder, text, prompts, args)
+        return
     if args.chat:
         text = _chat(decoder, text, args)
     else:
@@ -277,12 +286,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_state(args.save_state, text, decoder)
 
 
-def _complete_all(decoder: Decoder, prompts: Sequence[str], args: argparse.Namespace) -> None:
-    """A line of JSON for each prompt."""
+def _complete_all(
+    decoder: Decoder, before: Text, prompts: Sequence[str], args: argparse.Namespace
+) -> None:
+    """A line of JSON for each prompt, which follows the text before."""
     for start in range(0, len(prompts), BATCH):
         group = prompts[start : start + BATCH]
         seed = (args.seed + start) % 2**31
-        made = complete(decoder, group, args.length, args.sampling, seed, args.stop)
+        made = complete(decoder, group, args.length, args.sampling, seed, args.stop, before)
         for prompt, text in zip(group, made, strict=True):
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
 
@@ -410,7 +421,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--save_state", metavar="FILE", type=Path, help="write the state after the text"
     )
     parser.add_argument(
-        "--load_state", metavar="FILE", type=Path, help="go on from such a state of this model"
+        "--load_state",
+        metavar="FILE",
+        type=Path,
+        help="go on from such a state of this model, or begin in a tuned one (the .pth of state "
+        "tuning)",
     )
     parser.add_argument(
         "--precision",
@@ -428,10 +443,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--length {args.length}: give 1 or more")
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
-    if args.prompts and (args.save_state or args.load_state):
-        raise UserError(
-            "--prompts: its texts have no one state; leave out --save_state, --load_state"
-        )
+    if args.prompts and args.save_state:
+        raise UserError("--prompts: its texts have no one state; leave out --save_state")
     if args.think != "off" and not args.chat:
         raise UserError("--think goes with --chat")
     if args.prompt and re.search("[\ud800-\udfff]", args.prompt):

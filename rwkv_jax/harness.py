@@ -37,6 +37,7 @@ class HarnessModel(LM):
         super().__init__()
         prepare_jax()
         config, params = rwkv_jax.load_params(load_model)
+        tokenizer.check_vocabulary(config.vocab_size, load_model)
         self._model = bind(config, jax.tree.map(jnp.asarray, params))
         self._decoder = Decoder(config, params, "fp32")
 

@@ -19,7 +19,7 @@ import pickletools
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -107,14 +107,37 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {reason}") from None
 
 
+# What files begin with that are taken for models.
+_OTHER_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer, not the model itself: download the file it "
+    "stands for",
+    b"<": "a web page, not a model: download the file itself",
+    b"\xef\xbb\xbf<": "a web page, not a model: download the file itself",
+    b"GGUF": "a GGUF file of llama.cpp, not a .pth: download the model's .pth",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
+    b"\xfd7zXZ": "compressed by xz: unpack it first",
+    b"7z\xbc\xaf": "compressed by 7-Zip: unpack it first",
+    bytes(64): "zeros, not a .pth: the download has not ended; start it again",
+    b"\x80": "a pickle that torch.save did not write, not a .pth",
+}
+
+
 def _what_is(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the model itself: download the file it stands for"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page, not a model: download the file itself"
-    if head[8:9] == b"{":
-        return "looks like a safetensors file, not a .pth"
+    if is_safetensors(head):
+        return (
+            "is a safetensors file, not a .pth: convert it by python -m convert.st_to_pth, or the "
+            "folder of a Hugging Face model by python -m convert.hf_to_pth"
+        )
+    for begin, what in _OTHER_FILES.items():
+        if head.lstrip(b"\r\n\t ").startswith(begin):
+            return f"is {what}"
     return "is not a .pth: it starts with neither a zip record nor PyTorch's old magic number"
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins so is one: a length, and a JSON object of that length."""
+    return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32
 
 
 class _Global(NamedTuple):
@@ -409,7 +432,7 @@ def _read_zip(mapped: mmap.mmap) -> _Contents:
     records = _zip_records(mapped)
     tops = [name[: -len("/data.pkl")] for name in records if re.fullmatch("[^/]+/data.pkl", name)]
     if len(tops) != 1:
-        raise _Refused("is a zip, but not PyTorch's: it needs one FOLDER/data.pkl")
+        raise _Refused(_what_zip_is(records))
     top = tops[0] + "/"
     for name in records:
         if not name.startswith(top) or ".." in name.split("/"):
@@ -440,6 +463,15 @@ def _read_zip(mapped: mmap.mmap) -> _Contents:
     return value, storages, places
 
 
+def _what_zip_is(names: Iterable[str]) -> str:
+    if any(name.endswith("data.pkl") for name in names):
+        return "is a zip, but not PyTorch's: it needs one FOLDER/data.pkl"
+    first = next(iter(names), "nothing")
+    if first.endswith(".npy"):
+        return "is NumPy's .npz, not a .pth; a state that --save_state wrote is for --load_state"
+    return f"is a zip of {_show(first)}, not a .pth: unpack it first"
+
+
 def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
     """Name → place of every record, from the central directory and each local header."""
     try:
@@ -462,8 +494,11 @@ def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
             if 0xFFFFFFFF in (packed, unpacked, header):
                 unpacked, packed, header = _zip64_fields(extra, unpacked, packed, header)
             if flags & 1 or method != 0 or packed != unpacked:
+                if "/" not in name:
+                    raise _Refused(_what_zip_is([name]))
                 raise _Refused(
-                    f"record {_show(name)} is compressed or encrypted, which torch.save never does"
+                    f"record {_show(name)} is compressed or encrypted, which torch.save never "
+                    "does: save it again by torch.save"
                 )
             local = _LOCAL.unpack_from(mapped, header)
             name_at = header + _LOCAL.size

@@ -19,6 +19,9 @@ VOCAB_NAME = "rwkv_vocab_v20230424"
 VOCAB_SIZE = 65536
 END_OF_DOCUMENT = 0
 _PIECE = 1 << 18  # characters that are encoded at once
+# Rows of emb.weight that are not World's: GPT-NeoX's tokenizer has 50277 tokens, which models of
+# the Pile pad to as many as 50432, and GPT-2's has 50257.
+_PILE = range(50254, 50433)
 
 
 @functools.cache
@@ -103,6 +106,32 @@ def check(text: str) -> None:
             f"character {error.start} of the text, {text[error.start]!a}, is half of a surrogate "
             "pair, not a character"
         ) from None
+
+
+def other_tokenizer(rows: int) -> str:
+    """Whose tokenizer a model with so many rows of emb.weight is for; empty: it may be World's.
+
+    A model with fewer rows than World has ids can be one that knows the first of them only.
+    """
+    if rows in _PILE:
+        return "GPT-NeoX's, of the Pile models"
+    return "" if rows <= VOCAB_SIZE else f"larger than World's {VOCAB_SIZE}"
+
+
+def check_vocabulary(rows: int, source: str) -> None:
+    """Keeps text from a model that is not for the World tokenizer (see `other_tokenizer`).
+
+    Args:
+        source: of the model or of the text, for the error.
+
+    Raises:
+        UserError: it is for another.
+    """
+    if whose := other_tokenizer(rows):
+        raise UserError(
+            f"{source}: the model has a vocabulary of {rows}, {whose}, so it is not for the World "
+            "tokenizer: no text can be given to it, only token files (binidx) made by its own"
+        )
 
 
 def decode_bytes(ids: Iterable[int]) -> bytes:

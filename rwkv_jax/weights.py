@@ -5,16 +5,17 @@ blocks' tensors stacked on a leading layer axis and vectors flat: `blocks.3.att.
 [1, 1, C] is row 3 of `tree["blocks"]["att"]["x_r"]` of shape [L, C]. Conversion is therefore
 renaming and stacking, and exact. `blocks.0.ln0`, which only the first block has, is `tree["ln0"]`.
 
-Importing is liberal (a `_forward_module.` prefix, flat vectors, any key order, extra tensors with
-a warning); exporting writes exactly what the official trainer would.
+Importing is liberal about form (a `_forward_module.` prefix, flat vectors, any key order) and
+strict about content: a model is another one without a tensor that RWKV-7 does not have, and none
+with a value that is not finite. Exporting writes exactly what the official trainer would.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -73,6 +74,7 @@ _OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 
 _PREFIX = "_forward_module."  # DeepSpeed's wrapper
 _LISTED = 6  # names in one message
+_PIECE = 1 << 16  # values that are looked at together: of a size that stays in the cache
 
 
 def load_pth(
@@ -91,23 +93,64 @@ def load_pth(
     Raises:
       UserError: the file cannot be used (see `pth.read`) or is not such a model.
     """
-    config, tensors = open_pth(path, expect)
-    return config, _tree(config, tensors, dtype)
+    return from_official(pth.read(path), expect, dtype, str(path))
 
 
-def open_pth(
-    path: str | os.PathLike[str], expect: ModelConfig | None = None
-) -> tuple[ModelConfig, dict[str, pth.Array]]:
+def open_pth(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, pth.Array]]:
     """The model in an official `.pth` as `whole` gives it, without a copy: views of the file.
 
     Raises:
       UserError: as `load_pth` does.
     """
+    return whole(pth.read(path), source=str(path))
+
+
+def load_tuned_pth(
+    path: str | os.PathLike[str], dtype: Any = np.float32
+) -> tuple[ModelConfig, Params, np.ndarray | None]:
+    """As `load_pth`, and the tuned initial state that the file may hold beside the model.
+
+    Raises:
+      UserError: as `load_pth` and `tuned_state` do.
+    """
     tensors = pth.read(path)
-    try:
-        return whole(tensors, expect)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    model = without_state(tensors)
+    config, params = from_official(model, None, dtype, str(path))
+    if len(model) == len(tensors):
+        return config, params, None
+    return config, params, tuned_state(tensors, config, str(path))
+
+
+def without_state(tensors: Mapping[str, pth.Array]) -> dict[str, pth.Array]:
+    """The tensors but for those of a tuned initial state (see `tuned_state`)."""
+    return {name: tensor for name, tensor in tensors.items() if not _STATE.search(name)}
+
+
+def tuned_state(tensors: Mapping[str, pth.Array], config: ModelConfig, source: str) -> np.ndarray:
+    """What state tuning has made of the state in which every text begins: `att.time_state`.
+
+    Returns:
+      [L, H, N, N] float32, value row and key column as in `model.State.wkv`. RWKV-7's tuners keep
+      it so (RWKV-PEFT turns it for fla's kernel, RWKV Runner hands it to the rwkv package as it
+      is); those of RWKV-5 and 6 keep its transpose.
+
+    Args:
+      source: is put in front of errors.
+
+    Raises:
+      UserError: a layer has none, or it is not of this model, or not finite.
+    """
+    found = {name: t for name, t in without_prefix(tensors).items() if _STATE.search(name)}
+    shape = (config.n_head, config.head_size, config.head_size)
+    expected = {f"blocks.{layer}.att.time_state": shape for layer in range(config.n_layer)}
+    if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:
+        there = "".join(f", {name} {list(t.shape)}" for name, t in [*found.items()][:1])
+        raise UserError(
+            f"{source}: is not a tuned state of this model, which has blocks.N.att.time_state "
+            f"{list(shape)} for each of {config.n_layer} layers: there are {len(found)}{there}"
+        )
+    tensors = checked(found, source)
+    return np.stack([np.asarray(tensors[name], np.float32) for name in expected])
 
 
 def save_pth(path: str | os.PathLike[str], params: Params, dtype: Any = ml_dtypes.bfloat16) -> None:
@@ -168,7 +211,7 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
     V, C, H, N = (sizes.get(letter, 0) for letter in "VCHN")
     if min(V, C, H, N) < 1 or C != H * N:
         raise UserError(
-            f"is not a whole RWKV-7 model: emb.weight [V, C] and att.r_k [H, N] give {V=}, {C=}, "
+            f"is not an RWKV-7 model: emb.weight [V, C] and att.r_k [H, N] give {V=}, {C=}, "
             f"{H=}, {N=}, which have to be 1 or more with C = H·N"
         )
     config = ModelConfig(
@@ -184,7 +227,7 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
     )
     differences = _differences(tensors, config)
     if differences:
-        raise UserError(f"is not a whole RWKV-7 model of {_brief(config)}: {differences}")
+        raise UserError(f"is not an RWKV-7 model of {_brief(config)}: {differences}")
     return config
 
 
@@ -216,6 +259,9 @@ def _count_layers(tensors: Mapping[str, pth.Array]) -> int:
     n_layer = max(layers) + 1
     if len(layers) != n_layer:
         raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
+    known = official_dims(n_layer)
+    if extra := [name for name in tensors if name not in known]:
+        raise UserError(f"has {_list(extra)}, which RWKV-7 does not: it is another model")
     return n_layer
 
 
@@ -231,7 +277,10 @@ def _sizes(tensors: Mapping[str, pth.Array], n_layer: int) -> dict[str, int]:
 
 
 def from_official(
-    tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None, dtype: Any = np.float32
+    tensors: Mapping[str, pth.Array],
+    expect: ModelConfig | None = None,
+    dtype: Any = np.float32,
+    source: str = "",
 ) -> tuple[ModelConfig, Params]:
     """The configuration and the tree of official tensors (see `whole`).
 
@@ -241,17 +290,14 @@ def from_official(
       tensors: by official name; values are taken when they are used.
       expect: refuse any other configuration, with the differences.
       dtype: of the tree.
+      source: is put in front of errors.
 
     Raises:
-      UserError: as `whole` does.
+      UserError: as `whole` does; or a value is not finite, or beyond the range of float16.
     """
-    config, tensors = whole(tensors, expect)
-    return config, _tree(config, tensors, dtype)
-
-
-def _tree(config: ModelConfig, tensors: Mapping[str, pth.Array], dtype: Any) -> Params:
+    config, tensors = whole(tensors, expect, source)
     params: Params = {}
-    targets: list[np.ndarray] = []
+    targets: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         (*parents, last), layer = place(name)
         node = params
@@ -260,19 +306,21 @@ def _tree(config: ModelConfig, tensors: Mapping[str, pth.Array], dtype: Any) -> 
         shape = flat(tensor.shape)
         if last not in node:
             node[last] = np.empty(shape if layer is None else (config.n_layer, *shape), dtype)
-        targets.append(node[last][... if layer is None else layer])
+        targets[name] = node[last][... if layer is None else layer]
 
-    def fill(target: np.ndarray, tensor: pth.Array) -> None:
-        target[...] = np.asarray(tensor).reshape(target.shape)
+    def fill(name: str) -> None:
+        target = targets[name]
+        with _in_range(_of(source, name), target.dtype):
+            target[...] = np.asarray(tensors[name]).reshape(target.shape)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # reading and converting, both take time
-        for _ in pool.map(fill, targets, tensors.values()):
+        for _ in pool.map(fill, targets):
             pass
-    return params
+    return config, params
 
 
 def whole(
-    tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None
+    tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None, source: str = ""
 ) -> tuple[ModelConfig, dict[str, pth.Array]]:
     """The configuration of these tensors, and all that such a model has, in the official order.
 
@@ -283,31 +331,107 @@ def whole(
     Args:
       tensors: by official name; flat vectors and a `_forward_module.` prefix are taken, too.
       expect: refuse any other configuration, with the differences.
+      source: the file that they are of, which is put in front of errors.
 
     Raises:
-      UserError: see `infer_config`; or a tensor is not floating point.
-
-    Warns:
-      UserWarning: names tensors that RWKV-7 does not have, which are left out.
+      UserError: see `infer_config`; or a tensor is not floating point. When a tensor is used: its
+        values are not all finite.
     """
-    tensors = without_prefix(tensors)
-    if expect is not None:
-        _check_architecture(tensors)
-        differences = _differences(tensors, expect)
-        if differences:
-            raise UserError(f"does not fit the model asked for, {_brief(expect)}: {differences}")
-    config = infer_config(tensors)
-    shapes = official_shapes(config)
-    extra = [name for name in tensors if name not in shapes]
-    if extra:
-        warnings.warn(f"tensors that RWKV-7 does not have: {_list(extra)}", stacklevel=2)
-    found: dict[str, pth.Array] = {}
-    for name, shape in shapes.items():
-        tensor = tensors[name] if name in tensors else np.zeros(shape, np.float32)
-        if tensor.dtype not in _FLOATS:
-            raise UserError(f"{name} is {tensor.dtype}, not floating point: is it quantised?")
-        found[name] = tensor if tensor.shape == shape else np.asarray(tensor).reshape(shape)
-    return config, found
+    try:
+        tensors = without_prefix(tensors)
+        if expect is not None:
+            _check_architecture(tensors)
+            differences = _differences(tensors, expect)
+            if differences:
+                raise UserError(
+                    f"does not fit the model asked for, {_brief(expect)}: {differences}"
+                )
+        config = infer_config(tensors)
+        shapes = official_shapes(config)
+        for name in shapes:
+            if name in tensors and tensors[name].dtype not in _FLOATS:
+                raise UserError(
+                    f"{name} is {tensors[name].dtype}, not floating point: is it quantised?"
+                )
+    except UserError as error:
+        raise UserError(_of(source, str(error))) from None
+    found = {
+        name: tensors[name] if name in tensors else np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    return config, checked(found, source, shapes)
+
+
+def checked(
+    tensors: Mapping[str, pth.Array],
+    source: str = "",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, pth.Array]:
+    """The same tensors; one that is not all finite raises a `UserError` when its values are used.
+
+    Args:
+      source: the file that they are of, which is put in front of errors.
+      shapes: to give the tensors, where they are not their own.
+    """
+    return {
+        name: _Checked(tensor, shapes[name] if shapes else tuple(tensor.shape), _of(source, name))
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Checked:
+    tensor: pth.Array
+    shape: tuple[int, ...]
+    name: str
+
+    @property
+    def dtype(self) -> Any:
+        return self.tensor.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with _in_range(self.name, dtype):
+            values = np.asarray(self.tensor, dtype)
+        if count := not_finite(values):
+            raise UserError(
+                f"{self.name}: {count:,} of {values.size:,} values are not finite (NaN or "
+                "infinity), so the model computes nothing: take an earlier file, or download it "
+                "again"
+            )
+        return values.reshape(self.shape)
+
+
+@contextlib.contextmanager
+def _in_range(name: str, dtype: Any) -> Iterator[None]:
+    try:
+        with np.errstate(over="raise"):
+            yield
+    except FloatingPointError:
+        raise UserError(
+            f"{name}: has values beyond the range of {np.dtype(dtype)}; bfloat16 and float32 hold "
+            "them"
+        ) from None
+
+
+def not_finite(values: np.ndarray) -> int:
+    """How many values are NaN or infinite; of a dtype that is not floating point, none.
+
+    Without its sign, a float is finite if its bits are less than those of infinity: this reads
+    memory as fast as it comes; `np.isfinite` of bfloat16 or float16 takes eight times as long.
+    """
+    if values.dtype not in _FLOATS:
+        return 0
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(unsigned)[()]
+    bits, magnitude = values.reshape(-1).view(unsigned), np.array(-1).astype(unsigned) >> 1
+    pieces = (bits[at : at + _PIECE] & magnitude for at in range(0, bits.size, _PIECE))
+    return sum(
+        int(np.count_nonzero(piece >= infinity)) for piece in pieces if piece.max() >= infinity
+    )
+
+
+def _of(source: str, message: str) -> str:
+    return f"{source}: {message}" if source else message
 
 
 def to_official(params: Params) -> dict[str, pth.Array]:
@@ -350,6 +474,7 @@ class _Official:
 
 
 _LAYER = re.compile(r"blocks\.(\d{1,4})\.")
+_STATE = re.compile(r"blocks\.\d+\.att\.time_state$")
 _FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)
 
 
@@ -397,11 +522,11 @@ def _differences(tensors: Mapping[str, pth.Array], config: ModelConfig) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _list(items: list[str]) -> str:
+def _list(items: list[str], most: int = _LISTED) -> str:
     """The first few, printable and short whatever a file's names hold, and how many more."""
-    shown = [ascii(item)[1:-1] for item in items[:_LISTED]]
+    shown = [ascii(item)[1:-1] for item in items[:most]]
     shown = [item if len(item) <= 120 else item[:117] + "..." for item in shown]
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(shown) + more
 
 
@@ -412,30 +537,42 @@ def _brief(config: ModelConfig) -> str:
     )
 
 
-# A part of some tensor's name → what such a file is. The first that matches is reported.
+# A pattern of some tensor's name → what such a file is. The first that matches is reported.
 _KINDS = {
-    ".ffn.s_emb": "an RWKV model with DeepEmbed (7a, 7b or 8)",
-    ".att.r_k": "",  # RWKV-7
-    ".att.time_maa": "RWKV-6",
-    ".att.time_faaaa": "RWKV-5.2",
-    ".att.ln_x.": "RWKV-5",
-    ".att.time_decay": "RWKV-4",
-    "model.layers.0.attn.r_proj": "RWKV-7 with the names of Hugging Face",
-    "model.layers.0.self_attn.": "a transformer with the names of Hugging Face (llama or similar)",
-    "layers.0.attention.wq": "a llama",
-    "transformer.h.0.": "a GPT-2",
-    "lora_A": "a LoRA adapter",
-    ".att.time_state": "a tuned initial state of RWKV, not a model",
+    r"lora_[AB]|\.lora\.[01]$": "an unmerged LoRA (alone or beside a model)",
+    r"^blocks\.\d+\.ffn\.enn\.": "RWKV-8",
+    r"^blocks\.\d+\.qkv\.": "RWKV-7b (with DeepEmbed and DEA)",
+    r"\.ffn\.s_emb": "RWKV-7a (with DeepEmbed)",
+    r"\.att\.r_k$": "",  # RWKV-7
+    r"\.att\.time_maa": "RWKV-6",
+    r"\.att\.time_faaaa": "RWKV-5.2",
+    r"\.att\.ln_x\.": "RWKV-5",
+    r"\.att\.time_decay": "RWKV-4",
+    r"\.att\.time_state$": "a tuned initial state",
+    r"model\.layers\.0\.attn\.r_proj": "a Hugging Face model",
+    r"model\.layers\.0\.self_attn\.": "a transformer of Hugging Face (llama or similar)",
+    r"layers\.0\.attention\.wq": "a llama",
+    r"transformer\.h\.0\.": "a GPT-2",
+}
+_WAYS_OUT = {
+    "an unmerged LoRA (alone or beside a model)": "merge it into its model first",
+    "a tuned initial state": "give it to python -m rwkv_jax.generate as --load_state",
+    "a Hugging Face model": "convert its folder by python -m convert.hf_to_pth",
 }
 
 
 def _check_architecture(tensors: Mapping[str, Any]) -> None:
-    kind = next(
-        (kind for mark, kind in _KINDS.items() if any(mark in name for name in tensors)),
-        "something else",
-    )
-    if kind or not any(_LAYER.match(name) for name in tensors):
+    other = ("", "something else")
+    kinds = (item for item in _KINDS.items() if any(re.search(item[0], name) for name in tensors))
+    pattern, kind = next(kinds, other)
+    if not kind and not any(_LAYER.match(name) for name in tensors):
+        pattern, kind = other
+    if kind:
+        marks = _list([name for name in tensors if re.search(pattern, name)], 3)
+        way_out = f"; {_WAYS_OUT[kind]}" if kind in _WAYS_OUT else ""
+        raise UserError(f"is {kind}, not RWKV-7: it has {marks or 'nothing'}{way_out}")
+    if states := [name for name in tensors if _STATE.search(name)]:
         raise UserError(
-            f"is {kind or 'something else'}, not RWKV-7: expected emb.weight, blocks.0.att.r_k, "
-            f"…; found {_list(list(tensors))}"
+            f"has a tuned initial state beside the model, {_list(states)}: only "
+            "python -m rwkv_jax.generate uses it; give the model that it was tuned on"
         )

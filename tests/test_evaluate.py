@@ -275,6 +275,20 @@ def test_bad_input(model_file, tmp_path, options, content, complaint):
     assert complaint in str(caught.value)
 
 
+def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    """In float16, of weights that are finite in it."""
+    params = init_params(ModelConfig(n_layer=1, n_embd=64, vocab_size=512), 0)
+    for name in ("key", "value"):
+        leaf = params["blocks"]["ffn"][name]["weight"]
+        leaf[:] = np.random.default_rng(0).normal(0, 1e3, leaf.shape)
+    weights.save_pth(tmp_path / "x.pth", params, np.float16)
+    path = write_jsonl(tmp_path / "x.jsonl", ["a"])
+    files = ["--load_model", str(tmp_path / "x.pth"), "--data_file", str(path)]
+    with pytest.raises(UserError, match="^the model's logits are not finite .*--precision[^\n]*$"):
+        evaluate.main([*files, "--precision", "fp16", "--output", str(tmp_path / "x.json")])
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_an_id_beyond_the_model(tmp_path):
     oracle = Path(__file__).parent / "data" / "oracles" / "tiny_v512_rand_fp32.pth"
     path = write_jsonl(tmp_path / "x.jsonl", ["今"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from rwkv_jax import build, decoding, generate, tokenizer, weights
+from rwkv_jax import build, decoding, generate, pth, tokenizer, weights
 from rwkv_jax.build import PRECISIONS
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.decoding import Decoder
@@ -376,9 +376,113 @@ def test_a_state_is_gone_on_from(world_file, tmp_path, capsys):
         generate.load_state(state, other)
     for content in (b"", b"PK\3\4", b"x" * 100):
         (tmp_path / "b.npz").write_bytes(content)
-        with pytest.raises(UserError, match="^[^\n]*b.npz: is not a state"):
+        with pytest.raises(UserError, match="^[^\n]*b.npz: is neither a state that --save_state"):
             generate.load_state(tmp_path / "b.npz", other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+@pytest.fixture(scope="module")
+def tuned(world_file, tmp_path_factory) -> dict:
+    """A model, a tuned state of it, and the files with one: the state alone, beside its model."""
+    folder, model = tmp_path_factory.mktemp("tuned"), pth.read(world_file)
+    for name in ("blocks.0.att.output.weight", "blocks.1.att.output.weight"):
+        model[name] = model[name] * np.float32(100)  # so that a state matters
+    pth.write(folder / "model.pth", model)
+    state = np.random.default_rng(2).normal(0, 3, (2, 1, 64, 64)).astype(np.float32)
+    alone = {f"blocks.{layer}.att.time_state": rows for layer, rows in enumerate(state)}
+    pth.write(folder / "alone.pth", alone)
+    pth.write(folder / "beside.pth", {**model, **alone})
+    files = {name: folder / f"{name}.pth" for name in ("model", "alone", "beside")}
+    return {"state": state, **files}
+
+
+def test_texts_begin_in_a_tuned_state(tuned, tmp_path, monkeypatch, capsys):
+    def run(*options) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        generate.main([*map(str, options), *GREEDILY, "--length", "6"])
+        return capsys.readouterr().out
+
+    (tmp_path / "p.txt").write_text(PROMPTS[1])
+    plain = "--load_model", tuned["model"]
+    for what in (["--prompt", ""], ["--chat"], ["--prompts", tmp_path / "p.txt"]):
+        beside = run("--load_model", tuned["beside"], *what)
+        assert beside == run(*plain, "--load_state", tuned["alone"], *what) != run(*plain, *what)
+
+    # As the model itself goes on from such a state, whose rows are of the value.
+    tokens = tokenizer.encode(PROMPTS[1])
+    model = rwkv_jax.load(tuned["model"])
+    state = model.initial_state(1)._replace(wkv=jnp.asarray(tuned["state"])[:, None])
+    logits, _ = model.forward(jnp.asarray([tokens]), state)
+    decoder = generate.load_decoder(str(tuned["beside"]))
+    np.testing.assert_allclose(decoder.read(tokens)[0][0], logits[0, -1], rtol=0, atol=1e-4)
+    expected = tokenizer.decode(make_ids(decoder, [tokens], 6)[0])
+    assert run("--load_model", tuned["beside"], "--prompt", PROMPTS[1]) == expected + "\n"
+
+    # What was said in it is saved and gone on from, as any text is.
+    saved = tmp_path / "saved.npz"
+    first = run("--load_model", tuned["beside"], "--prompt", PROMPTS[1], "--save_state", saved)
+    more = run(*plain, "--load_state", saved, "--prompt", "")
+    whole = tokenizer.decode(make_ids(decoder, [tokens], 12)[0])
+    assert first[:-1] + more[:-1] == whole
+
+
+@pytest.mark.torch
+def test_the_rwkv_package_begins_in_the_same_state(tuned):
+    """In which RWKV Runner puts it: `blocks.N.att.time_state` as it is, for RWKV-7."""
+    script = """if True:
+        import json, sys, torch
+        from rwkv.model import RWKV
+        model = RWKV(model=sys.argv[1], strategy="cpu fp32")
+        state = model.generate_zero_state()
+        for name, tensor in torch.load(sys.argv[2]).items():
+            state[3 * int(name.split(".")[1]) + 1] = tensor.float()
+        print(model.forward(json.loads(sys.argv[3]), state)[0].tolist())"""
+    tokens = tokenizer.encode(PROMPTS[0])
+    done = subprocess.run(
+        [sys.executable, "-c", script, tuned["model"].with_suffix(""), tuned["alone"], str(tokens)],
+        env={**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours, _ = generate.load_decoder(str(tuned["beside"])).read(tokens)
+    np.testing.assert_allclose(ours[0], theirs, rtol=0, atol=2e-4)
+
+
+def test_a_tuned_state_of_another_model_is_refused(world, world_file, tuned, tmp_path):
+    state = pth.read(tuned["alone"])
+    nan = {name: tensor * np.float32(np.nan) for name, tensor in state.items()}
+    one = {name: tensor for name, tensor in state.items() if ".0." in name}
+    wide = {name: np.zeros((2, 32, 32), np.float32) for name in state}
+    for tensors, complaint in [
+        (nan, "blocks.0.att.time_state: 4,096 of 4,096 values are not finite"),
+        (one, "[1, 64, 64] for each of 2 layers: there are 1, blocks.0.att.time_state [1, 64, 64]"),
+        (wide, "2 layers: there are 2, blocks.0.att.time_state [2, 32, 32]"),
+        (pth.read(world_file), "x.pth: is not a tuned state of this model"),
+        (
+            {**state, "blocks.2.att.time_state": state["blocks.0.att.time_state"]},
+            "2 layers: there are 3, ",
+        ),
+    ]:
+        pth.write(tmp_path / "x.pth", tensors)
+        with pytest.raises(UserError, match="x.pth: [^\n]*$") as caught:
+            generate.load_state(tmp_path / "x.pth", world)
+        assert complaint in str(caught.value)
+    (tmp_path / "x.pth").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="x.pth: is not a .pth"):
+        generate.load_state(tmp_path / "x.pth", world)
+    assert world.tuned is None
+
+
+def test_logits_that_are_not_finite_end_it(tmp_path):
+    """Weights are finite, but more than float32 holds comes of them."""
+    params = init_params(ModelConfig(n_layer=1, n_embd=64, vocab_size=512))
+    params["head"]["weight"][:] = 3e38
+    params["ln_out"]["weight"][:] = 3e38
+    weights.save_pth(tmp_path / "x.pth", params, np.float32)
+    with pytest.raises(UserError, match="^the model's logits are not finite .*--precision[^\n]*$"):
+        generate.main(["--load_model", str(tmp_path / "x.pth"), "--prompt", "a"])
 
 
 GREEDILY = ["--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0"]

@@ -1,6 +1,7 @@
 """The `.pth` container against torch's own reader and writer, hostile files, and cut files."""
 
 import contextlib
+import gzip
 import hashlib
 import io
 import os
@@ -210,14 +211,31 @@ def test_opening_does_not_read_the_data(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>", "web page"),
         (b"\x40\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32"}}', "safetensors"),
-        (b"GGUF" + b"\0" * 100, "is not a .pth"),
-        (pickle.dumps({"a": 1}), "is not a .pth"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>", "web page"),
+        (b"GGUF" + b"\0" * 100, "GGUF"),
+        (gzip.compress(b"x" * 100), "unpack it first"),
+        (bytes(1000), "download has not ended"),
+        (pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
+        (b"[1, 2, 3]" * 20, "is not a .pth"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, message):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     assert message in refusal(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_of_a_model_is_to_be_unpacked(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", method) as file:
+        file.writestr("small.pth", b"PK")
+    assert "is a zip of 'small.pth', not a .pth: unpack it first" in refusal(tmp_path / "x.pth")
+
+
+def test_numpys_archive_is_named(tmp_path):
+    with (tmp_path / "x.pth").open("wb") as file:
+        np.savez(file, logits=np.zeros(3))
+    assert "is NumPy's .npz, not a .pth" in refusal(tmp_path / "x.pth")
 
 
 def test_missing_files_and_folders(tmp_path):

@@ -229,16 +229,56 @@ def test_v_of_the_first_block_may_be_absent_and_becomes_zeros():
     assert_equal(params["blocks"]["att"]["v2"][0], whole["blocks.0.att.v2"].astype(np.float32))
 
 
-def test_extra_tensors_are_named_once_and_left_out():
-    tensors = oracle("rand_bf16")
-    extra = {f"extra.{i}": np.zeros(3) for i in range(9)} | {"bad\nname": np.zeros(1, np.int32)}
-    with pytest.warns(UserWarning, match=r"extra\.0, .*extra\.5 and 4 more$") as caught:
-        config, params = weights.from_official({**extra, **tensors})
-    assert len(caught) == 1 and config == CONFIG
-    assert list(weights.to_official(params)) == list(tensors)
-
-
 # ---------------------------------------------------------------------------------- refusals
+
+
+def test_extra_tensors_are_named():
+    extra = {"bad\nname": np.zeros(1, np.int32)} | {f"extra.{i}": np.zeros(3) for i in range(9)}
+    assert refusal({**extra, **oracle("rand_bf16")}) == (
+        r"has bad\nname, extra.0, extra.1, extra.2, extra.3, extra.4 and 4 more, which RWKV-7 does "
+        "not: it is another model"
+    )
+
+
+FINITE = {np.float32: np.finfo(np.float32).max, BF16: 3e38, np.float16: 65504, np.float64: 1e308}
+
+
+@pytest.mark.parametrize("dtype", FINITE, ids=lambda dtype: np.dtype(dtype).name)
+def test_values_that_are_not_finite_are_counted(dtype):
+    values = np.zeros((3, 200_001), dtype)
+    values[0, :4] = [FINITE[dtype], -FINITE[dtype], -0.0, np.finfo(np.float16).tiny]
+    assert weights.not_finite(values) == weights.not_finite(values.T) == 0
+    values[2, -3:] = [np.inf, -np.inf, np.nan]
+    values[0, 7] = -np.float32(np.nan)
+    assert weights.not_finite(values) == weights.not_finite(values.T) == 4
+    assert weights.not_finite(values[:2, 8:]) == weights.not_finite(values[:0]) == 0
+
+
+def test_integers_are_finite():
+    assert weights.not_finite(np.full(3, -1, np.int32)) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
+def test_the_first_tensor_that_is_not_finite_is_named(dtype):
+    tensors = oracle("rand_bf16")
+    for name in ("blocks.1.att.key.weight", "head.weight"):
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 5:7] = np.nan, np.inf
+    with pytest.raises(UserError) as caught:
+        weights.from_official(tensors, None, dtype, "x.pth")
+    assert str(caught.value) == (
+        "x.pth: blocks.1.att.key.weight: 2 of 16,384 values are not finite (NaN or infinity), so "
+        "the model computes nothing: take an earlier file, or download it again"
+    )
+
+
+def test_values_beyond_float16_are_named():
+    tensors = oracle("rand_fp32")
+    tensors["head.weight"] = tensors["head.weight"] + 1e5
+    message = "x.pth: head.weight: has values beyond the range of float16; bfloat16 and float32"
+    with pytest.raises(UserError, match=message):
+        weights.from_official(tensors, None, np.float16, "x.pth")
+    weights.from_official(tensors, None, BF16)
 
 
 def test_missing_and_misshapen_tensors_are_listed():
@@ -248,7 +288,7 @@ def test_missing_and_misshapen_tensors_are_listed():
     bad["ln_out.bias"] = np.zeros((128, 1), np.float32)
     message = refusal(bad)
     assert message == (
-        "is not a whole RWKV-7 model of 3 layers, width 128, vocabulary 512, head size 64: "
+        "is not an RWKV-7 model of 3 layers, width 128, vocabulary 512, head size 64: "
         "missing blocks.1.ffn.x_k, blocks.1.ffn.key.weight, blocks.1.ffn.value.weight; "
         "blocks.2.att.w1 is [128, 33] and should be [128, 32], "
         "ln_out.bias is [128, 1] and should be [128]"
@@ -284,12 +324,19 @@ def named(*names: str) -> dict[str, np.ndarray]:
         (named("blocks.0.att.time_decay", "blocks.0.att.ln_x.weight"), "RWKV-5"),
         (named("blocks.0.att.time_faaaa", "blocks.0.att.ln_x.weight"), "RWKV-5.2"),
         (named("blocks.0.att.time_maa_x", "blocks.0.att.time_faaaa"), "RWKV-6"),
-        (named("blocks.0.att.r_k", "blocks.0.ffn.s_emb.weight"), "DeepEmbed"),
-        (named("blocks.0.att.time_state"), "initial state"),
+        (named("blocks.0.att.r_k", "blocks.0.ffn.s_emb.weight"), "RWKV-7a .with DeepEmbed"),
+        (named("blocks.0.ffn.s_emb.weight", "blocks.0.qkv.qq.weight"), "RWKV-7b .* and DEA"),
+        (named("blocks.0.att.r_k", "blocks.1.ffn.enn.weight"), "RWKV-8"),
+        (named("blocks.0.qkv.qq.weight", "blocks.1.ffn.enn.weight"), "RWKV-8"),
+        (named("blocks.0.att.r_k", "blocks.0.att.key.lora_A"), "LoRA .* merge it"),
+        (named("blocks.0.att.ln_x.weight", "blocks.0.att.key.lora_B"), "LoRA .* merge it"),
+        (named("model.layers.0.self_attn.q_proj.lora_A.weight"), "LoRA"),
+        (named("base_model.blocks.0.att.key.lora_A.default.weight"), "LoRA"),
+        (named("blocks.0.att.time_state"), "initial state.*--load_state"),
         (named("model.layers.0.self_attn.q_proj.weight"), "a transformer"),
         (named("layers.0.attention.wq.weight"), "a llama"),
         (named("transformer.h.0.attn.c_attn.weight"), "a GPT-2"),
-        (named("model.layers.0.attn.r_proj.lora.weight"), "names of Hugging Face"),
+        (named("model.layers.0.attn.r_proj.lora.weight"), "a Hugging Face model.*hf_to_pth"),
         (named("conv1.weight", "bad\x1b[2J\nname"), r"something else, not RWKV-7: .*\\x1b\[2J\\nn"),
         (named("att.r_k"), "something else"),
         ({}, "something else"),
@@ -297,7 +344,7 @@ def named(*names: str) -> dict[str, np.ndarray]:
 )
 def test_another_architecture_is_named(tensors, kind):
     message = refusal(tensors)
-    assert re.search(kind, message) and "expected emb.weight" in message
+    assert re.match(f"^is .*{kind}", message) and ", not RWKV-7: it has " in message
     refusal(tensors, expect=CONFIG)
 
 
