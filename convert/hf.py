@@ -11,16 +11,14 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
 from convert.hf_tokenizer import write_tokenizer
+from convert.st import Turned, is_turned, open_safetensors, write_safetensors
 from rwkv_jax import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
@@ -45,8 +43,6 @@ _ATT = {
 }
 _LOW_RANK = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
 _UNUSED = tuple(f"blocks.0.att.v{n}" for n in "012")
-_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
 def hf_name(name: str) -> str:
@@ -62,24 +58,8 @@ def hf_name(name: str) -> str:
     return ".".join(["model.layers", layer, _PARTS[part], *rest])
 
 
-def _is_transposed(name: str) -> bool:
-    return re.fullmatch(r"blocks\.\d+\.att\.[wavg][12]", name) is not None
-
-
-class _Turned:
-    """A tensor in the shape of the other layout; its values are turned when they are used."""
-
-    def __init__(self, name: str, tensor: pth.Array, shape: tuple[int, ...]):
-        self.shape, self.dtype = shape, tensor.dtype
-        self._tensor, self._transposed = tensor, _is_transposed(name)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self._tensor)
-        return np.ascontiguousarray(array.T if self._transposed else array).reshape(self.shape)
-
-
 def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if _is_transposed(name):
+    if is_turned(name):
         return shape[::-1]
     return shape[2:] if len(shape) == 3 and ".att.x_" not in name else shape
 
@@ -112,29 +92,29 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_hf(folder: Path, tensors: Mapping[str, pth.Array]) -> None:
+def write_hf(folder: Path, tensors: Mapping[str, pth.Array], source: str) -> None:
     """Writes official tensors as such a folder, one tensor in memory at a time.
 
     Args:
         folder: must not exist; appears when it is complete.
+        source: the file that the tensors are of, which is put in front of errors.
 
     Raises:
         UserError: no RWKV-7 model, one that this layout cannot hold, or not writable.
     """
-    tensors = weights.without_prefix(tensors)
-    config = weights.infer_config(tensors)
+    there = weights.without_prefix(tensors)
+    config, tensors = weights.whole(there, source=source)
     if config.head_size != HEAD_SIZE:
         raise UserError(
-            f"heads are {config.head_size} wide: flash-linear-attention computes another group "
-            f"norm than the official model unless they are {HEAD_SIZE}"
+            f"{source}: heads are {config.head_size} wide: flash-linear-attention computes another "
+            f"group norm than the official model unless they are {HEAD_SIZE}"
         )
-    shapes = weights.official_shapes(config)
     named: dict[str, pth.Array] = {}
     unused: dict[str, pth.Array] = {}
-    for name, shape in shapes.items():
-        if name in tensors:
+    for name, tensor in tensors.items():
+        if name in there:
             place = unused if name in _UNUSED else named
-            place[hf_name(name)] = _Turned(name, tensors[name], _hf_shape(name, shape))
+            place[hf_name(name)] = Turned(name, tensor, _hf_shape(name, tensor.shape))
     dtype = np.dtype(tensors["emb.weight"].dtype).name
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with reporting_os_errors(folder, "write"):
@@ -146,9 +126,9 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array]) -> None:
             (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
             if config.vocab_size == VOCAB_SIZE:
                 write_tokenizer(temporary)
-            _write_safetensors(temporary / "model.safetensors", named)
+            write_safetensors(temporary / "model.safetensors", named)
             if unused:
-                _write_safetensors(temporary / "unused.safetensors", unused)
+                write_safetensors(temporary / "unused.safetensors", unused)
             temporary.rename(folder)
         finally:
             if temporary.exists():
@@ -157,50 +137,11 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array]) -> None:
                 temporary.rmdir()
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, pth.Array]) -> None:
-    """The file format: an uint64 length, a JSON header padded to 8 bytes, the tensors end to end.
-
-    The safetensors package writes it, too, but from memory that holds all tensors at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        dtype = np.dtype(tensor.dtype)
-        if dtype not in _CODES:
-            raise UserError(f"{name} is {dtype}: only float32, bfloat16 and float16 are converted")
-        begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(np.asarray(tensor).reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class _Lazy:
-    """A tensor of an open .safetensors file, read when its values are used."""
-
-    def __init__(self, file: Any, name: str):
-        part = file.get_slice(name)
-        if part.get_dtype() not in _DTYPES:
-            raise UserError(f"{name} is {part.get_dtype()}, not floating point: is it quantised?")
-        self.shape: tuple[int, ...] = tuple(part.get_shape())
-        self.dtype = np.dtype(_DTYPES[part.get_dtype()])
-        self._file, self._name = file, name
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._file.get_tensor(self._name)
-
-
 def read_hf(folder: Path) -> dict[str, pth.Array]:
     """Official tensors, in the official order, of such a folder (sharded ones too), read lazily.
+
+    Taken as well: `pytorch_model.bin`, and the six `attn.x_*` in one `attn.x_x`, as in folders of
+    that library's first version.
 
     Raises:
         UserError: a file is missing or damaged, or it is not this model.
@@ -210,13 +151,16 @@ def read_hf(folder: Path) -> dict[str, pth.Array]:
         raise UserError(f"{folder}: its config.json says model_type {kind!r}, not 'rwkv7'")
     shards = {"model.safetensors"}
     if not (folder / "model.safetensors").exists():
-        index = _read_json(folder / "model.safetensors.index.json")
-        shards = {Path(str(name)).name for name in dict(index.get("weight_map") or {}).values()}
+        shards = _shards(folder)
     if (folder / "unused.safetensors").exists():
         shards.add("unused.safetensors")
-    found: dict[str, _Lazy] = {}
+    found: dict[str, pth.Array] = {}
     for shard in sorted(shards):
-        found |= _open_safetensors(folder / shard)
+        is_pth = shard.endswith(".bin")
+        found |= pth.read(folder / shard) if is_pth else open_safetensors(folder / shard)
+    for name in [name for name in found if name.endswith(".attn.x_x")]:
+        packed = found.pop(name)
+        found |= {f"{name[:-1]}{mix}": _Mix(packed, row) for row, mix in enumerate("rwkvag")}
 
     layers = (re.match(r"model\.layers\.(\d{1,4})\.", name) for name in found)
     n_layer = 1 + max((int(match[1]) for match in layers if match), default=-1)
@@ -225,20 +169,38 @@ def read_hf(folder: Path) -> dict[str, pth.Array]:
     if extra:
         raise UserError(f"{folder}: has {extra[0]}, which an RWKV-7 model does not")
     tensors: dict[str, pth.Array] = {
-        names[name]: _Turned(names[name], lazy, _hf_shape(names[name], lazy.shape))
+        names[name]: Turned(names[name], lazy, _hf_shape(names[name], lazy.shape))
         for name, lazy in found.items()
     }
-    try:
-        config = weights.infer_config(tensors)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    dtype = tensors["emb.weight"].dtype
-    return {
-        name: _Turned(name, found[hf_name(name)], shape)
-        if name in tensors
-        else np.zeros(shape, dtype)  # of `_UNUSED`; nothing reads them
-        for name, shape in weights.official_shapes(config).items()
+    _, model = weights.whole(tensors, source=str(folder))
+    unused = {  # nothing reads them
+        name: np.zeros(model[name].shape, model["emb.weight"].dtype)
+        for name in _UNUSED
+        if name not in tensors
     }
+    return model | unused
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that hold the weights, where they are not one model.safetensors."""
+    if (folder / "pytorch_model.bin").exists():
+        return {"pytorch_model.bin"}
+    index = folder / "pytorch_model.bin.index.json"
+    if not index.exists():
+        index = folder / "model.safetensors.index.json"
+    names = dict(_read_json(index).get("weight_map") or {}).values()
+    return {Path(str(name)).name for name in names}
+
+
+class _Mix:
+    """One of the six rows of a packed attn.x_x, as the tensor of its own that it is here."""
+
+    def __init__(self, packed: pth.Array, row: int):
+        self.shape, self.dtype = (1, 1, math.prod(packed.shape) // 6), packed.dtype
+        self._packed, self._row = packed, row
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._packed, dtype).reshape(6, *self.shape)[self._row]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -250,14 +212,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object")
     return value
-
-
-def _open_safetensors(path: Path) -> dict[str, _Lazy]:
-    with reporting_os_errors(path, "read"):
-        try:
-            file = safetensors.safe_open(path, framework="np")
-            return {name: _Lazy(file, name) for name in file.keys()}
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path}: is damaged or no safetensors file: {error}") from None
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None

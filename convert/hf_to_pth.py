@@ -1,7 +1,11 @@
 """Turns a Hugging Face folder into an official .pth: python -m convert.hf_to_pth IN_DIR OUT.pth"""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from convert.hf import read_hf
 from rwkv_jax import pth
@@ -12,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m convert.hf_to_pth",
         description="Turn a folder in flash-linear-attention's layout (config.json, "
-        "model.safetensors, or its shards) into a .pth in the official format, of the same dtype.",
+        "model.safetensors or pytorch_model.bin, or their shards) into a .pth in the official "
+        "format, of the same dtype.",
         epilog="example: python -m convert.hf_to_pth hf-model model.pth",
     )
     parser.add_argument(

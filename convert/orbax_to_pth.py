@@ -1,9 +1,13 @@
 """Turns a checkpoint into an official .pth: python -m convert.orbax_to_pth RUN_OR_DIR OUT.pth"""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_jax import pth
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from rwkv_jax import pth, weights
 from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
 
@@ -37,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.source}: is not a folder; give a run's output folder")
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
-    open_newest(args.source, lambda _, tensors: pth.write(args.target, tensors, args.dtype))
+    source = str(args.source)
+    open_newest(
+        args.source,
+        lambda _, tensors: pth.write(args.target, weights.checked(tensors, source), args.dtype),
+    )
     print(f"wrote {args.target}")
 
 

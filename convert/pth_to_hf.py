@@ -1,11 +1,15 @@
 """Turns an official .pth into a Hugging Face folder: python -m convert.pth_to_hf IN.pth OUT_DIR"""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from convert.hf import write_hf
 from rwkv_jax import pth
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,12 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target", metavar="OUT_DIR", type=Path, help="The folder to write; must not exist."
     )
     args = parser.parse_args(argv)
-    tensors = pth.read(args.source)
-    try:
-        write_hf(args.target, tensors)
-    except UserError as error:
-        about_target = str(error).startswith(str(args.target))
-        raise error if about_target else UserError(f"{args.source}: {error}") from None
+    write_hf(args.target, pth.read(args.source), str(args.source))
     print(f"wrote {args.target}")
 
 

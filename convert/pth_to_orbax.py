@@ -1,7 +1,11 @@
 """Turns an official .pth into an orbax checkpoint: python -m convert.pth_to_orbax IN.pth OUT_DIR"""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax.checkpoint import save_model
 from rwkv_jax.errors import CommandParser, run_command

@@ -1,20 +1,27 @@
-"""Says which programs a .pth is ready for, and why not: python -m convert.verify FILE.pth
+"""Says which programs a model is ready for, and why not: python -m convert.verify FILE
 
 Each reader takes official files, and each stumbles over something else: the container, the order
 of the tensors, a shape. Their demands are known from reading and running them.
 """
 
 import pickletools
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from convert.st import is_safetensors, read_st
 from rwkv_jax import pth
 from rwkv_jax.config import ModelConfig, default_low_rank
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.tokenizer import VOCAB_SIZE
-from rwkv_jax.weights import infer_config, official_shapes, without_prefix
+from rwkv_jax.weights import official_shapes, whole, without_prefix
 
 MIXES = "rwkvag"  # att.x_*, in the order in which rwkv.cpp's converter takes them to come
 
@@ -79,7 +86,11 @@ def rwkv_cpp(model: Model) -> str:
 
 
 def web_rwkv(model: Model) -> str:
-    """web-rwkv and Ai00, through safetensors: know version 7 by layer 1."""
+    """web-rwkv and Ai00: load a float16 .st, and know version 7 by layer 1."""
+    if is_safetensors(model.path):
+        others = (name for name, tensor in model.tensors.items() if tensor.dtype != np.float16)
+        if other := next(others, ""):
+            return f"{other} is {model.tensors[other].dtype}; it loads float16 alone"
     if "blocks.1.att.v1" in model.tensors:
         return ""
     return "no blocks.1.att.v1, by which it knows version 7: it needs 2 layers and plain names"
@@ -89,10 +100,8 @@ def official_trainer(model: Model) -> str:
     """The official trainer: a strict load into a module of its own formula."""
     names = official_shapes(model.config)
     missing = [name for name in names if name not in model.tensors]
-    extra = [name for name in model.tensors if name not in names]
-    if missing or extra:
-        what = f"{missing[0]} is missing" if missing else f"{extra[0][:80]!a} is not in its module"
-        return f"{what}; it loads strictly"
+    if missing:
+        return f"{missing[0]} is missing; it loads strictly"
     other = _other_shape(model, lambda name: True)
     if other:
         return f"{other}; it loads strictly"
@@ -125,14 +134,17 @@ def verify(path: Path) -> dict[str, str]:
     """Reader → why it would not take the file; empty if it would.
 
     Raises:
-        UserError: it is no .pth of a whole RWKV-7 model.
+        UserError: it is no RWKV-7 model that anything could be computed with.
     """
-    tensors = pth.read(path)
-    try:
-        model = Model(path, tensors, infer_config(without_prefix(tensors)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return {reader: check(model) for reader, check in READERS.items()}
+    is_st = is_safetensors(path)
+    tensors = read_st(path) if is_st else pth.read(path)
+    config, checked = whole(tensors, source=str(path))
+    for tensor in checked.values():
+        np.asarray(tensor)
+    model = Model(path, tensors, config)
+    return {
+        reader: check(model) for reader, check in READERS.items() if check is web_rwkv or not is_st
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -140,11 +152,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m convert.verify",
         description="Check whether a .pth is ready for each program that reads RWKV-7 models: "
         + ", ".join(READERS)
-        + ". Ends with 0 if it is for all of them. To make a file ready: convert.pth_to_orbax, "
-        "then convert.orbax_to_pth.",
+        + "; or a .st for those that take one. Ends with 0 if it is for all of them. To make a "
+        "file ready: convert.pth_to_orbax, then convert.orbax_to_pth.",
         epilog="example: python -m convert.verify out/rwkv-final.pth",
     )
-    parser.add_argument("file", metavar="FILE.pth", type=Path, help="An RWKV-7 (x070) model.")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="The .pth or .st of an RWKV-7 (x070) model."
+    )
     args = parser.parse_args(argv)
     reasons = verify(args.file)
     for reader, reason in reasons.items():

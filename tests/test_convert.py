@@ -3,21 +3,35 @@
 import filecmp
 import os
 import resource
+import runpy
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import rwkv_jax
-from convert import hf_to_pth, inspect, orbax_to_pth, pth_to_hf, pth_to_orbax
-from rwkv_jax import pth, weights
+from convert import (
+    describe,
+    hf_to_pth,
+    orbax_to_pth,
+    pth_to_hf,
+    pth_to_orbax,
+    pth_to_st,
+    st_to_pth,
+    verify,
+)
+from rwkv_jax import generate, pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 ORACLES = Path(__file__).parent / "data" / "oracles"
+NO_V0 = ORACLES / "tiny_v512_rand_bf16_nov0.pth"
 FP32, BF16 = ORACLES / "tiny_v512_rand_fp32.pth", ORACLES / "tiny_v512_rand_bf16.pth"
 
 
@@ -39,15 +53,18 @@ def same_tensors(one: dict, two: dict) -> bool:
 def sources(tmp_path, checkpoint) -> dict:
     """What each converter reads."""
     pth_to_hf.main([str(FP32), str(tmp_path / "hf")])
+    pth_to_st.main([str(FP32), str(tmp_path / "model.st")])
     return {
         pth_to_orbax: FP32,
         orbax_to_pth: checkpoint,
         pth_to_hf: FP32,
         hf_to_pth: tmp_path / "hf",
+        pth_to_st: FP32,
+        st_to_pth: tmp_path / "model.st",
     }
 
 
-CONVERTERS = [pth_to_orbax, orbax_to_pth, pth_to_hf, hf_to_pth]
+CONVERTERS = [pth_to_orbax, orbax_to_pth, pth_to_hf, hf_to_pth, pth_to_st, st_to_pth]
 
 
 # Some of orbax's own threads may fail, too, and nobody asks those for their result.
@@ -157,10 +174,10 @@ def test_error_lines(checkpoint, tmp_path):
         assert "no checkpoints" in refusal(orbax_to_pth, folder, new)
     assert "exists already" in refusal(orbax_to_pth, checkpoint, file)
     assert "cannot be written" in refusal(orbax_to_pth, checkpoint, new / "x.pth")
-    assert "cannot be read" in refusal(inspect, tmp_path / "no.pth")
+    assert "cannot be read" in refusal(describe, tmp_path / "no.pth")
     assert file.read_bytes() == b"x" and sorted(tmp_path.iterdir()) == [file, tmp_path / "run"]
     done = subprocess.run(
-        [sys.executable, "-m", "convert.inspect", str(file)], capture_output=True, text=True
+        [sys.executable, "-m", "convert.describe", str(file)], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -171,17 +188,151 @@ def test_output_that_does_not_fit_is_an_error_in_one_line(arguments):
     """Much of it, which is written at once, and a line that waits for the end."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "convert.inspect", *arguments],
+            [sys.executable, "-m", "convert.describe", *arguments],
             stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
-# ------------------------------------------------------------------------------------- inspect
+COMMANDS = [
+    "describe",
+    "verify",
+    *(module.__name__.removeprefix("convert.") for module in CONVERTERS),
+]
 
 
-def test_inspect_describes(capsys, checkpoint):
-    inspect.main([str(BF16)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_as_a_file(command, monkeypatch, capsys):
+    """`python convert/verify.py`, from any folder and without an installation."""
+    path = ROOT / "convert" / f"{command}.py"
+    elsewhere = [place for place in sys.path if Path(place).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(path), run_name="__main__")
+    assert (
+        exit.value.code == 0 and f"usage: python -m convert.{command} " in capsys.readouterr().out
+    )
+    assert sys.path[0] == str(ROOT)
+
+
+def test_the_folder_hides_no_module_of_python():
+    done = subprocess.run(
+        [sys.executable, "-c", "import inspect; print(inspect.signature)"], cwd=ROOT / "convert",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    hidden = {path.stem for path in (ROOT / "convert").glob("*.py")} & sys.stdlib_module_names
+    assert not hidden
+
+
+def test_the_former_name_of_describe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inspect", str(BF16)])
+    with pytest.raises(SystemExit):
+        runpy.run_module("convert.inspect", run_name="__main__")
+    assert capsys.readouterr().out.startswith("RWKV-7, 3 layers of width 128")
+
+
+# ------------------------------------------------------------------------------------ safetensors
+
+
+def test_a_st_is_what_web_rwkvs_own_converter_makes(tmp_path):
+    """Its rules: all in float16, and w1, w2, …, v2 transposed; the order does not matter to it."""
+    for source in (FP32, BF16):
+        pth_to_st.main([str(source), str(tmp_path / f"{source.stem}.st")])
+        ours = safetensors.numpy.load_file(tmp_path / f"{source.stem}.st")
+        theirs = {}
+        for name, tensor in pth.read(source).items():
+            values = tensor.astype(np.float16)
+            low_rank = any(mark in name for mark in "w1 w2 a1 a2 g1 g2 v1 v2".split())
+            theirs[name] = values.swapaxes(-1, -2) if low_rank else values
+        assert same_tensors(ours, {name: theirs[name] for name in ours}) and len(ours) == len(
+            theirs
+        )
+        assert ours["blocks.1.att.w1"].shape == (32, 128)
+        assert ours["blocks.1.att.x_r"].shape == (1, 1, 128)
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [(FP32, "float32"), (BF16, "bfloat16"), (NO_V0, "bfloat16"), (FP32, "float16")],
+)
+def test_the_way_by_a_st_is_exact(tmp_path, source, dtype):
+    one, two = tmp_path / "a.pth", tmp_path / "b.pth"
+    pth.write(one, pth.read(source), dtype)
+    pth_to_st.main([str(one), str(tmp_path / "a.st"), "--dtype", dtype])
+    st_to_pth.main([str(tmp_path / "a.st"), str(two)])
+    assert one.read_bytes() == two.read_bytes()
+    pth_to_st.main([str(two), str(tmp_path / "b.st"), "--dtype", dtype])
+    assert (tmp_path / "a.st").read_bytes() == (tmp_path / "b.st").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.st", "b.pth", "b.st"]
+
+
+def test_a_st_is_described_and_verified(tmp_path, capsys):
+    pth_to_st.main([str(BF16), str(tmp_path / "model.st")])
+    capsys.readouterr()
+    describe.main([str(tmp_path / "model.st")])
+    assert capsys.readouterr().out.startswith(
+        "RWKV-7, 3 layers of width 128, inner width 512, voca"
+    )
+    verify.main([str(tmp_path / "model.st")])
+    assert capsys.readouterr().out.split() == "web-rwkv, Ai00 yes".split()
+    pth_to_st.main([str(BF16), str(tmp_path / "b.st"), "--dtype", "bfloat16"])
+    assert verify.verify(tmp_path / "b.st") == {
+        "web-rwkv, Ai00": "blocks.0.att.a0 is bfloat16; it loads float16 alone"
+    }
+
+
+def test_memory_of_a_st_is_that_of_a_few_tensors(tmp_path):
+    config = ModelConfig(n_layer=20, n_embd=192, vocab_size=1024)
+    shapes = weights.official_shapes(config)
+    pth.write(tmp_path / "a.pth", {n: np.zeros(s, np.float32) for n, s in shapes.items()})
+    size = (tmp_path / "a.pth").stat().st_size
+    tracemalloc.start()
+    try:
+        pth_to_st.main([str(tmp_path / "a.pth"), str(tmp_path / "a.st"), "--dtype", "float32"])
+        st_to_pth.main([str(tmp_path / "a.st"), str(tmp_path / "b.pth")])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size > 25e6 and peak < size / 8
+
+
+def test_error_lines_of_a_st(tmp_path):
+    new, model = tmp_path / "new", tmp_path / "model.st"
+    pth_to_st.main([str(FP32), str(model)])
+    assert "model.st: exists already" in refusal(pth_to_st, FP32, model)
+    assert "exists already" in refusal(st_to_pth, model, FP32)
+    assert "no.st: cannot read: No such file" in refusal(st_to_pth, tmp_path / "no.st", new)
+    assert "is damaged or no safetensors file" in refusal(st_to_pth, FP32, new)
+    for command in (generate, pth_to_orbax, pth_to_st):
+        arguments = ["--load_model", model] if command is generate else [model, new]
+        assert "model.st: is a safetensors file, not a .pth: convert it by python -m convert." in (
+            refusal(command, *arguments)
+        )
+    large = dict(pth.read(FP32))
+    large["head.weight"] = large["head.weight"] + 1e5
+    pth.write(tmp_path / "large.pth", large)
+    message = refusal(pth_to_st, tmp_path / "large.pth", new)
+    assert "large.pth: head.weight: has values beyond the range of float16; bfloat16" in message
+    tensors = safetensors.numpy.load_file(model)
+    for change, complaint in [
+        ({"note": np.zeros(3, np.float16)}, "has note, which RWKV-7 does not"),
+        ({"blocks.0.att.key.lora.0": np.zeros((8, 128), np.float16)}, "is an unmerged LoRA"),
+        ({"head.weight": np.zeros((512, 128), np.int8)}, "head.weight is I8, not floating point"),
+        ({"blocks.1.att.w1": np.zeros((128, 32), np.float16)}, "w1 is [32, 128] and should be"),
+    ]:
+        safetensors.numpy.save_file(tensors | change, tmp_path / "changed.st")
+        message = refusal(st_to_pth, tmp_path / "changed.st", new)
+        assert "changed.st: " in message and complaint in message
+    assert not new.exists()
+
+
+# --------------------------------------------------------------------------------------- describe
+
+
+def test_describe_describes(capsys, checkpoint):
+    describe.main([str(BF16)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("RWKV-7, 3 layers of width 128, inner width 512, vocabulary 512")
     total = sum(tensor.size for tensor in pth.read(BF16).values())
@@ -189,19 +340,19 @@ def test_inspect_describes(capsys, checkpoint):
     rows = [line.split() for line in lines[4:]]
     assert ["blocks.0-2.att.w1", "128", "x", "32", "bfloat16"] in rows
     assert ["blocks.0.ln0.bias", "128", "bfloat16"] in rows
-    inspect.main([str(checkpoint)])
+    describe.main([str(checkpoint)])
     assert "blocks.0-2.att.w1 " in capsys.readouterr().out
 
 
-def test_inspect_of_what_is_not_rwkv7_cannot_write_to_the_terminal(tmp_path, capsys):
+def test_describe_of_what_is_not_rwkv7_cannot_write_to_the_terminal(tmp_path, capsys):
     pth.write(tmp_path / "x.pth", {"blocks.0.\x1b[2J": np.ones((2, 3), np.float32)})
-    inspect.main([str(tmp_path / "x.pth")])
+    describe.main([str(tmp_path / "x.pth")])
     out = capsys.readouterr().out
     assert "not RWKV-7" in out and r"blocks.0.\x1b[2J  2 x 3  float32" in out
     assert "\x1b" not in out
 
 
-def test_inspect_compares(tmp_path, capsys, checkpoint):
+def test_describe_compares(tmp_path, capsys, checkpoint):
     tensors = dict(pth.read(FP32))
     changed = dict(tensors)
     changed["head.weight"] = tensors["head.weight"].copy()
@@ -210,7 +361,7 @@ def test_inspect_compares(tmp_path, capsys, checkpoint):
     changed["ln_out.bias"] = tensors["ln_out.bias"].astype(np.float16)
     changed["extra"] = changed.pop("emb.weight")
     pth.write(tmp_path / "x.pth", changed)
-    inspect.main([str(FP32), str(tmp_path / "x.pth")])
+    describe.main([str(FP32), str(tmp_path / "x.pth")])
     out = capsys.readouterr().out
     rows = dict(line.split(None, 1) for line in out.splitlines() if line)
     assert rows["head.weight"] == "values by up to 0.25"
@@ -218,14 +369,14 @@ def test_inspect_compares(tmp_path, capsys, checkpoint):
     assert rows["ln_out.bias"].startswith("dtype float32, float16; values by up to ")
     assert (rows["emb.weight"], rows["extra"]) == ("only in the first", "only in the second")
     assert rows["largest"].endswith(": 0.25") and len(rows) == 7
-    inspect.main([str(FP32), str(checkpoint)])
+    describe.main([str(FP32), str(checkpoint)])
     assert capsys.readouterr().out == "the same names, shapes, dtypes and values\n"
 
 
-def test_inspect_compares_values_that_are_not_numbers():
+def test_describe_compares_values_that_are_not_numbers():
     nan = np.array([np.nan, 1], np.float32)
-    assert "same" in inspect.compare({"x": nan}, {"x": nan.copy()})
+    assert "same" in describe.compare({"x": nan}, {"x": nan.copy()})
     for order in ([nan, nan[1:]], [nan[1:], nan]):
         one = {name: value for name, value in zip("ab", order, strict=True)}
         two = {name: np.zeros_like(value) for name, value in one.items()}
-        assert inspect.compare(one, two).endswith("difference of values: nan")
+        assert describe.compare(one, two).endswith("difference of values: nan")

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from convert import hf_to_pth, pth_to_hf
-from rwkv_jax import pth, tokenizer, weights
+from rwkv_jax import generate, pth, tokenizer, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
@@ -84,6 +84,34 @@ def test_round_trip_gives_the_same_bytes(tmp_path, source):
             assert not tensor.any() and tensor.shape == expected[name].shape
         else:
             assert tensor.tobytes() == expected[name].tobytes()
+
+
+@pytest.mark.parametrize("packed_shape", [(6, 1, 1, 128), (6, 128)])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_folders_of_the_first_version(folder, tmp_path, packed_shape, file):
+    """The six attn.x_* in one x_x, in the order in which that library takes them apart."""
+    there = safetensors.numpy.load_file(folder / "model.safetensors")
+    for layer in range(3):
+        name = f"model.layers.{layer}.attn.x_"
+        rows = [there.pop(name + mix).reshape(-1) for mix in "rwkvag"]
+        there[f"{name}x"] = np.stack(rows).reshape(packed_shape)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text((folder / "config.json").read_text())
+    if file == "model.safetensors":
+        safetensors.numpy.save_file(there, old / file)
+    else:
+        pth.write(old / file, there)
+    hf_to_pth.main([str(old), str(tmp_path / "x.pth")])
+    found, expected = pth.read(tmp_path / "x.pth"), pth.read(FP32)
+    assert list(found) == list(expected)
+    for name in expected.keys() - {f"blocks.0.att.v{n}" for n in "012"}:
+        assert found[name].tobytes() == expected[name].tobytes(), name
+
+
+def test_a_folder_is_no_model_until_it_is_converted(folder):
+    message = "is the folder of a Hugging Face model: convert it first, by python -m convert.hf_to_"
+    assert message in refusal(generate, "--load_model", folder)
 
 
 def test_memory_is_that_of_a_few_tensors(tmp_path):

@@ -62,7 +62,6 @@ SMALL = weights.official_shapes(ModelConfig(2, 16, vocab_size=100, head_size=16)
             {"rwkv.cpp": "blocks.0.att.x_w is [16], not [1, 1, 16]", "official": "x_w is [16]"},
         ),
         (without("blocks.0.att.v1"), {"official trainer": "blocks.0.att.v1 is missing"}),
-        ({**TENSORS, "note": np.zeros(1)}, {"official trainer": "'note' is not in its module"}),
         (
             {name: np.zeros(shape, np.float16) for name, shape in WIDE.items()},
             {"official trainer": "low-rank widths w,a,v,g 32,32,32,64 instead of 32,32,32,32"},
@@ -76,7 +75,7 @@ SMALL = weights.official_shapes(ModelConfig(2, 16, vocab_size=100, head_size=16)
             {"RWKV Runner": "100 rows of emb.weight"},
         ),
     ],
-    ids="prefix order flat no-v0 extra low-rank one-layer vocabulary".split(),
+    ids="prefix order flat no-v0 low-rank one-layer vocabulary".split(),
 )
 def test_each_reader_refuses_for_its_reason(tmp_path, tensors, expected):
     found = reasons(tmp_path, tensors)

@@ -1,47 +1,64 @@
-"""Shows what is in a model, or how two of them differ: python -m convert.inspect FILE [FILE2]"""
+"""Shows what is in a model, or how two of them differ: python -m convert.describe FILE [FILE2]"""
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from convert.st import is_safetensors, read_st
 from rwkv_jax import pth
 from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.weights import infer_config
+from rwkv_jax.tokenizer import other_tokenizer
+from rwkv_jax.weights import infer_config, not_finite, without_state
 
 
 def of_tensors(path: Path, use: Callable[[Mapping[str, pth.Array]], str]) -> str:
-    """What `use` says of the tensors, by official name, of a .pth, or of a checkpoint or run.
+    """What `use` says of the tensors, by official name, of a .pth, a .st, a checkpoint or a run.
 
     Raises:
         UserError: it cannot be read.
     """
-    return (
-        open_newest(path, lambda _, tensors: use(tensors)) if path.is_dir() else use(pth.read(path))
-    )
+    if path.is_dir():
+        return open_newest(path, lambda _, tensors: use(tensors))
+    return use(read_st(path) if is_safetensors(path) else pth.read(path))
 
 
 def describe(tensors: Mapping[str, pth.Array]) -> str:
     """The architecture, the number of parameters, and a row a tensor; layers alike share a row."""
+    model = without_state(tensors)
     try:
-        c = infer_config(tensors)
-        model = (
+        c = infer_config(model or tensors)
+        whose = other_tokenizer(c.vocab_size)
+        what = (
             f"RWKV-7, {c.n_layer} layers of width {c.n_embd}, inner width {c.dim_ffn}, vocabulary "
-            f"{c.vocab_size}, head size {c.head_size}, low-rank widths w,a,v,g "
-            f"{c.dim_w},{c.dim_a},{c.dim_v},{c.dim_g}"
+            f"{c.vocab_size}{f' ({whose})' if whose else ''}, head size {c.head_size}, low-rank "
+            f"widths w,a,v,g {c.dim_w},{c.dim_a},{c.dim_v},{c.dim_g}"
         )
+        if len(model) < len(tensors):
+            what += ", and a tuned initial state"
     except UserError as error:
-        model = str(error)
+        what = str(error)
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     size = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors.values())
-    rows = [(name, _shape(tensor), str(tensor.dtype)) for name, tensor in tensors.items()]
+    bad = {name: not_finite(np.asarray(tensor)) for name, tensor in tensors.items()}
+    rows = [
+        (name, _shape(tensor), str(tensor.dtype), f"{bad[name]:,} not finite" if bad[name] else "")
+        for name, tensor in tensors.items()
+    ]
+    total = sum(bad.values())
     return (
-        f"{model}\n{count:,} parameters in {len(tensors)} tensors, {size / 1e6:,.1f} MB\n\n"
-        + _table(("name", "shape", "dtype"), rows)
+        f"{what}\n{count:,} parameters in {len(tensors)} tensors, {size / 1e6:,.1f} MB"
+        + (f", {total:,} of them not finite (NaN or infinity)" if total else "")
+        + "\n\n"
+        + _table(("name", "shape", "dtype", ""), rows)
     )
 
 
@@ -120,16 +137,16 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        "python -m convert.inspect",
+        "python -m convert.describe",
         description="Show what a model is made of; of two, what differs in names, shapes, dtypes "
         "and values.",
-        epilog="example: python -m convert.inspect out/rwkv-init.pth out/rwkv-final.pth",
+        epilog="example: python -m convert.describe out/rwkv-init.pth out/rwkv-final.pth",
     )
     parser.add_argument(
         "first",
         metavar="FILE",
         type=Path,
-        help="A .pth, a checkpoint, or the output folder of a run.",
+        help="A .pth or .st, a checkpoint, or the output folder of a run.",
     )
     parser.add_argument(
         "second", metavar="FILE2", type=Path, nargs="?", help="Another, to compare it with."
