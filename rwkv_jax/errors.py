@@ -1,12 +1,14 @@
 """The one error class that a person is meant to read, and how commands meet it."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rwkv_jax import __version__
@@ -49,13 +51,18 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C.
 
-    What a terminal that is not UTF-8 cannot show becomes a question mark, and no error.
+    What a terminal that is not UTF-8 cannot show becomes a question mark, and no error. A standard
+    stream that is closed (`>&-`) is empty, or takes everything.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        main()
+        with _clean_up_on_signals():
+            main()
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,3 +80,23 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _clean_up_on_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that goes away, exit as an exception does: so that what has
+    to be removed or saved is. `nohup` and handlers that are already there stay.
+    """
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

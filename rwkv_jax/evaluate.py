@@ -37,7 +37,7 @@ from rwkv_jax.corpus import (
 from rwkv_jax.dataset import check_ids
 from rwkv_jax.decoding import NOT_FINITE
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import reporting_os_errors, written_whole
+from rwkv_jax.files import check_writable, reporting_os_errors, written_whole
 from rwkv_jax.model import RWKV7, State, use_precision
 from rwkv_jax.tokenizing import progress_bar
 
@@ -363,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")
-    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
-        raise UserError(f"--output {args.output}: give the name of a file in a folder that exists")
+    if args.output:
+        check_writable(args.output)
     prepare_jax()
     precision = args.precision or device_precision()
     use_precision(precision)

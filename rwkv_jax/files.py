@@ -1,6 +1,7 @@
 """Files on disk: where ours are kept, written whole or not at all, and errors in one line."""
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -32,13 +33,31 @@ def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write under, which then replaces it; gone if anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises before long work what `written_whole` would raise at its end; leaves nothing behind.
+
+    Raises:
+        UserError: a file cannot be written there.
+    """
+    with reporting_os_errors(path, "write"):
+        temporary = _beside(path)
+        temporary.touch()
+        temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    if path.exists() and not path.is_file():  # a folder; a device, which has to stay one
+        raise OSError(errno.EINVAL, "it is not a regular file; give another name")
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def try_lock(file: int, shared: bool = False) -> bool:

@@ -7,7 +7,9 @@ are made a call, sampling included: the host only sees the ids (decoding.py).
 
 import argparse
 import codecs
+import io
 import json
+import os
 import re
 import secrets
 import sys
@@ -27,19 +29,25 @@ from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
 from rwkv_jax.corpus import decode, json_text
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import reporting_os_errors, written_whole
+from rwkv_jax.files import check_writable, reporting_os_errors, written_whole
 from rwkv_jax.model import State, use_precision
 from rwkv_jax.sampling import DEFAULT, Sampling
 
 BATCH = 16  # prompts of a file that are continued at once
 PATIENCE = 0.1  # seconds: while calls are shorter than this, more tokens are made a call
 END_OF_TURN = "\n\nUser:"
-THINK = {  # what is added to the user's message, and what the reply is begun with
+_SURROGATES = re.compile("[\ud800-\udfff]")  # by which Python escapes bytes that are not UTF-8
+# What is added to the user's message, and what the reply begins with: the templates of G1 models,
+# RWKV-LM's RWKV-v7/RWKV7-G1x-templates.txt, and those of the models before April 2026.
+THINK = {
     "off": ("", ""),
-    "on": (" think", " <think"),
-    "short": (" think a bit", " <think"),
-    "long": (" think a lot", " <think"),
+    "on": (" (think)", " <think"),
+    "short": (" (think a bit)", " <think"),
+    "long": (" (think a lot)", " <think"),
     "fake": ("", " <think>\n</think"),
+    "on-2025": (" think", " <think"),
+    "short-2025": (" think a bit", " <think"),
+    "long-2025": (" think a lot", " <think"),
 }
 
 
@@ -184,15 +192,21 @@ def complete(
     return [reply.text for reply in replies]
 
 
-def chat_turn(message: str, think: str = "off", first: bool = True) -> str:
+def chat_turn(message: str, think: str = "off", first: bool = True, system: str = "") -> str:
     """What is read when a user has spoken, up to where the reply begins.
 
     No space follows "Assistant:": the reply brings its own. Empty lines end a turn in the data that
-    such models are trained on, so there are none inside a message.
+    such models are trained on, so there are none inside a message or a system prompt.
+
+    Args:
+        think: a name in `THINK`.
+        first: no turn comes before this one.
+        system: the system prompt, with the first turn.
     """
     added, begin = THINK[think]
-    message = re.sub(r"\n\s*\n", "\n", message.strip())
-    return f"{'' if first else END_OF_TURN[:2]}User: {message}{added}\n\nAssistant:{begin}"
+    system, message = (re.sub(r"\n\s*\n", "\n", text.strip()) for text in (system, message))
+    before = f"System: {system}\n\n" if system else "" if first else END_OF_TURN[:2]
+    return f"{before}User: {message}{added}\n\nAssistant:{begin}"
 
 
 def save_state(path: Path, text: Text, decoder: Decoder) -> None:
@@ -273,17 +287,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_jax()
     use_precision(args.precision)
     decoder = load_decoder(args.load_model, args.precision)
-    text = load_state(args.load_state, decoder) if args.load_state else Text()
+    text = begun = load_state(args.load_state, decoder) if args.load_state else Text()
     if args.prompts:
         _complete_all(decoder, text, prompts, args)
         return
     if args.chat:
-        text = _chat(decoder, text, args)
+        said = _chat(decoder, text, args)
     else:
         prompt = _read_stdin() if args.prompt is None else args.prompt
-        text = _stream(decoder, text.then(tokenizer.encode(prompt)), Reply(args.stop), args)
-    if args.save_state:
-        save_state(args.save_state, text, decoder)
+        said = _stream(decoder, text.then(tokenizer.encode(prompt)), Reply(args.stop), args)
+    try:
+        for latest in said:
+            text = latest
+    finally:  # an error or a signal loses nothing that was said before it
+        if args.save_state and text is not begun:
+            save_state(args.save_state, text, decoder)
 
 
 def _complete_all(
@@ -298,39 +316,55 @@ def _complete_all(
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
 
 
-def _stream(decoder: Decoder, text: Text, reply: Reply, args: argparse.Namespace) -> Text:
-    """Shows a reply as it is made, then how fast it was; returns the text with the reply."""
+def _stream(decoder: Decoder, text: Text, reply: Reply, args: argparse.Namespace) -> Iterator[Text]:
+    """Shows a reply as it is made, then how fast it was; yields the text with what is made so far.
+
+    Raises:
+        UserError: a token of the text is outside the model's vocabulary.
+    """
     text, calls = Text(text.read_by(decoder)), []
+    yield text
     for (piece,) in generate(decoder, [text], [reply], args.length, args.sampling, args.seed):
         print(piece, end="", flush=True)
         calls.append((time.monotonic(), len(reply.ids)))
+        yield text.then(reply.kept_ids())
     print()
     # The first call's tokens are not counted in the speed: it is also what compiles.
     (began, before), (now, count) = calls[0], calls[-1]
     speed = f", {(count - before) / (now - began):.1f} tokens/s" if count > before else ""
     chosen = f", --seed {args.seed}" if args.sampling.temperature > 0 else ""
     print(f"[{count} tokens{speed}{chosen}]", file=sys.stderr)
-    return text.then(reply.kept_ids())
 
 
-def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Text:
-    """Turn after turn to the end of standard input; returns all that was said, to be saved.
+def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Iterator[Text]:
+    """Turn after turn to the end of standard input; yields all that was said so far.
 
     A reply is read with the next message, in parallel: what the model made after the stop string
-    is then not in its mind.
+    is then not in its mind. A line that cannot be a message is reported and skipped.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale, as all that is read here
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     ask = "> " if sys.stdin.isatty() else ""
     first = text.read is None
     while True:
         try:
             message = input(ask)
         except EOFError:
-            return text
+            return
         if not message.strip():
             continue
-        text = text.then(tokenizer.encode(chat_turn(message, args.think, first)))
+        if _SURROGATES.search(message):
+            print("note: that line is not UTF-8; it was skipped", file=sys.stderr)
+            continue
+        turn = chat_turn(message, args.think, first, args.system if first else "")
+        try:
+            read = Text(text.then(tokenizer.encode(turn)).read_by(decoder))
+        except UserError as error:
+            print(f"note: {error}; that line was skipped", file=sys.stderr)
+            continue
         print(THINK[args.think][1].lstrip(), end="")
-        text = _stream(decoder, text, Reply([END_OF_TURN, *args.stop]), args)
+        for text in _stream(decoder, read, Reply([END_OF_TURN, *args.stop]), args):
+            yield text
         args.seed, first = (args.seed + 1) % 2**31, False
 
 
@@ -374,7 +408,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=THINK,
         default="off",
         help="with --chat, for models that can (G1): begin replies with <think, ask for a short or "
-        "long one, or with an empty thought (fake)",
+        "long one, or with an empty thought (fake); …-2025: in the words that models from before "
+        "April 2026 know (off)",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        default="",
+        help="with --chat: the system prompt, which comes before the first message",
     )
     parser.add_argument("--length", type=int, default=200, help="most tokens to make (200)")
     parser.add_argument(
@@ -445,11 +486,26 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.prompts and args.save_state:
         raise UserError("--prompts: its texts have no one state; leave out --save_state")
-    if args.think != "off" and not args.chat:
-        raise UserError("--think goes with --chat")
-    if args.prompt and re.search("[\ud800-\udfff]", args.prompt):
-        raise UserError("--prompt: is not UTF-8")  # argv escapes such bytes so
+    for name, given in (("--think", args.think != "off"), ("--system", args.system)):
+        if given and not args.chat:
+            raise UserError(f"{name} goes with --chat")
+    if args.system and args.load_state:
+        raise UserError("--system begins a chat; leave it out where --load_state continues one")
+    args.prompt, args.system = (_argument(name, vars(args)[name]) for name in ("prompt", "system"))
+    args.stop = [_argument("stop", text) for text in args.stop]
+    if args.save_state:
+        check_writable(args.save_state)
     return args
+
+
+def _argument(name: str, text: str | None) -> str | None:
+    """An option's text, also where the locale (LC_ALL=C) is not that of its UTF-8 bytes."""
+    if text is None or not _SURROGATES.search(text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"--{name}: is not UTF-8") from None
 
 
 def _read_prompts(path: Path) -> list[str]:

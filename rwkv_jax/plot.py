@@ -16,7 +16,7 @@ import numpy as np
 
 from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import written_whole
+from rwkv_jax.files import check_writable, written_whole
 from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 # The official curve: RWKV-LM, RWKV-v7/train_temp. 0.1b, ctx_len 512, micro_bsz 16, lr 6e-4 to 6e-5,
@@ -370,7 +370,7 @@ def draw_png(curves: Sequence[Curve], path: Path) -> None:
 
 def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> list[Path]:
     """Writes prefix.html, and prefix.png where matplotlib is; each appears whole. Returns them."""
-    page, picture = (prefix.with_name(prefix.name + ending) for ending in (".html", ".png"))
+    page, picture = _outputs(prefix)
     try:
         with written_whole(page) as temporary:
             temporary.write_text(draw_page(curves, live), "utf-8")
@@ -381,6 +381,10 @@ def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> li
     except OSError as error:
         raise UserError(f"{prefix}: {error.strerror}; give another --output") from None
     return [page, picture]
+
+
+def _outputs(prefix: Path) -> list[Path]:
+    return [prefix.with_name(prefix.name + ending) for ending in (".html", ".png")]
 
 
 class LivePlot:
@@ -452,6 +456,10 @@ def main() -> None:
         raise UserError("name a run: its folder, or its train_log.txt (--help says more)")
     if options.ctx_len < 1:
         raise UserError(f"--ctx_len {options.ctx_len}: give 1 or more")
+    if not options.output.name:
+        raise UserError(f"--output {options.output}: is a folder; give a name to put in it")
+    for path in _outputs(options.output):
+        check_writable(path)
     curves = [read_run(run, options.ctx_len) for run in options.runs]
     curves += [reference()] if options.reference else []
     for curve in curves:

@@ -36,17 +36,18 @@ class Sampling(NamedTuple):
         Raises:
             UserError: a value out of its range.
         """
-        if not 0 <= self.temperature < math.inf:
+        with np.errstate(over="ignore"):  # what is not finite as float32 is refused
+            values: dict[str, Any] = {name: np.float32(x) for name, x in self._asdict().items()}
+        if not 0 <= values["temperature"] < math.inf:
             raise UserError(f"--temperature {self.temperature}: give a finite number, 0 or more")
-        for name, value in (("top_p", self.top_p), ("alpha_decay", self.alpha_decay)):
-            if not 0 <= value <= 1:
-                raise UserError(f"--{name} {value}: give a number from 0 to 1")
+        for name in ("top_p", "alpha_decay"):
+            if not 0 <= values[name] <= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number from 0 to 1")
         if not 0 <= self.top_k < 2**31:
             raise UserError(f"--top_k {self.top_k}: give 0 (no limit) or more")
         for name in ("alpha_presence", "alpha_frequency"):
-            if not math.isfinite(getattr(self, name)):
+            if not math.isfinite(values[name]):
                 raise UserError(f"--{name} {getattr(self, name)}: give a finite number")
-        values: dict[str, Any] = {name: np.float32(x) for name, x in self._asdict().items()}
         return Sampling(**{**values, "top_k": np.int32(self.top_k)})
 
 

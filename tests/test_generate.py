@@ -332,13 +332,121 @@ def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_pa
     assert jax.config.values["jax_compilation_cache_dir"] == f"{tmp_path}/rwkv_jax/compiled"
     text, replies = "", []
     for message in ("你好", "What is\t2?"):
-        text += f"User: {message} think a bit\n\nAssistant: <think"
+        text += f"User: {message} (think a bit)\n\nAssistant: <think"
         replies += generate.complete(world, [text], 7, Sampling(temperature=0))
         text += f"{replies[-1]}\n\n"
     assert tokenizer.decode(taken) + replies[-1] + "\n\n" == text
     assert out == "".join(f"<think{reply}\n" for reply in replies)
-    assert generate.chat_turn(" a\n\n\nb\n") == "User: a\nb\n\nAssistant:"
-    assert generate.chat_turn("a", "fake", False).endswith("\n\nAssistant: <think>\n</think")
+
+
+@pytest.mark.parametrize(
+    ("think", "added", "begun"),
+    [
+        ("off", "", ""),
+        ("on", " (think)", " <think"),
+        ("short", " (think a bit)", " <think"),
+        ("long", " (think a lot)", " <think"),
+        ("fake", "", " <think>\n</think"),
+        ("on-2025", " think", " <think"),
+        ("short-2025", " think a bit", " <think"),
+        ("long-2025", " think a lot", " <think"),
+    ],
+)
+def test_chat_templates(think, added, begun):
+    """Those of RWKV-LM's RWKV-v7/RWKV7-G1x-templates.txt, with a system prompt and without."""
+    turn = f"User: a\nb{added}\n\nAssistant:{begun}"
+    message = " a\n\n\nb\n"
+    assert generate.chat_turn(message, think) == turn
+    assert generate.chat_turn(message, think, first=False) == f"\n\n{turn}"
+    assert generate.chat_turn(message, think, system="c\n \nd\n") == f"System: c\nd\n\n{turn}"
+
+
+def chat(monkeypatch, model: Path, said: bytes, *options) -> None:
+    """A chat whose standard input is in a locale that is not UTF-8."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said), "ascii"))
+    generate.main(
+        ["--load_model", str(model), *GREEDILY, "--length", "3", "--chat", *map(str, options)]
+    )
+
+
+def test_the_system_prompt_comes_once_and_first(world_file, monkeypatch):
+    turns = []
+    monkeypatch.setattr(
+        tokenizer,
+        "encode",
+        lambda text, encode=tokenizer.encode: turns.append(text) or encode(text),
+    )
+    chat(monkeypatch, world_file, b"a\nb\n", "--system", "Be brief.")
+    assert turns == ["System: Be brief.\n\nUser: a\n\nAssistant:", "\n\nUser: b\n\nAssistant:"]
+
+
+def test_a_line_that_is_no_message_is_skipped(world_file, monkeypatch, capsys, tmp_path):
+    """Also one whose tokens the model does not know: the chat is that of the other lines."""
+    unknown = tokenizer.encode("今")[0]
+    read = Decoder.read
+
+    def refusing(self, tokens, *state):
+        if unknown in tokens:
+            raise UserError("a token of the text is unknown")
+        return read(self, tokens, *state)
+
+    monkeypatch.setattr(Decoder, "read", refusing)
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    chat(monkeypatch, world_file, "é\nb\n".encode(), "--save_state", a)
+    expected = capsys.readouterr().out
+    said = "é\n".encode() + b"\xff\xfe b\n" + "今\nb\n".encode() + b"\xe4\xbd"
+    chat(monkeypatch, world_file, said, "--save_state", b)
+    shown = capsys.readouterr()
+    assert shown.out == expected and a.read_bytes() == b.read_bytes()
+    assert [line for line in shown.err.splitlines() if "skipped" in line] == [
+        "note: that line is not UTF-8; it was skipped",
+        "note: a token of the text is unknown; that line was skipped",
+        "note: that line is not UTF-8; it was skipped",
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, BrokenPipeError, UserError])
+def test_what_was_said_before_an_error_is_saved(world_file, monkeypatch, tmp_path, error):
+    """SystemExit is what SIGTERM becomes. Half a reply counts; of nothing, nothing is written."""
+    state = tmp_path / "s.npz"
+    make, calls = Decoder.make, []
+
+    def failing(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error("now")
+        return make(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "make", failing)
+    with pytest.raises(error):
+        chat(monkeypatch, world_file, b"a\n", "--save_state", state)
+    monkeypatch.undo()
+
+    decoder = generate.load_decoder(str(world_file))
+    turn = Text().then(tokenizer.encode(generate.chat_turn("a")))
+    reply = Reply()
+    list(generate.generate(decoder, [turn], [reply], 1, GREEDY))
+    logits, states = decoder.read(turn.unread)
+    expected = decoder.read(reply.ids, states)
+    saved = generate.load_state(state, decoder).read
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), saved, expected)
+
+    before = state.read_bytes()
+    monkeypatch.setattr(Decoder, "read", lambda *_: (_ for _ in ()).throw(error("now")))
+    with pytest.raises(error):
+        generate.main(
+            ["--load_model", str(world_file), "--prompt", "a", "--save_state", str(state)]
+        )
+    assert state.read_bytes() == before
+
+
+def test_arguments_in_a_locale_that_is_not_utf8():
+    """LC_ALL=C without Python's coercion: the bytes come as surrogates."""
+    escaped = os.fsencode("你好").decode("ascii", "surrogateescape")
+    options = ["--load_model", "x", "--stop", escaped]
+    args = generate._options([*options, "--prompt", escaped])
+    assert (args.prompt, args.stop) == ("你好", ["你好"])
+    assert generate._options([*options, "--chat", "--system", escaped]).system == "你好"
 
 
 def test_the_weights_are_loaded_as_the_device_takes_them(world_file, monkeypatch):
@@ -522,12 +630,18 @@ def test_the_command(world, world_file):
         (["--length", "0"], "--length 0: give 1 or more"),
         (["--temperature", "nan"], "--temperature nan: give a finite number"),
         (["--temperature", "inf"], "--temperature inf: give a finite number"),
+        (["--temperature", "1e300"], "--temperature 1e+300: give a finite number"),
         (["--top_p", "1.5"], "--top_p 1.5: give a number from 0 to 1"),
         (["--top_k", "-1"], "--top_k -1: give 0 (no limit) or more"),
         (["--alpha_presence", "inf"], "--alpha_presence inf: give a finite number"),
         (["--alpha_decay", "2"], "--alpha_decay 2.0: give a number from 0 to 1"),
         (["--seed", "-1"], "--seed -1: give a number from 0 to 2147483647"),
         (["--think", "on"], "--think goes with --chat"),
+        (["--system", "x"], "--system goes with --chat"),
+        (["--prompt", "\udcff"], "--prompt: is not UTF-8"),
+        (["--stop", "\udcff"], "--stop: is not UTF-8"),
+        (["--save_state", "none/s.npz"], "none/s.npz: cannot write: No such file"),
+        (["--save_state", "."], ".: cannot write: it is not a regular file"),
         (["--load_state", "no.npz", "--load_model", str(ORACLE)], "no.npz: cannot read: No such"),
         (["--prompt", "今", "--load_model", str(ORACLE)], "a token of the text is 10"),
     ],
@@ -536,6 +650,13 @@ def test_bad_input(options, complaint):
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
         generate.main(["--load_model", "no.pth", "--prompt", "x", *options])
     assert complaint in str(caught.value)
+
+
+def test_a_system_prompt_begins_a_chat():
+    with pytest.raises(UserError, match="^--system begins a chat"):
+        generate.main(
+            ["--load_model", "no.pth", "--chat", "--load_state", "s", "--system", "Be brief."]
+        )
 
 
 def test_bad_files_of_prompts(tmp_path):
