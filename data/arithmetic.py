@@ -11,11 +11,15 @@ learn. The same count and seed give the same bytes on every Python.
 import dataclasses
 import json
 import random
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole

@@ -3,8 +3,12 @@
 python -m data.compute_magic_prime PREFIX CTX_LEN
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax.binidx import BinIdx, open_binidx
 from rwkv_jax.dataset import Dataset, choose_magic_prime

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from data.compute_magic_prime import report
 from rwkv_jax import tokenizer
 from rwkv_jax.binidx import (

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.nvidia import Gpu, ask_nvidia_smi

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import rwkv_jax
 from rwkv_jax import tokenizer
 from rwkv_jax.binidx import BinIdx, open_binidx

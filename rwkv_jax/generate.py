@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import rwkv_jax
 from rwkv_jax import pth, tokenizer, weights
 from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax

@@ -23,6 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import rwkv_jax
 from pallas_kernels.gpu_targets import (
     GPU_TARGETS,

@@ -8,11 +8,15 @@ import html
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import cost, distributed, plan, sharding, weights
 from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
