@@ -5,8 +5,8 @@
 fp32 and bf16, batch 1 and 16. Each contender is a process of its own with as many threads; they
 take turns of a few tokens, so that whatever else the machine does meets both, and the CPU seconds
 of a turn are counted beside its wall time. The package makes one sequence at a time: at batch 16 it
-makes 16 of them in turn. In bf16 ours keeps the matrices in bf16 and accumulates in float32, as
-`--precision bf16` does.
+makes 16 of them in turn. In bf16 ours rounds the weights and computes in float32, as `--precision
+bf16` does on a CPU.
 
 First, in fp32, the 200 tokens that follow each of three prompts are compared: they have to be the
 same.

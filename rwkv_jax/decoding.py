@@ -5,9 +5,9 @@ which compiles fast; but a scan copies each layer's matrices out of the stack be
 and decoding does little else than read matrices. So here the layers are apart and the program
 spells them out.
 
-On a CPU "bf16" and "fp16" say how the matrices are kept: products accumulate in float32 and
-everything else is float32. There are no such units to use there, and this reads half of what
-float32 matrices take.
+On a CPU "bf16" and "fp16" round the weights and no more: they are kept, and computed with, in
+float32, at float32's speed and memory. XLA would widen narrower ones before each product, which
+takes longer than the product itself, and keeps a float32 copy of them besides.
 """
 
 import functools
@@ -49,10 +49,9 @@ class Layers(nnx.Module):
 
     def __call__(self, tokens: Array, states: list[State]) -> tuple[Array, list[State]]:
         """tokens [B, T] → the logits after the last, [B, V] float32; a layer's state is one row
-        of `State`'s arrays: shifts [B, C] (whose dtype is that of the computation), wkv [B,H,N,N].
+        of `State`'s arrays: shifts [B, C], wkv [B,H,N,N].
         """
-        rows = jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip")
-        x = self.ln0(rows.astype(states[0].shift_att.dtype))
+        x = self.ln0(jnp.take(self.emb.weight[...], tokens, axis=0, mode="clip"))
         v_first, after = None, []
         for layer, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
             x_att = block.ln1(x)
@@ -63,12 +62,13 @@ class Layers(nnx.Module):
             x_ffn = block.ln2(x)
             x = x + block.ffn(x_ffn, state.shift_ffn)
             after.append(State(x_att[:, -1], x_ffn[:, -1], wkv))
-        x, head = self.ln_out(x[:, -1:]), self.head.weight[...]
-        if head.dtype == x.dtype:  # in bf16 the logits themselves are not to be rounded
-            logits = jnp.einsum("btc,vc->btv", x, head, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(x)
-        return logits[:, 0].astype(jnp.float32), after
+        logits = jnp.einsum(  # in bf16 the logits themselves are not to be rounded
+            "btc,vc->btv",
+            self.ln_out(x[:, -1:]),
+            self.head.weight[...],
+            preferred_element_type=jnp.float32,
+        )
+        return logits[:, 0], after
 
 
 class Batch(NamedTuple):
@@ -98,20 +98,18 @@ class Decoder:
         precision: str | None = None,
         tuned: np.ndarray | None = None,
     ):
-        kept = PRECISIONS[precision or device_precision()]
+        rounded = PRECISIONS[precision or device_precision()]
         self.config, self.tuned = config, tuned
-        self.dtype = jnp.float32 if jax.default_backend() == "cpu" else kept
+        self.dtype = jnp.float32 if jax.default_backend() == "cpu" else rounded
 
-        def place(path: tuple, leaf: Any) -> Array:
-            matrix = path[-1].key == "weight" and leaf.ndim == 2
-            return jnp.asarray(leaf, kept if matrix else self.dtype)
+        def place(leaf: Any) -> Array:
+            return jnp.asarray(leaf, rounded).astype(self.dtype)
 
         def layer(index: int) -> Params:
-            rows = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
-            return jax.tree.map_with_path(place, rows)
+            return jax.tree.map(lambda leaf: place(leaf[index]), params["blocks"])
 
         top = {name: part for name, part in params.items() if name != "blocks"}
-        self._params = jax.tree.map_with_path(place, top)
+        self._params = jax.tree.map(place, top)
         self._params["blocks"] = {index: layer(index) for index in range(config.n_layer)}
         self._graphdef = nnx.split(nnx.eval_shape(lambda: Layers(config)))[0]
 

@@ -474,8 +474,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="of the weights; bf16 takes half the memory of fp32 (default: fp32 on a CPU, bf16 on "
-        "a GPU, fp16 on those before Ampere)",
+        help="of the computation; on a CPU, bf16 and fp16 only round the weights, and take as much "
+        "time and memory as fp32 (default: fp32 on a CPU, bf16 on a GPU, fp16 on those before "
+        "Ampere)",
     )
     args = parser.parse_args(argv)
     # The options have the names of its fields.
