@@ -67,6 +67,11 @@ def device_precision() -> str:
     return default_precision(jax.default_backend() != "cpu", current_compute_capability())
 
 
+def default_batch(on_gpu: bool) -> int:
+    """The micro_bsz of a run that names none."""
+    return 8 if on_gpu else 1
+
+
 def decide(
     config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
 ) -> TrainConfig:
@@ -80,7 +85,7 @@ def decide(
     precision = default_precision(on_gpu, capability)
     config = dataclasses.replace(
         config,
-        micro_bsz=config.micro_bsz or (8 if on_gpu else 1),
+        micro_bsz=config.micro_bsz or default_batch(on_gpu),
         grad_cp=int(on_gpu) if config.grad_cp == -1 else config.grad_cp,
         strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
         precision=precision if config.precision == "auto" else config.precision,

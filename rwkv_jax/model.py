@@ -56,8 +56,8 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
-        y = _normalize(x.astype(jnp.float32), LN_EPS)
-        y = y * _row(self.weight).astype(jnp.float32) + _row(self.bias).astype(jnp.float32)
+        y = _normalize(_wide(x), LN_EPS)
+        y = y * _wide(_row(self.weight)) + _wide(_row(self.bias))
         return y.astype(x.dtype)
 
 
@@ -111,37 +111,41 @@ class TimeMix(nnx.Module):
         """x [B,T,C] (after ln1), shift [B,C], wkv [B,H,N,N] → (out [B,T,C], wkv [B,H,N,N])."""
         B, T, C = x.shape
         H, N = self.r_k[...].shape
-        f32 = jnp.float32
         xx = _shift(x, shift) - x
 
         r = self.receptance(x + xx * _row(self.x_r))
         w = _row(self.w0) + _low_rank(x + xx * _row(self.x_w), self.w1, self.w2, jnp.tanh)
         k = self.key(x + xx * _row(self.x_k))
         v = self.project_value(x, shift)
-        a = jax.nn.sigmoid(_row(self.a0) + _low_rank(x + xx * _row(self.x_a), self.a1, self.a2))
+        a = _wide(_low_rank(x + xx * _row(self.x_a), self.a1, self.a2))
         g = _low_rank(x + xx * _row(self.x_g), self.g1, self.g2, jax.nn.sigmoid)
+        mix = _wide(_low_rank(x + xx * _row(self.x_v), self.v1, self.v2))
 
-        mix = jax.nn.sigmoid(_row(self.v0) + _low_rank(x + xx * _row(self.x_v), self.v1, self.v2))
-        v = jnp.where(is_first, v, v + (v_first - v) * mix)
+        # From here to the next product everything is float32, and rounded where it is handed on:
+        # as in the official trainer's fused kernels (RWKV-v7/train_temp/cuda, since 2026-04).
+        a = jax.nn.sigmoid(_wide(_row(self.a0)) + a).astype(x.dtype)
+        mix = jax.nn.sigmoid(_wide(_row(self.v0)) + mix)
+        mixed = _wide(v) + (_wide(v_first) - _wide(v)) * mix
+        v = jnp.where(is_first, v, mixed.astype(x.dtype))
 
         def heads(z: Array) -> Array:
             return z.reshape(B, T, H, N)
 
-        kk = heads((k * _row(self.k_k)).astype(f32))
+        kk = heads(_wide(k) * _wide(_row(self.k_k)))
         kk = kk / jnp.maximum(jnp.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
-        k = k * (1 + (a - 1) * _row(self.k_a))
+        k = (_wide(k) * (1 + (_wide(a) - 1) * _wide(_row(self.k_a)))).astype(x.dtype)
         r, w, k, v, a = heads(r), heads(w), heads(k), heads(v), heads(a)
         y, wkv = wkv7(
-            r, w, k, v, (-kk).astype(x.dtype), (kk * a.astype(f32)).astype(x.dtype), wkv,
+            r, w, k, v, (-kk).astype(x.dtype), (kk * _wide(a)).astype(x.dtype), wkv,
             return_state=True,
         )  # fmt: skip
 
-        # GroupNorm with one group a head, then the current token's own contribution.
-        y = _normalize(y.astype(f32), LN_X_EPS).reshape(B, T, C)
-        y = y * _row(self.ln_x.weight).astype(f32) + _row(self.ln_x.bias).astype(f32)
-        bonus = jnp.sum((r * k * _row(self.r_k)).astype(f32), axis=-1, keepdims=True)
-        y = y + (bonus * v.astype(f32)).reshape(B, T, C)
-        return self.output(y.astype(x.dtype) * g), wkv
+        # GroupNorm with one group a head, the current token's own contribution, the gate.
+        y = _normalize(_wide(y), LN_X_EPS).reshape(B, T, C)
+        y = y * _wide(_row(self.ln_x.weight)) + _wide(_row(self.ln_x.bias))
+        bonus = jnp.sum(_wide(r) * _wide(k) * _wide(_row(self.r_k)), axis=-1, keepdims=True)
+        y = y + (bonus * _wide(v)).reshape(B, T, C)
+        return self.output((y * _wide(g)).astype(x.dtype)), wkv
 
 
 class ChannelMix(nnx.Module):
@@ -315,6 +319,11 @@ def _is_activation(primitive: Any, *operands: Any, **_: Any) -> bool:
 def _row(param: nnx.Param) -> Array:
     """[C] as [1, 1, C] (and [H, N] as [1, 1, H, N]), to broadcast over B and T."""
     return param[...][None, None]
+
+
+def _wide(x: Array) -> Array:
+    """To float32."""
+    return x.astype(jnp.float32)
 
 
 def _shift(x: Array, before: Array) -> Array:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import resource
 import shlex
@@ -35,8 +36,9 @@ from pallas_kernels.gpu_targets import (
     lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
-from rwkv_jax.build import RECOMPUTED, build_step, decide, memory_fraction
+from rwkv_jax.build import RECOMPUTED, build_step, decide, default_batch, memory_fraction
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
+from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, written_whole
 from rwkv_jax.offload import bytes_of
@@ -45,6 +47,8 @@ from rwkv_jax.start import brief, partial_model
 from rwkv_jax.step import abstract_state, programs
 
 GIB = 2**30
+COMPILATIONS = 8  # that a search for the largest batch takes at most
+TOLERANCE = 1.02  # within which a batch is the largest
 PCIE_GB_S = 25  # each way, what a card's 16 lanes of PCIe 4.0 reach
 WAYS_OUT = (
     "try --grad_cp 1, a smaller --ctx_len, --strategy fsdp_offload, or more devices to shard over"
@@ -81,6 +85,7 @@ def measure(
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
     target: GpuTarget | None = None,
+    progress: str = "",
 ) -> Need:
     """Compiles the step of decided options and reads what it needs.
 
@@ -91,6 +96,10 @@ def measure(
         config: of `build.decide`.
         mesh: of devices that are there, or of `gpu_targets.device_mesh`.
         target: the GPU that the latter stands for.
+        progress: of a search, shown beside micro_bsz.
+
+    Raises:
+        UserError: the compiler cannot compile it.
     """
     optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
     state = abstract_state(mesh, model, optimizer)
@@ -108,10 +117,11 @@ def measure(
         ]
         program = "\n".join((*texts, target.text(), jax.__version__))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
-        if kept.exists():
-            return Need(**json.loads(kept.read_text()))
+        with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or not as we wrote it
+            return Need(**json.loads(kept.read_text(encoding="utf-8")))
 
-    what = f"compiling for {mesh.devices.flat[0].device_kind}, micro_bsz {config.micro_bsz} … "
+    kind = mesh.devices.flat[0].device_kind
+    what = f"compiling for {kind}, micro_bsz {config.micro_bsz}{progress} … "
     print(what, end="", file=sys.stderr, flush=True)
     with _without_the_compilers_words():
         compiled = [each.compile() for each in lowered]
@@ -140,35 +150,92 @@ def measure(
     return need
 
 
-def largest_batch(need: Callable[[int], int], limit: int, start: int = 1) -> int:
-    """The largest batch whose need is within the limit; 0 if not even one sample's is.
+def largest_batch(need: Callable[[int], int], limit: int, most: int = 2**31 - 1) -> int:
+    """The largest batch whose need is within the limit, of those measured; 0: not even 1 is.
 
-    A need is nearly affine in the batch, and costs a compilation to know: so two are measured, a
-    line is drawn through them, and where it meets the limit is measured; if the line was wrong,
-    it is drawn anew. What comes within 2 % of the largest will do.
+    A need costs a compilation to know, so at most `COMPILATIONS` are measured. It is nearly affine
+    in the batch, but for jumps and for slopes that fall or rise: the line through the two largest
+    batches that fit is followed, until one is too large or no batch beyond is expected to fit. Then
+    the need is interpolated between the largest batch that fits and the next that does not, until
+    they are within 2 % (or next to each other). The interpolation stays away from both: from a
+    small distance while each measurement halves the interval, else from a growing one, which ends
+    in bisection.
 
     Args:
         need: batch → bytes.
         limit: bytes.
-        start: the batch to measure first.
+        most: the largest batch of interest.
     """
     known: dict[int, int] = {}
-    batch = start
+    batch, margin, ratio = 1, TOLERANCE, math.inf
     while True:
         known[batch] = need(batch)
         best = max((b for b in known if known[b] <= limit), default=0)
-        too_large = min((b for b in known if known[b] > limit), default=64 * batch)
-        if best + 1 == too_large:
+        beyond = min((b for b in known if b > best), default=most + 1)
+        if not best or len(known) == COMPILATIONS or beyond <= max(TOLERANCE * best, best + 1):
             return best
-        if len(known) == 1:
-            batch = 2 * batch if best else batch // 2
+        if beyond > most:  # none was too large so far
+            if len(known) == 1:  # of an affine need, limit / need fits
+                batch = max(2, limit // max(known[best], 1))
+            else:
+                slope = _slope(known, sorted(known)[-2], best)
+                batch = best + int((limit - known[best]) / slope)
+                if batch <= TOLERANCE * best:
+                    return best
+            batch = min(batch, 64 * best, most)
             continue
-        b0, b1 = sorted(known, key=lambda b: abs(known[b] - limit))[:2]
-        slope = max((known[b1] - known[b0]) / (b1 - b0), 1.0)
-        meets = int(b0 + (limit - known[b0]) // slope)
-        if best and min(meets, too_large - 1) <= 1.02 * best:
-            return best
-        batch = max(best + 1, min(meets, too_large - 1))
+        halved, ratio = beyond / best <= math.sqrt(ratio), beyond / best
+        margin = TOLERANCE if halved else margin**3
+        affine = best + (limit - known[best]) / _slope(known, best, beyond)
+        fits = max(known[best], 1)
+        power = math.log(limit / fits) / math.log(known[beyond] / fits)
+        guess = max(affine, best * ratio**power)  # the latter of a need that rises as a power
+        low, high = best * margin, beyond / margin
+        if low > high:
+            low = high = math.sqrt(best * beyond)
+        batch = min(max(int(guess), math.ceil(low), best + 1), int(high), beyond - 1)
+        batch = max(batch, best + 1)
+
+
+def _slope(known: dict[int, int], a: int, b: int) -> float:
+    return max((known[b] - known[a]) / (b - a), 1e-9)
+
+
+def find_largest(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    limit: int,
+    target: GpuTarget | None = None,
+) -> tuple[int, dict[int, Need]]:
+    """The largest micro_bsz whose step needs at most `limit` bytes, and all that was measured.
+
+    A step takes at most a miniepoch: the official trainer knows no larger ones. The arguments are
+    those of `measure`.
+    """
+    needs: dict[int, Need] = {}
+
+    def cost_of(batch: int) -> int:
+        """Affine in the batch, and beyond the limit if a visit is."""
+        need = needs[batch]
+        return need.passes if need.visit <= limit else limit + need.passes
+
+    def need(batch: int) -> int:
+        progress = f" (compilation {len(needs) + 1} of at most {COMPILATIONS}"
+        if fit := max((b for b in needs if cost_of(b) <= limit), default=0):
+            progress += f"; {fit} fits"
+        if too_large := min((b for b in needs if b > fit), default=0):
+            progress += f", {too_large} does not"
+        options = dataclasses.replace(config, micro_bsz=batch)
+        needs[batch] = measure(options, model, mesh, target, f"{progress})")
+        return cost_of(batch)
+
+    return largest_batch(need, limit, most_samples(config, mesh.size)), needs
+
+
+def most_samples(config: TrainConfig, devices: int) -> int:
+    """The micro_bsz at which a step is a miniepoch."""
+    return max(1, MINIEPOCH // (devices * config.accumulate_grad_batches))
 
 
 def fitting_batch(
@@ -176,36 +243,33 @@ def fitting_batch(
 ) -> int:
     """The largest micro_bsz that fits the devices of a mesh, which are there: `--micro_bsz auto`.
 
+    Where jax does not say how much memory a device has, as of a CPU: the default, and a note.
+
     Args:
         limit: bytes of a device; None: what jax's allocator has of it.
 
     Raises:
-        UserError: not even 1 fits, or the device does not tell how much memory it has.
+        UserError: not even 1 fits.
     """
-    kind = mesh.devices.flat[0].device_kind
+    kind, platform = mesh.devices.flat[0].device_kind, mesh.devices.flat[0].platform
     if limit is None:
         limit = int(0.97 * device_memory(mesh))  # the rest: the next batch, an export
-        if not limit:
-            raise UserError(f"--micro_bsz auto: {kind} does not tell its memory; give a number")
         if jax.process_count() > 1:  # all compile the same; in MiB, for int32
             limit = 2**20 * int(np.min(process_allgather(np.int32(limit // 2**20))))
-
-    def need(batch: int) -> int:
-        return _for_search(
-            measure(dataclasses.replace(config, micro_bsz=batch), model, mesh), limit
+    if not limit:
+        batch = default_batch(on_gpu=platform != "cpu")
+        print(
+            f"note: --micro_bsz auto: jax does not know the memory of {kind}: training with the "
+            f"default, {batch}",
+            file=sys.stderr,
         )
-
-    batch = largest_batch(need, limit)
+        return batch
+    batch = find_largest(config, model, mesh, limit)[0]
     if not batch:
         raise UserError(
             f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {WAYS_OUT}"
         )
     return batch
-
-
-def _for_search(need: Need, limit: int) -> int:
-    """What `largest_batch` asks for: affine in the batch, and beyond the limit if a visit is."""
-    return need.passes if need.visit <= limit else limit + need.passes
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> int:
@@ -238,13 +302,20 @@ def _write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _without_the_compilers_words() -> Iterator[None]:
-    """Standard error of the process held back; shown if what is inside fails."""
+    """Standard error of the process held back; shown if what is inside fails.
+
+    Raises:
+        UserError: the compiler failed; its own first line says why.
+    """
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except jax.errors.JaxRuntimeError as error:
+            why = str(error).strip().partition("\n")[0]
+            raise UserError(f"the compiler failed: {why}") from None
         except BaseException:
             os.dup2(before, 2)
             held.seek(0)
@@ -314,18 +385,12 @@ def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     with _without_the_compilers_words():
         there = list(device_mesh(target, count, config.num_nodes).devices.flat)
     mesh = sharding.mesh_of(there, sharding.groups(config.mesh, count))
-    model, needs = model_of(config), {}
-
-    def need(batch: int) -> int:
-        options = dataclasses.replace(config, micro_bsz=batch)
-        needs[batch] = measure(options, model, mesh, target)
-        return _for_search(needs[batch], limit)
-
-    limit = available(target)
+    model, limit = model_of(config), available(target)
     if search:
-        largest = largest_batch(need, limit, start)
+        largest, needs = find_largest(config, model, mesh, limit, target)
     else:
-        largest = start if need(start) <= limit else 0
+        needs = {start: measure(config, model, mesh, target)}
+        largest = start if needs[start].total <= limit else 0
     return Plan(target, config, model, needs, largest)
 
 
@@ -334,8 +399,8 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     target, config, model, needs, largest = result
     need = needs[micro_bsz]
     fits = need.total <= available(target)
-    a, b = sorted(needs)[0], sorted(needs)[-1]
-    per_sample = (needs[b].passes - needs[a].passes) / max(b - a, 1)
+    grows = _grown(needs, micro_bsz)
+    stays = need.temporary - grows
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
     arithmetic = need.flops / (rate * 1e12)
@@ -354,12 +419,13 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
         "parameters": f"{_gib(need.parameters)} float32 masters{where}",
         "optimizer": f"{_gib(need.optimizer)} Adam's moments{where}",
-        "activations": f"{_gib(per_sample * micro_bsz)} {per_sample / GIB:.2f} GiB a sample",
-        "gradients": f"{_gib(need.temporary - per_sample * micro_bsz)} and working copies",
+        "activations": f"{_gib(grows)} {grows / micro_bsz / GIB:.2f} GiB a sample",
+        "gradients": f"{_gib(stays)} and working copies",
         "peak": f"{_gib(need.total)} a device; of its {target.memory_gb} GiB jax has "
         f"{available(target) / GIB:.1f}, the rest is the CUDA context's and libraries': "
         + ("fits" if fits else "DOES NOT FIT"),
         "largest": f"micro_bsz {largest} fits: {_gib(needs[largest].total).strip()}"
+        + (", a miniepoch a step" if largest == most_samples(config, count) else "")
         if largest
         else f"not even micro_bsz 1 fits; {WAYS_OUT}",
         "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * arithmetic:,.0f} ms at "
@@ -372,13 +438,31 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     }
     if not need.host:
         del rows["host"]
-    if len(needs) == 1:  # one batch does not tell what grows with it
+    if need.visit > need.passes:
+        rows["activations"] = f"{_gib(0)} at the fullest moment, the update of the state"
+        rows["gradients"] = f"{_gib(need.visit)} and the part of the state that is being updated"
+    elif len(needs) == 1:  # one batch does not tell what grows with it
         rows["activations"] = f"{_gib(need.temporary)} with gradients and working copies"
         del rows["gradients"]
+    if len(needs) == 1:
         rows["largest"] = "leave --micro_bsz out to search for the largest that fits"
         if not fits:
             rows["largest"] += f", or {WAYS_OUT}"
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items())
+
+
+def _grown(needs: dict[int, Need], micro_bsz: int) -> float:
+    """Bytes of a need's `temporary` that grow with the batch, of 0 to all of it.
+
+    By the line through the smallest batch that was measured and this one (or the next).
+    """
+    smallest, *larger = sorted(needs)
+    temporary = needs[micro_bsz].temporary
+    if not larger:
+        return temporary
+    other = max(micro_bsz, larger[0])
+    slope = (needs[other].passes - needs[smallest].passes) / (other - smallest)
+    return min(max(slope * micro_bsz, 0.0), temporary)
 
 
 def _gib(count: float) -> str:
@@ -391,7 +475,7 @@ def main() -> None:
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Whether a run fits a GPU, how large a batch does, and how fast a step could "
         "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run: "
-        "once where --micro_bsz is a number, else three or four times to find the largest.",
+        "once where --micro_bsz is a number, else three to eight times to find the largest.",
         epilog="Every option of python -m rwkv_jax.train is taken; those that matter are --size, "
         "--n_layer, --n_embd, --ctx_len, --micro_bsz, --accumulate_grad_batches, --grad_cp, "
         "--head_chunk, --precision, --devices, --num_nodes and --strategy.",

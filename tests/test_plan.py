@@ -5,10 +5,12 @@ What it compiles for real GPUs is in test_gpu_compile.py.
 
 import dataclasses
 import json
+import math
 import random
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -77,40 +79,85 @@ def test_a_cards_figures_agree_with_each_other(name):
 # The largest batch.
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_of_an_affine_need_the_largest_batch_takes_three_measurements(seed):
-    draw = random.Random(seed)
-    fixed, each, limit = draw.randint(1, 10**10), draw.randint(10**8, 10**9), 2 * 10**10
+def needs_of(kind: str, draw: random.Random):
+    """batch → bytes, as steps need them, and as they could."""
+    fixed, each = 10 ** draw.uniform(6, 10), 10 ** draw.uniform(5, 9)
+    bend, knee = draw.uniform(0, 0.2), 10 ** draw.uniform(0, 4)
+    return {
+        "affine": lambda b: fixed + each * b,
+        "noisy": lambda b: (fixed + each * b) * (1 + 0.005 * math.sin(13 * b)),
+        "falling slope": lambda b: fixed + each * (min(b, knee) + bend * max(b - knee, 0)),
+        "rising slope": lambda b: fixed + each * (b + 5 * max(b - knee, 0)),
+        "concave": lambda b: fixed + each * b**0.8,
+        "convex": lambda b: fixed + each * (b + bend * b * b),
+        "steps": lambda b: fixed + each * 16 * math.ceil(b / 16),
+        "powers of two": lambda b: fixed + each * 2 ** math.ceil(math.log2(b)),
+        "a jump": lambda b: fixed + each * b + 1e10 * (b > knee),
+        "not monotone": lambda b: fixed + each * b * (1 + bend * math.sin(b / knee)),
+        "constant": lambda b: fixed,
+    }[kind]
+
+
+# How far from the largest the result may be, and how many are measured, of an ordinary need; of an
+# odd one, only that it fits and that the search ends.
+SEARCHES = {
+    "affine": (0.98, 5),
+    "noisy": (0.93, 8),
+    "falling slope": (0.92, 8),
+    "rising slope": (0.85, 8),
+    "concave": (0.9, 8),
+    "convex": (0.7, 8),
+    "steps": (0.75, 8),
+    "powers of two": (0, 8),
+    "a jump": (0, 8),
+    "not monotone": (0, 8),
+    "constant": (1, 8),
+}
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_the_search_is_short_and_ends_at_what_was_measured_to_fit(kind):
+    for seed in range(60):
+        search_of(needs_of(kind, random.Random(seed)), *SEARCHES[kind])
+
+
+def search_of(need, closeness: float, calls: int) -> None:
+    limit, most, measured = 2 * 10**10, 40320, {}
+
+    def measure(batch):
+        assert batch not in measured and 1 <= batch <= most
+        measured[batch] = int(need(batch))
+        return measured[batch]
+
+    found = plan.largest_batch(measure, limit, most)
+    assert len(measured) <= calls
+    assert found == max((b for b in measured if measured[b] <= limit), default=0)
+    if 0 < found < most and measured[found] < 0.97 * limit:
+        beyond = math.ceil((found + 1) / closeness) if closeness else most + 1
+        assert beyond > most or need(beyond) > limit, measured
+
+
+def test_the_search_of_a_step_whose_slope_falls_and_then_jumps():
+    """What a small model's step was planned to need on an RTX 4090, in GiB."""
+    batches = [1, 2, 127, 6902, 68650, 82500, 84752, 89040, 89041, 89042]
+    needs = [0.13, 0.15, 0.55, 2.72, 18.81, 21.26, 20.87, 24.98, 24.98, 24.63]
     measured = []
 
     def need(batch):
         measured.append(batch)
-        return fixed + each * batch
+        return int(np.interp(batch, batches, needs) * GIB)
 
-    largest = (limit - fixed) // each
-    found = plan.largest_batch(need, limit, draw.choice([1, 3, 8]))
-    assert found in measured and largest / 1.02 <= found <= largest
-    assert len(measured) <= 3 and len(set(measured)) == len(measured)
-
-
-@pytest.mark.parametrize("bend", [0.0, 0.002, 0.05, 0.2])
-def test_a_bent_need_is_measured_again(bend):
-    limit, measured = 10_000, {}
-
-    def need(batch):
-        measured[batch] = int(100 + 40 * batch + bend * batch * batch)
-        return measured[batch]
-
+    limit = plan.available(GPU_TARGETS["rtx4090"])
     found = plan.largest_batch(need, limit)
-    assert measured[found] <= limit
-    assert need(int(found * 1.03) + 1) > limit
-    assert len(measured) <= 7  # the line above measures one of them
+    assert len(measured) <= 8 and found in measured and need(found) <= limit < need(1.03 * found)
 
 
 def test_nothing_fits():
-    assert plan.largest_batch(lambda batch: 10 + batch, 10) == 0
-    assert plan.largest_batch(lambda batch: 10 + batch, 10, start=8) == 0
-    assert plan.largest_batch(lambda batch: 10 + batch, 11, start=8) == 1
+    measured = []
+    assert plan.largest_batch(lambda b: measured.append(b) or 10 + b, 10) == 0
+    assert measured == [1]
+    assert plan.largest_batch(lambda batch: 10 + batch, 11) == 1
+    assert plan.largest_batch(lambda batch: batch, 10**9, 40320) == 40320
 
 
 # Measuring.
@@ -153,10 +200,13 @@ def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys)
 
     monkeypatch.setattr(plan, "measure", measure)
     assert plan.fitting_batch(config, model, mesh, limit=155) == 5
+    assert plan.fitting_batch(config, model, mesh, limit=10**9) == 40320  # a miniepoch a step
     with pytest.raises(UserError, match="not even 1 fits the 0.0 GiB of cpu; try "):
         plan.fitting_batch(config, model, mesh, limit=109)
-    with pytest.raises(UserError, match="cpu does not tell its memory; give a number"):
-        plan.fitting_batch(config, model, mesh)
+    assert plan.fitting_batch(config, model, mesh) == 1  # the default of a CPU
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "note: --micro_bsz auto: jax does not know the memory of cpu: training with the default, 1"
+    )
 
 
 def test_gpus_of_several_machines(monkeypatch):
@@ -224,17 +274,50 @@ def test_the_report_of_one_batch():
     assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
 
 
+PARTS = "parameters", "optimizer", "activations", "gradients"
+
+
+@pytest.mark.parametrize("offload", [{}, {"host": 3 * GIB}, {"host": 3 * GIB, "visit": 40 * GIB}])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        {1: 9},
+        {1: 9, 2: 10, 4: 12},
+        {1: 3.1, 4: 9},  # more than in proportion
+        {1: 9, 2: 8.5, 4: 8},  # falling
+        {1: 3.13, 2: 3.15, 172: 3.55, 6902: 5.72, 68650: 21.81, 82500: 24.26},
+        {1: 4, 64: 40, 32: 3.5},
+    ],
+    ids=str,
+)
+def test_the_parts_of_the_report_add_up_to_the_peak(passes, offload):
+    """Those of the device: of a state in the host's memory there is none, or what is updated."""
+    strategy = "fsdp_offload" if offload else "auto"
+    one = some_plan(5, strategy=strategy).needs[2]
+    needs = {
+        batch: dataclasses.replace(one, passes=int(gib * GIB), **offload)
+        for batch, gib in passes.items()
+    }
+    for batch in needs:
+        result = some_plan(5, strategy=strategy)._replace(needs=needs, largest=batch)
+        lines = [line.split() for line in plan.report(result, batch, "").splitlines()]
+        figures = {line[0]: float(line[1]) for line in lines if line[0] in (*PARTS, "peak")}
+        assert all(figure >= 0 for figure in figures.values()), figures
+        there = sum(figures.get(part, 0) for part in PARTS[2 if offload else 0 :])
+        assert there == pytest.approx(figures["peak"], abs=0.021), (batch, figures)
+
+
 def test_the_report_of_what_is_in_the_host_s_memory():
-    """The largest visit, 7 GiB, is the peak; activations and gradients are those of the passes."""
+    """Where the passes are the peak, activations and gradients are theirs."""
     result = some_plan(5, strategy="fsdp_offload")
-    away = {"host": 3 * GIB, "visit": 7 * GIB, "moved": 50 * 10**9}
+    away = {"host": 3 * GIB, "visit": 4 * GIB, "moved": 50 * 10**9}
     needs = {batch: dataclasses.replace(need, **away) for batch, need in result.needs.items()}
     text = plan.report(result._replace(needs=needs), 2, "")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
     assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in the host's memory"
     assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
     assert lines["gradients"].strip() == "4.00 GiB and working copies"
-    assert lines["peak"].strip().startswith("7.00 GiB a device")
+    assert lines["peak"].strip().startswith("5.00 GiB a device")
     assert lines["host"] == "50 GB to and from its memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB there"
     assert lines["speed"].startswith(f"at most {16384 / (2 + 67 / 3352):,.0f} tokens/s")
 
