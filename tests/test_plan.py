@@ -6,6 +6,7 @@ What it compiles for real GPUs is in test_gpu_compile.py.
 import dataclasses
 import json
 import math
+import os
 import random
 import sys
 
@@ -393,6 +394,39 @@ def test_bad_input_gets_one_line(monkeypatch):
     }.items():
         with pytest.raises(UserError, match=line):
             command(monkeypatch, *arguments)
+
+
+def test_a_failing_compiler_gets_one_line(capfd):
+    with (
+        pytest.raises(UserError, match=r"^the compiler failed: INTERNAL: ptxas: no space left$"),
+        plan._without_the_compilers_words(),
+    ):
+        os.write(2, b"E0000 a page of the compiler's own words\n")
+        raise jax.errors.JaxRuntimeError("INTERNAL: ptxas: no space left\nits stack")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError), plan._without_the_compilers_words():
+        os.write(2, b"of use to whoever reads the traceback\n")
+        raise ZeroDivisionError
+    assert capfd.readouterr().err == "of use to whoever reads the traceback\n"
+
+
+def test_a_search_says_how_far_it_is(monkeypatch):
+    said = []
+
+    def measure(config, model, mesh, target, progress):
+        said.append((config.micro_bsz, progress))
+        return Need(
+            GIB, 2 * GIB, (8 + config.micro_bsz + 9 * (config.micro_bsz > 60)) * GIB, 1, 1, 1.0
+        )
+
+    monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
+    monkeypatch.setattr(plan, "measure", measure)
+    assert plan.plan(TINY, GPU_TARGETS["h100"]).largest == 60
+    assert said[0] == (1, " (compilation 1 of at most 8)")
+    assert said[1][1] == " (compilation 2 of at most 8; 1 fits)"
+    batches = [batch for batch, _ in said]
+    below, above = max(b for b in batches[:-1] if b <= 60), min(b for b in batches[:-1] if b > 60)
+    assert said[-1][1].endswith(f" of at most 8; {below} fits, {above} does not)")
 
 
 def test_auto_is_an_option_of_train():
