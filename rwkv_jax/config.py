@@ -174,9 +174,10 @@ class TrainConfig:
     n_layer: int = _option(0, "model", "LAYERS", "Number of layers, L; overrides --size.", least=0)
     n_embd: int = _option(0, "model", "WIDTH", "Width, C; overrides --size.", least=0)
     vocab_size: int | None = _option(
-        None, "model", "ROWS", "Rows of embedding and head, V (default 65536).", least=2, parse=int)
+        None, "model", "ROWS", "Rows of embedding and head, V (default 65536).", least=2,
+        parse=_whole)
     head_size: int | None = _option(
-        None, "model", "", "Width of a head, N (default 64).", *HEAD_SIZES, parse=int)
+        None, "model", "", "Width of a head, N (default 64).", *HEAD_SIZES, parse=_whole)
     dim_ffn: int = _option(
         0, "model", "WIDTH", "Inner width of the channel mix; 0: 4·n_embd.", least=0)
     lora_dims: str = _option(

@@ -176,7 +176,7 @@ def test_wandb_without_a_usable_key_is_an_error_of_the_options(tmp_path, key):
         "from rwkv_jax.errors import run_command\n"
         "from rwkv_jax.tracking import open_trackers\n"
         "config = TrainConfig(wandb='goose')\n"
-        f"arguments = (config, ModelConfig(1, 64), Path({str(tmp_path)!r}), print, False)\n"
+        f"arguments = (config, ModelConfig(1, 64), {{}}, Path({str(tmp_path)!r}), print, False)\n"
         "run_command(lambda: list(open_trackers(*arguments)))\n"
     )
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
