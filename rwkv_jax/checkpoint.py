@@ -58,6 +58,7 @@ _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
 _T = TypeVar("_T")
 _CUT_SHORT = re.compile(r"\d+\.partial(\.orbax.*)?")  # names of what a killed run leaves
+_POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 _MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
 
 
@@ -475,8 +476,10 @@ def _verify(folder: Path, without: str = "/") -> About:
         expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
         for name, (size, _) in expected.items():
             path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                _require_fetched(path)
             if not path.is_file():
-                raise _missing(path, f"{folder}: damaged: {name} is missing")
+                raise UserError(f"{folder}: damaged: {name} is missing")
             if path.stat().st_size != size:
                 raise UserError(
                     f"{folder}: damaged: {name} has {path.stat().st_size} bytes, not {size}"
@@ -500,6 +503,7 @@ def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
     path = folder / MANIFEST
     with contextlib.ExitStack() as stack:
         stack.enter_context(_reporting(path))
+        _require_fetched(path)
         with path.open("rb") as file:
             content = file.read(_MAX_MANIFEST)
         digest, _, body = content.partition(b"\n")
@@ -534,7 +538,7 @@ def _reporting(path: Path) -> Iterator[None]:
     except Unreadable:
         raise
     except FileNotFoundError:
-        raise _missing(path, f"{path}: is missing") from None
+        raise UserError(f"{path}: is missing") from None
     except (PermissionError, InterruptedError, BlockingIOError, TimeoutError) as error:
         raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:
@@ -543,11 +547,17 @@ def _reporting(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
 
 
-def _missing(path: Path, reason: str) -> UserError:
-    """The error for a file that is not there: if a link to it is, the file may be elsewhere."""
-    if path.is_symlink():
-        return Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
-    return UserError(reason)
+def _require_fetched(path: Path) -> None:
+    """Raises `Unreadable` where a link or a pointer stands for a file that is not here (yet)."""
+    if path.is_symlink() and not path.exists():
+        raise Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(32).startswith(_POINTERS):
+                raise Unreadable(
+                    f"{path}: is a pointer of Git LFS or git-annex to a file, "
+                    "which has not been fetched"
+                )
 
 
 def _numbered(folder: Path) -> Iterator[Path]:

@@ -351,10 +351,13 @@ def test_links_to_files_elsewhere_are_read(linked):
 
 
 @pytest.mark.parametrize("name", ["params/_METADATA", MANIFEST])
-def test_a_file_that_was_not_fetched_is_no_damage(linked, name, capsys):
+@pytest.mark.parametrize("pointer", [b"", b"version https://git-lfs.github.com/spec/v1\noid"])
+def test_a_file_that_was_not_fetched_is_no_damage(linked, name, pointer, capsys):
     link = linked / "checkpoints" / "200" / name
     link.resolve().unlink()
-    with pytest.raises(Unreadable, match=f"{name}: is a link to .*, which has not been fetched"):
+    if pointer:
+        link.resolve().write_bytes(pointer)
+    with pytest.raises(Unreadable, match=f"{name}: is a .* to .* which has not been fetched"):
         Checkpoints(link.parents[len(Path(name).parts)]).about(200)
     assert_same_bits(checkpoint.load_newest(linked)[1], random_state(10).params)
     assert "has not been fetched; taking the one before" in capsys.readouterr().err
