@@ -188,7 +188,7 @@ def skipped_note(path: Path) -> str:
     """A line about a list of skipped lines."""
     with path.open("rb") as file:
         count = sum(1 for _ in file)
-    return f"note: {count} bad lines were skipped; {path} lists them"
+    return f"note: bad lines skipped: {count}; {path} lists them"
 
 
 def find(name: str | Path, text_key: str = "text", on_bad_line: str = "stop") -> Corpus:

@@ -244,7 +244,7 @@ def test_bad_lines_are_skipped_counted_and_listed(workers, capsys, monkeypatch):
     make_data.main(["x.jsonl", "1", "1", "--on_bad_line", "skip"])
     assert Path("x.skipped.tsv").read_bytes() == data.skipped.read_bytes()
     err = capsys.readouterr().err
-    assert "note: 4 bad lines were skipped; x.skipped.tsv lists them" in err
+    assert "note: bad lines skipped: 4; x.skipped.tsv lists them" in err
     skipped = []
     assert len(list(find("x.jsonl", on_bad_line="skip").documents(skipped))) == len(TEXTS)
     assert [bad.row() for bad in skipped] == data.skipped.read_text("utf-8").splitlines(True)
