@@ -91,7 +91,7 @@ def _read_train_log(file: Path) -> dict[int, float]:
     """
     means, others = {}, []
     try:
-        lines = file.read_text("utf-8", "replace").split("\n")
+        lines = file.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give a run's folder or its log") from None
     for line in filter(str.strip, lines):

@@ -674,6 +674,18 @@ def test_a_system_prompt_begins_a_chat():
         )
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "P.JSONL"])
+def test_lines_of_prompts_end_at_line_feeds_alone(name, tmp_path):
+    prompts = ["a\u2028b\u2029c", "d\x0ce\x0bf\x1cg", "h\u0085i\rj"]
+    lines = (
+        prompts
+        if name == "p.txt"
+        else [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    )
+    (tmp_path / name).write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    assert generate._read_prompts(tmp_path / name) == prompts
+
+
 def test_bad_files_of_prompts(tmp_path):
     for content, complaint in [
         (b"\n \n", "holds no prompts"),

@@ -72,6 +72,11 @@ def test_a_run_by_miniepochs_and_the_reference(tmp_path):
         f"NEW RUN 2025-04-24-02-18-58\n{{'n_layer': 12}}\n{{'zero_optimization': {{}}}}\n{OFFICIAL}"
     )
     np.testing.assert_array_equal(read_run(tmp_path).loss, official.loss)
+    # A line ends at \n alone: what looks like a miniepoch in a folder's name is none.
+    (tmp_path / "train_log.txt").write_text(
+        "{'proj_dir': 'a\r7 1.0 b\u20288 1.0 c\x0c9 1.0 d'}\n" + OFFICIAL, "utf-8"
+    )
+    np.testing.assert_array_equal(read_run(tmp_path).loss, official.loss)
     # A run that went on after a crash writes a miniepoch again: the later line counts.
     (tmp_path / "train_log.txt").write_text(OFFICIAL + "2 3.5 33.1 0.0005 2025-04-25 1:00 2\n")
     assert read_run(tmp_path / "train_log.txt").loss.tolist() == [4.875856, 4.028621, 3.5]
