@@ -1020,6 +1020,23 @@ def test_bad_input_is_one_line(arguments, prepared, monkeypatch, capsys):
     assert not list(prepared.rglob("rwkv-final.pth")) and not list(prepared.rglob("*.tmp"))
 
 
+def test_skipped_lines_are_listed_in_the_output(tmp_path, monkeypatch, capsys):
+    """Known when the text is read: before the weights, which are not there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("x.jsonl").write_text('{"words": "one two three"}\nno\n' * 20)
+    given = "--data_file x.jsonl --text_key words --on_bad_line skip --load_model nothing.pth"
+    size = "--vocab_size 65536 --ctx_len 8 --devices 1"
+    monkeypatch.setattr(sys, "argv", ["train", *SHAPE, *size.split(), *given.split()])
+    with pytest.raises(SystemExit):
+        run_command(trainer.main)
+    *_, note, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: nothing.pth: ")
+    assert note == "note: bad lines skipped: 20; out/skipped.tsv lists them"
+    first = Path("out/skipped.tsv").read_text("utf-8").split("\n")[0]
+    assert first.startswith("x.jsonl:2\tis no JSON: ") and first.endswith('\t"no"')
+
+
 def test_bad_input_is_one_line_of_the_process_too(data, tmp_path):
     tried = subprocess.run(
         command(data, tmp_path, "--magic_prime", "8"), capture_output=True, text=True
