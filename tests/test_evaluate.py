@@ -2,8 +2,10 @@
 
 import json
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +209,9 @@ def test_sums_keep_a_tenth_out(tmp_path):
         assert eval(problem) == int(answer)
 
 
+OF_WORLD: Any = types.SimpleNamespace(config=ModelConfig(1, 64))
+
+
 @pytest.fixture
 def a_nat_a_token(monkeypatch):
     """What is read counts, not what a model makes of it."""
@@ -224,14 +229,14 @@ def test_text_of_other_kinds(a_nat_a_token, tmp_path, monkeypatch):
     (tmp_path / "f").mkdir()
     write_jsonl(tmp_path / "f" / "a.jsonl", TEXTS[:2])
     (tmp_path / "f" / "b.JSONL").write_text('{"text": "A short one"}\n{}\n')
-    result = evaluate.evaluate(None, "text", "f", on_bad_line="skip")
+    result = evaluate.evaluate(OF_WORLD, "text", "f", on_bad_line="skip")
     assert (result["documents"], result["skipped"]) == (3, 1)
     assert (tmp_path / "f.skipped.tsv").read_text().startswith("f/b.JSONL:2\tis not ")
     (tmp_path / "read.me").write_text(TEXTS[3])
     ids = tokenizer.encode(TEXTS[3])
-    assert evaluate.evaluate(None, "text", "read.me")["tokens"] == len(ids)
+    assert evaluate.evaluate(OF_WORLD, "text", "read.me")["tokens"] == len(ids)
     write_jsonl(tmp_path / "c.jsonl", TEXTS)
-    limited = evaluate.evaluate(None, "text", tmp_path / "c.jsonl", 3, text_key="text")
+    limited = evaluate.evaluate(OF_WORLD, "text", tmp_path / "c.jsonl", 3, text_key="text")
     assert limited["documents"] == 3
 
 
@@ -249,7 +254,7 @@ def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
         writer.append(np.array([65530, 65531, 0], dtype), [3])
         writer.append(np.array(ids, dtype), [len(ids)])
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
-        evaluate.evaluate(None, "text", tmp_path / "d")
+        evaluate.evaluate(OF_WORLD, "text", tmp_path / "d")
     assert (complaint or "d: holds no text") in str(caught.value)
 
 
