@@ -1,6 +1,7 @@
 """Where a run's numbers go, step by step: the trackers that were asked for."""
 
 import datetime
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +73,8 @@ class Wandb:
             ) from None
         id_file.write_text(f"{self._run.id}\n")
         if self._run.offline:
-            say(f"wandb: offline; `wandb sync {Path(self._run.dir).parent}` uploads the run")
+            run = shlex.quote(str(Path(self._run.dir).parent))
+            say(f"wandb: offline; `wandb sync {run}` uploads the run")
         elif not self._run.disabled:
             say(f"wandb: {self._run.url}")
 

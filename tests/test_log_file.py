@@ -62,7 +62,7 @@ def test_what_a_crash_left_in_the_middle_cuts_nothing_off(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("there", [b"", b"\0" * 50, b"step l", b"step l\0\0"])
+@pytest.mark.parametrize("there", [b"", b"\0" * 50, b"step l", b"step l\0\0"], ids=range(4))
 @pytest.mark.parametrize("first", [None, 0])
 def test_a_log_that_never_began(tmp_path, there, first):
     (tmp_path / "log").write_bytes(there)
@@ -70,7 +70,7 @@ def test_a_log_that_never_began(tmp_path, there, first):
     assert (tmp_path / "log").read_text() == "step loss\n0 x\n"
 
 
-@pytest.mark.parametrize("end", [b"5 x\n", b"5 x", b"5 x\n\0\0", b"5 \xe9\0\0"])
+@pytest.mark.parametrize("end", [b"5 x\n", b"5 x", b"5 x\n\0\0", b"5 \xe9\0\0"], ids=range(4))
 def test_appending_drops_nothing_but_nul_bytes(tmp_path, end):
     path = tmp_path / "log"
     path.write_bytes(b"NEW RUN\n{'\xe9': 1}\n4 x\n" + end)

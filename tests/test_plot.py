@@ -264,7 +264,9 @@ def test_a_last_line_that_was_cut(tmp_path):
     assert plot.read_run(log).loss.tolist() == [4.875856, 4.028621]
 
 
-@pytest.mark.parametrize("junk", [b"\0" * 100, b"\0\0\n", b"\xff\xfe\n", b"1 4.0\0\0\n", b"1\n"])
+@pytest.mark.parametrize(
+    "junk", [b"\0" * 100, b"\0\0\n", b"\xff\xfe\n", b"1 4.0\0\0\n", b"1\n"], ids=range(5)
+)
 def test_what_a_crash_left_is_passed_over(tmp_path, junk):
     log = tmp_path / "train_log.txt"
     for content in (

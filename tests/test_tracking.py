@@ -56,6 +56,7 @@ def test_step_log_goes_on_where_a_run_went_on(tmp_path):
     "damage",
     [b"\0" * 512, b"3\t0.1", b"3\t0.1\t3.2\t1e-4\t0.5\t12\0\0\n", b"\xff\xfe\x00garbage\n",
      b"3\t0.1\t3.2\t1e-4\t0.5\t1"],
+    ids=range(5),
 )  # fmt: skip
 def test_step_log_is_read_with_what_a_crash_left_in_it(tmp_path, damage):
     write(tmp_path, {0: 5.0, 1: 4.0})
