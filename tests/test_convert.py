@@ -194,28 +194,6 @@ def test_output_that_does_not_fit_is_an_error_in_one_line(arguments):
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
-COMMANDS = [
-    "describe",
-    "verify",
-    *(module.__name__.removeprefix("convert.") for module in CONVERTERS),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_runs_as_a_file(command, monkeypatch, capsys):
-    """`python convert/verify.py`, from any folder and without an installation."""
-    path = ROOT / "convert" / f"{command}.py"
-    elsewhere = [place for place in sys.path if Path(place).resolve() != ROOT]
-    monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
-    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(path), run_name="__main__")
-    assert (
-        exit.value.code == 0 and f"usage: python -m convert.{command} " in capsys.readouterr().out
-    )
-    assert sys.path[0] == str(ROOT)
-
-
 def test_the_folder_hides_no_module_of_python():
     done = subprocess.run(
         [sys.executable, "-c", "import inspect; print(inspect.signature)"], cwd=ROOT / "convert",

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
     path
-    for folder in ("data", "rwkv_jax")
+    for folder in ("convert", "data", "rwkv_jax")
     for path in (ROOT / folder).glob("*.py")
     if "\n    run_command(main)" in path.read_text("utf-8")
 )
