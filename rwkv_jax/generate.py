@@ -349,6 +349,8 @@ def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Iterator[Te
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     ask = "> " if sys.stdin.isatty() else ""
     first = text.read is None
+    if args.system and not first:
+        raise UserError("--system begins a chat; leave it out where --load_state continues one")
     while True:
         try:
             message = input(ask)
@@ -357,7 +359,7 @@ def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Iterator[Te
         if not message.strip():
             continue
         if _SURROGATES.search(message):
-            print("note: that line is not UTF-8; it was skipped", file=sys.stderr)
+            print("note: it is not UTF-8; that line was skipped", file=sys.stderr)
             continue
         turn = chat_turn(message, args.think, first, args.system if first else "")
         try:
@@ -493,8 +495,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, given in (("--think", args.think != "off"), ("--system", args.system)):
         if given and not args.chat:
             raise UserError(f"{name} goes with --chat")
-    if args.system and args.load_state:
-        raise UserError("--system begins a chat; leave it out where --load_state continues one")
     args.prompt, args.system = (_argument(name, vars(args)[name]) for name in ("prompt", "system"))
     args.stop = [_argument("stop", text) for text in args.stop]
     if args.save_state:

@@ -413,9 +413,9 @@ def test_a_line_that_is_no_message_is_skipped(world_file, monkeypatch, capsys, t
     shown = capsys.readouterr()
     assert shown.out == expected and a.read_bytes() == b.read_bytes()
     assert [line for line in shown.err.splitlines() if "skipped" in line] == [
-        "note: that line is not UTF-8; it was skipped",
+        "note: it is not UTF-8; that line was skipped",
         "note: a token of the text is unknown; that line was skipped",
-        "note: that line is not UTF-8; it was skipped",
+        "note: it is not UTF-8; that line was skipped",
     ]
 
 
@@ -667,11 +667,10 @@ def test_bad_input(options, complaint):
     assert complaint in str(caught.value)
 
 
-def test_a_system_prompt_begins_a_chat():
+def test_a_system_prompt_begins_a_chat(world, world_file, monkeypatch, tmp_path):
+    generate.save_state(tmp_path / "s.npz", Text(), world)
     with pytest.raises(UserError, match="^--system begins a chat"):
-        generate.main(
-            ["--load_model", "no.pth", "--chat", "--load_state", "s", "--system", "Be brief."]
-        )
+        chat(monkeypatch, world_file, b"", "--load_state", tmp_path / "s.npz", "--system", "x")
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "P.JSONL"])
