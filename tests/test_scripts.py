@@ -37,4 +37,4 @@ def test_a_command_runs_as_a_script(path, tmp_path, monkeypatch, capsys):
 
 def test_the_commands_are_found():
     names = {f"{path.parent.name}.{path.stem}" for path in COMMANDS}
-    assert {"data.make_data", "rwkv_jax.train", "rwkv_jax.generate"} <= names
+    assert {"data.make_data", "convert.verify", "rwkv_jax.train", "rwkv_jax.generate"} <= names
