@@ -50,6 +50,17 @@ class CommandParser(argparse.ArgumentParser):
         return related[:3] or difflib.get_close_matches(typed, known, 1, 0.82)
 
 
+@contextlib.contextmanager
+def _no_traceback_in_a_notebook() -> Iterator[None]:
+    """What the exit of a command means is printed; IPython's `%run -m` adds nothing to it."""
+    try:
+        yield
+    except SystemExit as status:
+        setattr(status, "_render_traceback_", list)  # noqa: B010  # IPython asks for it
+        raise
+
+
+@_no_traceback_in_a_notebook()
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C.
 

@@ -6,7 +6,19 @@ import sys
 
 import pytest
 
-from rwkv_jax.errors import run_command
+from rwkv_jax.errors import UserError, run_command
+
+
+def test_a_notebook_shows_the_line_alone(capsys):
+    """IPython's `%run -m` shows the traceback of an exit that is not 0, or what this returns."""
+
+    def main() -> None:
+        raise UserError("x: is y")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: x: is y\n"
+    assert caught.value._render_traceback_() == []
 
 
 @pytest.mark.parametrize(
