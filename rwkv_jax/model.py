@@ -103,7 +103,7 @@ class TimeMix(nnx.Module):
 
     def project_value(self, x: Array, shift: Array) -> Array:
         """v before the value residual; in layer 0 this is the v_first of all later layers."""
-        return self.value(x + (_shift(x, shift) - x) * _row(self.x_v))
+        return self.value(_mix(x, _shift(x, shift), self.x_v))
 
     def __call__(
         self, x: Array, shift: Array, wkv: Array | None, v_first: Array, is_first: Array
@@ -111,15 +111,15 @@ class TimeMix(nnx.Module):
         """x [B,T,C] (after ln1), shift [B,C], wkv [B,H,N,N] → (out [B,T,C], wkv [B,H,N,N])."""
         B, T, C = x.shape
         H, N = self.r_k[...].shape
-        xx = _shift(x, shift) - x
+        before = _shift(x, shift)
 
-        r = self.receptance(x + xx * _row(self.x_r))
-        w = _row(self.w0) + _low_rank(x + xx * _row(self.x_w), self.w1, self.w2, jnp.tanh)
-        k = self.key(x + xx * _row(self.x_k))
+        r = self.receptance(_mix(x, before, self.x_r))
+        w = _row(self.w0) + _low_rank(_mix(x, before, self.x_w), self.w1, self.w2, jnp.tanh)
+        k = self.key(_mix(x, before, self.x_k))
         v = self.project_value(x, shift)
-        a = _wide(_low_rank(x + xx * _row(self.x_a), self.a1, self.a2))
-        g = _low_rank(x + xx * _row(self.x_g), self.g1, self.g2, jax.nn.sigmoid)
-        mix = _wide(_low_rank(x + xx * _row(self.x_v), self.v1, self.v2))
+        a = _wide(_low_rank(_mix(x, before, self.x_a), self.a1, self.a2))
+        g = _low_rank(_mix(x, before, self.x_g), self.g1, self.g2, jax.nn.sigmoid)
+        mix = _wide(_low_rank(_mix(x, before, self.x_v), self.v1, self.v2))
 
         # From here to the next product everything is float32, and rounded where it is handed on:
         # as in the official trainer's fused kernels (RWKV-v7/train_temp/cuda, since 2026-04).
@@ -158,7 +158,7 @@ class ChannelMix(nnx.Module):
         self.value = Linear(L, C, F)
 
     def __call__(self, x: Array, shift: Array) -> Array:
-        k = self.key(x + (_shift(x, shift) - x) * _row(self.x_k))
+        k = self.key(_mix(x, _shift(x, shift), self.x_k))
         return self.value(jnp.square(jax.nn.relu(k)))
 
 
@@ -329,6 +329,11 @@ def _wide(x: Array) -> Array:
 def _shift(x: Array, before: Array) -> Array:
     """x [B,T,C] delayed by one token; `before` [B,C] is the token ahead of the first."""
     return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+
+
+def _mix(x: Array, before: Array, part: nnx.Param) -> Array:
+    """x + (before − x)·part with part [C], in float32 and then rounded once."""
+    return (_wide(x) + (_wide(before) - _wide(x)) * _wide(_row(part))).astype(x.dtype)
 
 
 def use_precision(name: str | None) -> None:
