@@ -34,7 +34,7 @@ from orbax.checkpoint import v1 as ocp
 from rwkv_jax import distributed, pth, stored, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.files import flush_folder
+from rwkv_jax.files import flush_folder, reporting_os_errors
 from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
@@ -158,7 +158,7 @@ class Checkpoints:
         items = {"params": {"rehearsal": np.zeros((), np.float32)}}
         failure = ""
         try:
-            _check_space(self.folder, 0)
+            _make_folder(self.folder)
             with stored.literal(self.folder) as folder:
                 _start_writing(folder / partial.name, items).result()
             if distributed.is_first():
@@ -368,15 +368,18 @@ def _open_model(
 # ------------------------------------------------------------------------------------- writing
 
 
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: cannot be written: it is not a folder")
+    with reporting_os_errors(folder, "be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def _check_space(folder: Path, nbytes: int) -> None:
     needed = nbytes * 21 // 20 + _MARGIN
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
+    with reporting_os_errors(folder, "be written"):
         free = shutil.disk_usage(folder).free
-    except FileExistsError:
-        raise UserError(f"{folder}: cannot be written: it is not a folder") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     if free < needed:
         raise UserError(
             f"{folder}: a checkpoint takes {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} are free"

@@ -352,7 +352,7 @@ def test_checkpoints_that_are_all_damaged_are_no_reason_to_begin_anew(data, stop
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
     for manifest in tmp_path.glob("checkpoints/*/manifest"):
         manifest.unlink()
-    with pytest.raises(UserError, match="manifest: is missing; no other .*: copy .*, or move .*"):
+    with pytest.raises(UserError, match="is missing; no other .*: copy .*, move .* elsewhere"):
         train(config(data, tmp_path))
 
 
