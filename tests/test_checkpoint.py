@@ -36,14 +36,20 @@ def abstract(devices: int = 4) -> step.TrainState:
 
 
 def random_state(seed: int) -> step.TrainState:
-    """Any bits at all in the moments and masters, NaN and denormal numbers among them."""
+    """Any bits at all in the moments, NaN among them; in the masters, those of finite numbers."""
     rng = np.random.default_rng(seed)
 
     def leaf(like):
         bits = rng.integers(0, 256, (*like.shape, like.dtype.itemsize), np.uint8)
         return jax.device_put(bits.view(like.dtype)[..., 0], like.sharding)
 
-    return jax.tree.map(leaf, abstract())
+    def finite(like):
+        bits = rng.integers(0, 256, (*like.shape, 4), np.uint8)
+        bits[..., 3] &= 0xBF  # of the exponent's bits, the highest: below 2, or denormal
+        return jax.device_put(bits.view(np.float32)[..., 0], like.sharding)
+
+    state = abstract()
+    return step.TrainState(jax.tree.map(finite, state.params), jax.tree.map(leaf, state.opt_state))
 
 
 def about(step: int) -> About:
