@@ -28,7 +28,7 @@ RESULT = Path(__file__).parent / "results" / "bf16_gradients.json"
 WIDTH, BATCH, TIME, SEEDS = 128, 2, 128, 9
 
 # What the program says is rounded is, on any backend: XLA may otherwise leave a rounding out.
-OPTIONS = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
+OPTIONS: Any = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
 
 
 def median_errors(width: int, batch: int, time: int, seeds: int) -> dict[str, float]:
