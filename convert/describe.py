@@ -14,6 +14,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
 
 from convert.st import is_safetensors, read_st
 from rwkv_jax import pth
+from rwkv_jax.build import prepare_jax
 from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.tokenizer import other_tokenizer
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "second", metavar="FILE2", type=Path, nargs="?", help="Another, to compare it with."
     )
     args = parser.parse_args(argv)
+    prepare_jax()
     if args.second:
         print(of_tensors(args.first, lambda one: of_tensors(args.second, partial(compare, one))))
     else:

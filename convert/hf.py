@@ -116,10 +116,10 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array], source: str) -> Non
             place = unused if name in _UNUSED else named
             place[hf_name(name)] = Turned(name, tensor, _hf_shape(name, tensor.shape))
     dtype = np.dtype(tensors["emb.weight"].dtype).name
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with reporting_os_errors(folder, "write"):
         if folder.exists():
             raise UserError(f"{folder}: exists already; give a new folder")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
             text = json.dumps(config_json(config, dtype), indent=2)

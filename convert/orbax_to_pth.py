@@ -8,6 +8,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax import pth, weights
+from rwkv_jax.build import prepare_jax
 from rwkv_jax.checkpoint import open_newest
 from rwkv_jax.errors import CommandParser, UserError, run_command
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.source}: is not a folder; give a run's output folder")
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
+    prepare_jax()
     source = str(args.source)
     open_newest(
         args.source,

@@ -7,6 +7,7 @@ from pathlib import Path
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
+from rwkv_jax.build import prepare_jax
 from rwkv_jax.checkpoint import save_model
 from rwkv_jax.errors import CommandParser, run_command
 from rwkv_jax.weights import open_pth
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target", metavar="OUT_DIR", type=Path, help="The folder to write; must not exist."
     )
     args = parser.parse_args(argv)
+    prepare_jax()
     save_model(args.target, *open_pth(args.source))
     print(f"wrote {args.target}")
 

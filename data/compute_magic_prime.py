@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example: python -m data.compute_magic_prime demo 4096",
     )
     parser.add_argument(
-        "prefix", metavar="PREFIX", help="The token files PREFIX.bin and PREFIX.idx."
+        "prefix", metavar="PREFIX", type=Path, help="The token files PREFIX.bin and PREFIX.idx."
     )
     parser.add_argument(
         "ctx_len", metavar="CTX_LEN", type=int, help="Length of a sample in tokens."
     )
     args = parser.parse_args(argv)
-    print(report(args.prefix, open_binidx(Path(args.prefix)), args.ctx_len))
+    print(report(str(args.prefix), open_binidx(args.prefix), args.ctx_len))
 
 
 if __name__ == "__main__":

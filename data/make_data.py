@@ -25,7 +25,7 @@ from rwkv_jax.binidx import (
 )
 from rwkv_jax.corpus import SKIPPED, Corpus, add_options, find, skipped_note
 from rwkv_jax.dataset import choose_magic_prime
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import reporting_os_errors, scratch_folder
 from rwkv_jax.tokenizing import progress_bar, tokenize
 
@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example: python -m data.make_data demo.jsonl 3 4096 writes demo.bin and demo.idx "
         "and prints the options to train on them with.",
     )
-    parser.add_argument("source", metavar="IN.jsonl", help="The text; see above.")
+    parser.add_argument(
+        "source", metavar="IN.jsonl", type=path_argument, help="The text; see above."
+    )
     parser.add_argument(
         "passes", metavar="N", type=int, help="Passes over the documents, one after the other."
     )
@@ -138,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text = find(args.source, args.text_key, args.on_bad_line)
     prefix = prefix_of(args.output or text.stem)
+    if args.output and args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder; add a name, {args.output / 'NAME'}")
     print(make_data(text, args.passes, args.ctx_len, prefix, args.seed))
 
 

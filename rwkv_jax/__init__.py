@@ -86,3 +86,23 @@ def _load(
     if config.head_size not in HEAD_SIZES:
         raise UserError(f"{path}: its heads are {config.head_size} wide, not one of {HEAD_SIZES}")
     return config, params, state
+
+
+def _import_jax() -> None:
+    """Imports jax where it would report, from each library of its CUDA plugin, a missing driver.
+
+    The plugin without a driver is what the extra `plan` installs. jax 0.10 prints as the libraries
+    are loaded, which no setting of it prevents.
+    """
+    from importlib.util import find_spec
+
+    from rwkv_jax.errors import held_back
+    from rwkv_jax.nvidia import has_driver
+
+    if "jax" not in sys.modules and any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        if not has_driver():
+            with held_back():
+                import jax  # noqa: F401
+
+
+_import_jax()

@@ -71,7 +71,13 @@ class BinIdx:
 
 
 def beside(prefix: Path, ending: str) -> Path:
-    """`prefix` with `ending` appended; `Path.with_suffix` would cut `v1.5` to `v1`."""
+    """`prefix` with `ending` appended; `Path.with_suffix` would cut `v1.5` to `v1`.
+
+    Raises:
+        UserError: the prefix is `.`, `..` or `/`, which has no name.
+    """
+    if prefix.name in ("", ".."):
+        raise UserError(f"{prefix}: is a folder; add a name, {prefix / 'NAME'}")
     return prefix.with_name(prefix.name + ending)
 
 

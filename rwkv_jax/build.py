@@ -1,19 +1,23 @@
 """From the options to the step that they mean: what train runs and plan compiles."""
 
+import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import topologies
 
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.errors import held_back
 from rwkv_jax.files import cache_folder
 from rwkv_jax.model import use_precision
-from rwkv_jax.nvidia import ask_nvidia_smi
+from rwkv_jax.nvidia import ask_nvidia_smi, has_driver
 from rwkv_jax.step import Metrics, TrainState, make_step
 
 PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "fp16": jnp.float16}
@@ -26,6 +30,24 @@ RECOMPUTED = (
 )
 
 
+# Settings of jax that change results, or that stop what is right: as the commands need them,
+# whatever the environment says (JAX_ENABLE_X64=1, …), so that the options alone decide.
+SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_debug_key_reuse": False,
+    "jax_check_tracer_leaks": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_transfer_guard": "allow",
+}
+
+
 def memory_fraction(total: int) -> float:
     """Of a GPU of so many bytes, what jax takes for arrays and programs (by itself: 3/4).
 
@@ -35,12 +57,26 @@ def memory_fraction(total: int) -> float:
     return min(0.95, 1 - 2**30 / total)
 
 
+def override_settings() -> None:
+    """Gives `SETTINGS` to jax, in place of those that the environment has given it."""
+    for name, value in SETTINGS.items():
+        if name.upper() in os.environ and jax.config.values[name] != value:
+            jax.config.update(name, value)
+            print(f"note: {name.upper()} has no effect on this command", file=sys.stderr)
+
+
 def prepare_jax() -> None:
-    """Before the first use of a device: its memory, and a cache of compiled programs on disk.
+    """Before the first use of a device: its memory, a cache of compiled programs, `SETTINGS`.
 
     What the user has set in the environment (`XLA_PYTHON_CLIENT_MEM_FRACTION`,
-    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`) stays.
+    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`) stays. Where there is no
+    NVIDIA driver, what jax's CUDA plugin says of that is not shown.
     """
+    override_settings()
+    if not has_driver():
+        # jax looks for its plugins when it is first asked about a platform; none of them starts.
+        with held_back(), contextlib.suppress(NotImplementedError):
+            topologies.get_topology_desc(platform="none")
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         largest = max((gpu.memory for gpu in ask_nvidia_smi()[0]), default=0) or 2**20  # MiB
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction(largest * 2**20))

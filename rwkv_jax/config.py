@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rwkv_jax.errors import CommandParser, UserError
+from rwkv_jax.errors import CommandParser, UserError, path_argument
 from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES, device_count
 
 
@@ -133,6 +133,10 @@ def _among(choices: tuple[Any, ...]) -> Callable[[str], str]:
     return lambda text: next((name for name in choices if name.lower() == text.lower()), text)
 
 
+def _path_or_none(text: str) -> str:
+    return text and path_argument(text)
+
+
 def _option(
     default: Any,
     group: str,
@@ -185,7 +189,8 @@ class TrainConfig:
         "official formula, of the released G1 model of this --size, or four numbers.")
     load_model: str = _option(
         "", "model", "PATH", "Start from these weights, whose shape decides the model's: a .pth, "
-        "the output folder of a run, or one of its checkpoints. 0 or empty: those of proj_dir.")
+        "the output folder of a run, or one of its checkpoints. 0 or empty: those of proj_dir.",
+        parse=_path_or_none)
     load_partial: int = _option(
         0, "model", "", "1: tensors that the file lacks get a fresh initial value and are listed; "
         "a tensor of another shape is refused.", 0, 1)
@@ -195,7 +200,8 @@ class TrainConfig:
     data_file: str = _option(
         "", "data", "PATH", 'Text: X.jsonl (or .jsonl.gz, .jsonl.zst) with a "text" in each line, '
         "X.txt, X.parquet, a folder of them, or a pattern in quotes. Or X, for the tokens X.bin "
-        "and X.idx (default: the checkout's data/demo.jsonl).")
+        "and X.idx (default: the checkout's data/demo.jsonl).",
+        parse=_path_or_none)
     text_key: str = _option(
         "text", "data", "KEY", "Key of a .jsonl, or column of a .parquet, that holds the text.")
     on_bad_line: str = _option(
@@ -256,7 +262,8 @@ class TrainConfig:
         0, 1, 2, 3)
 
     proj_dir: str = _option(
-        "out", "output", "FOLDER", "Where the .pth files, checkpoints and logs go.")
+        "out", "output", "FOLDER", "Where the .pth files, checkpoints and logs go.",
+        parse=path_argument)
     epoch_save: int = _option(
         10, "output", "MINIEPOCHS", "Write rwkv-{n}.pth and a checkpoint every so many miniepochs, "
         "from the first on, and after the last whole one; 0: only then.", least=0)
@@ -319,6 +326,8 @@ class TrainConfig:
                 if not (value >= least and math.isfinite(value)):
                     omit = ", or leave it out" if field.default is None else ""
                     raise UserError(f"--{field.name} {value}: give {least} or more{omit}")
+            if isinstance(value, int) and value >= 2**63:
+                raise UserError(f"--{field.name} {value}: is beyond 64 bits")
         same: dict[str, dict[Any, Any]] = {
             "load_model": {"0": ""},
             "accelerator": {"cuda": "gpu"},

@@ -17,7 +17,6 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator
@@ -270,14 +269,6 @@ def _cached(text: Corpus) -> BinIdx:
     kept = _open_kept(prefix)
     if kept:
         return kept
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the tokens of {text.name}: {error.strerror}; set "
-            "XDG_CACHE_HOME to a folder that can be written"
-        ) from None
     with scratch_folder(folder / "tokenizing") as scratch:
         made = scratch / "tokens"
         tokenize(text, made)

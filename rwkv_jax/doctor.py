@@ -35,6 +35,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_d
 PLUGINS = tuple(
     f"jax-{kind}-{part}" for kind in ("cuda12", "cuda13") for part in ("plugin", "pjrt")
 )
+CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # of CUDA's libraries, what jax checks first
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS")
 
 # The oldest driver that a CUDA version runs on, and the oldest GPU that jax's build for it takes.
@@ -111,7 +112,7 @@ def run_trial() -> Trial:
 def gather_facts(trial: Trial) -> Facts:
     """The facts of this machine."""
     versions = {}
-    for name in (*PACKAGES, *PLUGINS):
+    for name in (*PACKAGES, *PLUGINS, *CUDNN):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -201,6 +202,11 @@ def _hidden_gpu(facts: Facts) -> Iterator[str]:
             f"LD_LIBRARY_PATH ({facts.variables['LD_LIBRARY_PATH']}) puts another CUDA before the "
             "one that pip installed for jax: unset it"
         )
+    elif not any(name in facts.versions for name in CUDNN) and "cuDNN" in facts.jax_says:
+        yield (
+            "jax does not find CUDA's libraries, which the extra plan does not bring: pip install "
+            f"'jax[{_fitting_plugin(facts)}]'"
+        )
     else:
         yield f"jax does not use the GPU; it says: {facts.jax_says or 'nothing'}"
 
@@ -242,8 +248,9 @@ def notes(facts: Facts, free_disk: int) -> Iterator[str]:
             )
     if facts.plugins and facts.driver_says is None:
         yield (
-            "jax has a CUDA plugin, but there is no NVIDIA driver (no nvidia-smi): to use a GPU, "
-            "install the driver; a container needs to be started with --gpus all"
+            "jax has a CUDA plugin, but there is no NVIDIA driver (no nvidia-smi), so that it can "
+            "compile for a GPU (python -m rwkv_jax.plan) but not use one: for that, install the "
+            "driver; a container needs to be started with --gpus all"
         )
     if facts.platform not in ("", "cpu", "gpu"):
         yield f"nothing here has been tried on {facts.platform}"
@@ -444,7 +451,9 @@ def main() -> None:
         print(f"problem: {problem}")
     if wrong:
         sys.exit(1)
-    print("nothing is wrong")
+    if facts.jax_says:
+        print(f"note: jax says as it starts: {facts.jax_says}")
+    print("nothing else is wrong" if facts.jax_says else "nothing is wrong")
 
 
 if __name__ == "__main__":

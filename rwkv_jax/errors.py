@@ -8,7 +8,12 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rwkv_jax import __version__
@@ -22,18 +27,63 @@ class UserError(ValueError):
     """
 
 
+def path_argument(text: str) -> str:
+    """The path that a command line gives: `~` and `~user` expanded, as in `--proj_dir=~/out`.
+
+    Shells leave them as they are after an equals sign.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, or there is no such user.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: is nobody's home folder; ./{text} names a file")
+    return path
+
+
+def whole_number(text: str) -> int:
+    """An integer of 64 bits.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no integer, or a larger one.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is beyond 64 bits")
+    return value
+
+
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong command line as the one line of a `UserError`."""
+    """An ArgumentParser that reports a wrong command line as the one line of a `UserError`.
+
+    Arguments of `type=Path` are parsed by `path_argument`, those of `type=int` by `whole_number`.
+    """
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
+        self.register("type", int, whole_number)
+        self.register("type", Path, lambda text: Path(path_argument(text)))
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's leaves out -1e-4
         version = f"rwkv-jax {__version__}"
         self.add_argument("--version", action="version", version=version, help="Print the version.")
 
+    def parse_known_args(self, *arguments: Any, **settings: Any) -> Any:
+        """As the base class, whose Pythons before 3.13 make an empty list of `--name=--`."""
+        namespace, rest = super().parse_known_args(*arguments, **settings)
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if action.nargs is None and (value == [] or value == [[]]) and value != action.default:
+                self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        return namespace, rest
+
     def error(self, message: str) -> NoReturn:
-        _, found, unknown = message.partition("unrecognized arguments: ")
-        near = self._near(unknown.split()[0].partition("=")[0]) if found else []
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        near = self._near(unknown.split()[0].partition("=")[0]) if unknown.strip() else []
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         if found and os.path.exists(unknown.split()[0]):  # the shell has made names of a pattern
             hint = "; of several files give the folder, or a pattern in quotes"
@@ -65,51 +115,153 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C.
 
     What a terminal that is not UTF-8 cannot show becomes a question mark, and no error. A standard
-    stream that is closed (`>&-`) is empty, or takes everything.
+    stream that is closed (`>&-`) is empty, or takes everything. Warnings of libraries are not
+    shown, unless Python is asked for them (`-W`, `PYTHONWARNINGS`).
+
+    A bug ends in one line, too, that names a file with the traceback. So does what jax, or the
+    system, cannot do for lack of memory.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+
+    def complain(words: object) -> None:
+        with contextlib.suppress(OSError):  # nobody may be reading
+            print(one_line(words), file=sys.stderr, flush=True)
+
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with _clean_up_on_signals():
+        with signals_raise(), warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
             main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(2)
     except BrokenPipeError:  # `… | head` closed our output: not an error of ours
-        sys.stderr.close()
         sys.exit(141)
     except OSError as error:  # without a file name: of standard output
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        if not where:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it is tried once more
+        complain(f"error: {where}{error.strerror or error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         sys.exit(130)
+    except Exception as error:
+        words, status = _unforeseen(error)
+        complain(f"error: {words}")
+        sys.exit(status)
+    finally:
+        _discard_output()
     sys.exit(0)
 
 
-@contextlib.contextmanager
-def _clean_up_on_signals() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that goes away, exit as an exception does: so that what has
-    to be removed or saved is. `nohup` and handlers that are already there stay.
+def one_line(words: object) -> str:
+    """Text in one line, with escapes for what would begin another one or move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """What to say of an exception that no code of ours expects, and the exit status."""
+    first = next(iter(str(error).splitlines()), "")
+    jax = sys.modules.get("jax")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        return f"out of memory: {first}; give a smaller model or batch, or free memory", 2
+    if jax and isinstance(error, jax.errors.JaxRuntimeError):
+        return f"jax: {first}", 2
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    if os.path.basename(where) == "xla_bridge.py":  # of no class that would tell
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        how = f"JAX_PLATFORMS={platforms}: jax does not start with it" if platforms else "jax fails"
+        return f"{how}: {first or type(error).__name__}; python -m rwkv_jax.doctor tells more", 2
+    name = f"{type(error).__name__}: {first}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="rwkv_jax-", suffix=".txt", encoding="utf-8", errors="replace", delete=False
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        traceback.print_exception(error)
+        return f"unexpected {name}; please report it with the traceback above", 1
+    return f"unexpected {name}; please report it with {file.name}, which holds the traceback", 1
+
+
+def _open_closed_streams() -> None:
+    """In place of a closed standard stream, one that is empty or takes everything.
+
+    Else the next file that is opened would get its number, and what libraries print.
     """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def _discard_output() -> None:
+    """What cannot be written goes nowhere; else Python would try it again at the exit."""
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(OSError, ValueError):
+            number = getattr(sys, name).fileno()
+            try:
+                getattr(sys, name).flush()
+            except OSError:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                os.close(null)
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Inside, SIGTERM, and SIGHUP of a terminal that goes away, raise SystemExit where they would
+    end the process at once: so that what has to be removed or saved is.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) == signal.SIG_DFL
+    ]
 
     def leave(number: int, _: object) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # the cleaning up is not to be cut short
         sys.exit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in ours:
+    for number in numbers:
         signal.signal(number, leave)
     try:
         yield
     finally:
-        for number in ours:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """What libraries of any language write to standard error inside is not shown.
+
+    Unless it fails by another exception than a `UserError`, which says why.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException:
+            os.dup2(before, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)

@@ -39,7 +39,7 @@ from rwkv_jax.corpus import (
 )
 from rwkv_jax.dataset import check_ids
 from rwkv_jax.decoding import NOT_FINITE
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import check_writable, reporting_os_errors, written_whole
 from rwkv_jax.model import RWKV7, State, use_precision
 from rwkv_jax.tokenizing import progress_bar
@@ -347,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--load_model",
         required=True,
+        type=path_argument,
         metavar="X",
         help="a .pth, the output folder of a run, or a checkpoint",
     )

@@ -2,29 +2,53 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, signals_raise
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_jax"
+    """`$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`; if it cannot be written, one in `$TMPDIR`
+    that is removed when the process ends.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache, "rwkv_jax")
+    try:
+        if cache.startswith("~"):
+            raise FileNotFoundError(2, "no home folder is known")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return Path(_folder_of_this_process(str(folder), error.strerror or str(error)).name)
+    return folder
+
+
+@functools.cache
+def _folder_of_this_process(instead_of: str, why: str) -> tempfile.TemporaryDirectory:
+    print(
+        f"note: {instead_of}: {why}: nothing is kept for the next time; set XDG_CACHE_HOME to a "
+        "folder that can be written",
+        file=sys.stderr,
+    )
+    return tempfile.TemporaryDirectory(prefix="rwkv_jax-", ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager
 def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
-    """Turns an OSError into the `UserError` "PATH: cannot ACTION: reason"."""
+    """Turns an OSError into the `UserError` "PATH: cannot ACTION: reason".
+
+    A device is not read: some have no end.
+    """
     try:
+        if action == "read" and path.is_char_device():
+            raise OSError(errno.EINVAL, "it is a device")
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot {action}: {error.strerror or error}") from error
@@ -85,7 +109,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be made.
     """
-    with _signals_raise():
+    with signals_raise():
         with reporting_os_errors(target, "write"):
             target.parent.mkdir(parents=True, exist_ok=True)
             for old in target.parent.glob(f".{glob.escape(target.name)}.*/lock"):
@@ -107,30 +131,6 @@ def scratch_folder(target: Path) -> Iterator[Path]:
                 os.close(lock)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise SystemExit where they would end the process at once."""
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) == signal.SIG_DFL
-    ]
-
-    def leave(number: int, _: object) -> NoReturn:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # the cleaning up is not to be cut short
-        sys.exit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def flush_folder(folder: Path) -> None:

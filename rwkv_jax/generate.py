@@ -31,7 +31,7 @@ from rwkv_jax import pth, tokenizer, weights
 from rwkv_jax.build import PRECISIONS, device_precision, prepare_jax
 from rwkv_jax.corpus import decode, json_text
 from rwkv_jax.decoding import TOKENS_PER_CALL, Decoder
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import check_writable, reporting_os_errors, written_whole
 from rwkv_jax.model import State, use_precision
 from rwkv_jax.sampling import DEFAULT, Sampling
@@ -386,6 +386,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--load_model",
         required=True,
+        type=path_argument,
         metavar="X",
         help="a .pth, the output folder of a run, or a checkpoint",
     )

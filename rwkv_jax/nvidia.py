@@ -1,5 +1,6 @@
-"""What nvidia-smi tells of a machine's GPUs, before or without jax."""
+"""A machine's NVIDIA driver, and what nvidia-smi tells of its GPUs, before or without jax."""
 
+import ctypes
 import dataclasses
 import re
 import shutil
@@ -15,6 +16,15 @@ class Gpu:
     memory: int
     used: int
     capability: tuple[int, int]
+
+
+def has_driver() -> bool:
+    """Whether the library of an NVIDIA driver is here, of whatever version."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:

@@ -9,11 +9,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import resource
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +34,17 @@ from pallas_kernels.gpu_targets import (
     lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
-from rwkv_jax.build import RECOMPUTED, build_step, decide, default_batch, memory_fraction
+from rwkv_jax.build import (
+    RECOMPUTED,
+    build_step,
+    decide,
+    default_batch,
+    memory_fraction,
+    override_settings,
+)
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.dataset import MINIEPOCH
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, UserError, held_back, run_command
 from rwkv_jax.files import cache_folder, written_whole
 from rwkv_jax.offload import bytes_of
 from rwkv_jax.optimizer import learning_rate, make_optimizer
@@ -307,23 +312,12 @@ def _without_the_compilers_words() -> Iterator[None]:
     Raises:
         UserError: the compiler failed; its own first line says why.
     """
-    sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with held_back():
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
             why = str(error).strip().partition("\n")[0]
             raise UserError(f"the compiler failed: {why}") from None
-        except BaseException:
-            os.dup2(before, 2)
-            held.seek(0)
-            os.write(2, held.read())
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
 
 
 def model_of(config: TrainConfig) -> ModelConfig:
@@ -483,6 +477,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu", default="", help=f"one of {', '.join(GPU_TARGETS)}")
     options, rest = parser.parse_known_args()
+    override_settings()
     jax.config.update("jax_platforms", "cpu")
     # A kernel's program names the lines that it was traced from: without them, what was compiled
     # once is known again wherever the code lies, and after every change that changes no program.

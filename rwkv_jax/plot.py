@@ -8,6 +8,7 @@ import html
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
 
 from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.files import check_writable, written_whole
+from rwkv_jax.files import cache_folder, check_writable, written_whole
 from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 # The official curve: RWKV-LM, RWKV-v7/train_temp. 0.1b, ctx_len 512, micro_bsz 16, lr 6e-4 to 6e-5,
@@ -67,6 +68,8 @@ def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
     file = path
     if path.is_dir():
         file = path / STEP_LOG if (path / STEP_LOG).exists() else path / "train_log.txt"
+    if file.is_char_device():  # some have no end
+        raise UserError(f"{file}: is a device; give a run's folder or its log")
     if file.suffix == ".tsv":
         log = read_step_log(file)
         tokens, loss = log["Gtokens"] * 1e9, log["loss"]
@@ -341,7 +344,8 @@ def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
 
 
 def draw_png(curves: Sequence[Curve], path: Path) -> None:
-    """The same picture, by matplotlib."""
+    """The same picture, by matplotlib, whose list of fonts is kept in our cache."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.8), dpi=100, layout="constrained")
@@ -388,7 +392,7 @@ def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> li
 
 
 def _outputs(prefix: Path) -> list[Path]:
-    return [prefix.with_name(prefix.name + ending) for ending in (".html", ".png")]
+    return [beside(prefix, ending) for ending in (".html", ".png")]
 
 
 class LivePlot:
