@@ -201,7 +201,7 @@ def find(name: str | Path, text_key: str = "text", on_bad_line: str = "stop") ->
         UserError: there are none; the message names what may be meant.
     """
     path = Path(name)
-    if str(name) == "" or path.resolve() == Path(path.resolve().anchor):
+    if str(name) == "" or os.path.realpath(path) == "/":
         raise UserError(f"{str(name)!r} is no data: give a file, a folder or a pattern of text")
     if path.is_dir():
         found = list(_below(path))

@@ -351,7 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="X",
         help="a .pth, the output folder of a run, or a checkpoint",
     )
-    parser.add_argument("--data_file", required=True, metavar="FILE", help="see above")
+    parser.add_argument(
+        "--data_file", required=True, type=path_argument, metavar="FILE", help="see above"
+    )
     add_options(parser)
     parser.add_argument("--task", choices=TASKS, default="text", help="what to measure (text)")
     parser.add_argument(

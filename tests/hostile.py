@@ -383,7 +383,7 @@ def part(command: str) -> list[Combination]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--command", choices=commands(), nargs="*", default=commands())
-    parser.add_argument("--option", help="only this one")
+    parser.add_argument("--option", help="only this one, without dashes")
     parser.add_argument("--keep_going", action="store_true", help="list every surprise")
     parser.add_argument("--verbose", action="store_true", help="a line for each combination")
     options = parser.parse_args()
@@ -397,7 +397,7 @@ def main() -> None:
             outcomes: collections.Counter[str] = collections.Counter()
             start = time.monotonic()
             for one in table(command):
-                if options.option in (None, one.option):
+                if options.option in (None, one.option.removeprefix("--")):
                     try:
                         outcome = bench.run(one)
                     except AssertionError as surprise:

@@ -350,13 +350,11 @@ def test_data_that_is_not_there(tmp_path):
         open_dataset(tmp_path / "x.csv", 1)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path, '{"text": "a b c d e"}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    with pytest.raises(
-        UserError, match=r"x\.jsonl: Not a directory; set XDG_CACHE_HOME to a folder"
-    ):
-        open_dataset(path, 1)
+    assert len(open_dataset(path, 1).tokens) > 4
+    assert "x.jsonl/rwkv_jax: Not a directory: nothing is kept" in capsys.readouterr().err
 
 
 # --- prefetch ---------------------------------------------------------------------------------
