@@ -69,6 +69,10 @@ def without_gpu(**fields) -> Facts:
         (changed(ON_CPU, variables={"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}), "another CUDA"),
         (changed(ON_CPU, jax_says="cuInit failed"), "it says: cuInit failed"),
         (
+            changed(ON_CPU, jax_says="RuntimeError: Unable to load cuDNN. Is it installed?"),
+            r"the extra plan does not bring: pip install 'jax\[cuda13\]'",
+        ),
+        (
             changed(
                 ON_CPU,
                 gpus=(),
@@ -148,6 +152,17 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
     assert "JAX_PLATFORMS=cpu" in out and "problem: " in out
     within = re.search(r"self-test  fp32: 6 training steps, losses within (\S+) of", out)
     assert within and float(within[1]) < 1e-4
+
+
+@pytest.mark.parametrize("says", ["", "E0000 something"])
+def test_nothing_is_wrong_only_where_nothing_was_said(says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    monkeypatch.setattr(doctor, "run_trial", lambda: doctor.Trial({}, {}, says, says))
+    monkeypatch.setattr(doctor, "gather_facts", lambda _: changed(jax_says=says))
+    doctor.main()
+    *_, note, last = capsys.readouterr().out.splitlines()
+    assert last == ("nothing else is wrong" if says else "nothing is wrong")
+    assert (note == "note: jax says as it starts: E0000 something") == bool(says)
 
 
 def trial(**changes) -> doctor.Trial:
