@@ -19,6 +19,7 @@ import numpy as np
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
+from rwkv_jax.binidx import beside
 from rwkv_jax.dataset import MINIEPOCH
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import cache_folder, check_writable, written_whole
