@@ -85,7 +85,9 @@ class CommandParser(argparse.ArgumentParser):
         _, _, unknown = message.partition("unrecognized arguments: ")
         near = self._near(unknown.split()[0].partition("=")[0]) if unknown.strip() else []
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        if found and os.path.exists(unknown.split()[0]):  # the shell has made names of a pattern
+        if unknown.strip() and os.path.exists(
+            unknown.split()[0]
+        ):  # the shell has made names of a pattern
             hint = "; of several files give the folder, or a pattern in quotes"
         raise UserError(f"{message}{hint} (--help lists the options)")
 

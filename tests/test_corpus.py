@@ -37,7 +37,9 @@ def lines_of(texts, key="text"):
 
 def compressed(content: bytes, ending: str) -> bytes:
     if ending == ".gz":
-        return gzip.compress(content[:9]) + gzip.compress(content[9:])  # members, as pigz has
+        return gzip.compress(content[:9], mtime=0) + gzip.compress(
+            content[9:], mtime=0
+        )  # members, as pigz has
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -142,8 +144,12 @@ def test_which_files_count(given, expected):
         ("d.txt", "a".encode("utf-16"), "d.txt: is UTF-16: convert"),
         ("d.txt", b"a\nb\nc\xff", r"d.txt:1: byte 5 \(line 3\) is not UTF-8; convert .*GB18030"),
         ("d.txt", b" \n", "d.txt: holds no text"),
-        ("d.jsonl", gzip.compress(b"{}"), r"d.jsonl: is gzip: end its name in \.gz"),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-3], "d.jsonl.gz: cannot be .* incomplete"),
+        ("d.jsonl", gzip.compress(b"{}", mtime=0), r"d.jsonl: is gzip: end its name in \.gz"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(b'{"text": "a"}', mtime=0)[:-3],
+            "d.jsonl.gz: cannot be .* incomplete",
+        ),
         ("d.jsonl.gz", b'{"text": "a"}', "d.jsonl.gz: cannot be decompressed: Not a gzipped file"),
         ("d.jsonl", b'{"text": "a"}\r{"text": "b"}', r"d.jsonl:1: is no JSON: .* tr '\\r' '\\n'"),
         ("d.json", b'[\n{"text": "a"}\n]', r"d.json:1: is no JSON: .* jq -c '\.\[\]'"),
