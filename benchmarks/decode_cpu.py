@@ -11,7 +11,7 @@ bf16` does on a CPU.
 First, in fp32, the 200 tokens that follow each of three prompts are compared: they have to be the
 same.
 
-Writes results/decode_cpu.json and prints the rows of the table.
+Writes results/decode_cpu.json, an entry a CPU, and prints the rows of the table.
 """
 
 import argparse
@@ -211,7 +211,8 @@ def main() -> None:
                     "rows": rows,
                 }
                 output = HERE / "results" / "decode_cpu.json"
-                output.write_text(json.dumps(result, indent=2) + "\n")
+                results = json.loads(output.read_text()) | {machine.cpu_name(): result}
+                output.write_text(json.dumps(results, indent=2) + "\n")
     if not identical:
         raise SystemExit("the greedy continuations differ")
 
