@@ -83,11 +83,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
-        near = self._near(unknown.split()[0].partition("=")[0]) if unknown.strip() else []
+        first = next(iter(unknown.split()), "")
+        near = self._near(first.partition("=")[0])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        if unknown.strip() and os.path.exists(
-            unknown.split()[0]
-        ):  # the shell has made names of a pattern
+        if first and os.path.exists(first):  # the shell has made names of a pattern
             hint = "; of several files give the folder, or a pattern in quotes"
         raise UserError(f"{message}{hint} (--help lists the options)")
 
