@@ -145,4 +145,4 @@ def test_a_block_s_elementwise_arithmetic_rounds_once():
     with jax.numpy_dtype_promotion("standard"):
         errors = bf16_gradients.median_errors(width=64, batch=1, time=64, seeds=8)
     for name in ("att.r_k", "att.x_k", "att.x_a", "att.k_a"):
-        assert 0.001 < errors[name] < 0.009, errors
+        assert 0.001 < errors[name] < 0.010, errors
