@@ -103,7 +103,7 @@ class TimeMix(nnx.Module):
 
     def project_value(self, x: Array, shift: Array) -> Array:
         """v before the value residual; in layer 0 this is the v_first of all later layers."""
-        return self.value(_mix(x, _shift(x, shift), _row(self.x_v)))
+        return self.value(_mix(x, _shift(x, shift) - x, _row(self.x_v)))
 
     def __call__(
         self, x: Array, shift: Array, wkv: Array | None, v_first: Array, is_first: Array
@@ -111,15 +111,15 @@ class TimeMix(nnx.Module):
         """x [B,T,C] (after ln1), shift [B,C], wkv [B,H,N,N] → (out [B,T,C], wkv [B,H,N,N])."""
         B, T, C = x.shape
         H, N = self.r_k[...].shape
-        before = _shift(x, shift)
+        xx = _shift(x, shift) - x
 
-        r = self.receptance(_mix(x, before, _row(self.x_r)))
-        w = _row(self.w0) + _low_rank(_mix(x, before, _row(self.x_w)), self.w1, self.w2, jnp.tanh)
-        k = self.key(_mix(x, before, _row(self.x_k)))
+        r = self.receptance(_mix(x, xx, _row(self.x_r)))
+        w = _row(self.w0) + _low_rank(_mix(x, xx, _row(self.x_w)), self.w1, self.w2, jnp.tanh)
+        k = self.key(_mix(x, xx, _row(self.x_k)))
         v = self.project_value(x, shift)
-        a = _wide(_low_rank(_mix(x, before, _row(self.x_a)), self.a1, self.a2))
-        g = _low_rank(_mix(x, before, _row(self.x_g)), self.g1, self.g2, jax.nn.sigmoid)
-        mix = _wide(_low_rank(_mix(x, before, _row(self.x_v)), self.v1, self.v2))
+        a = _wide(_low_rank(_mix(x, xx, _row(self.x_a)), self.a1, self.a2))
+        g = _low_rank(_mix(x, xx, _row(self.x_g)), self.g1, self.g2, jax.nn.sigmoid)
+        mix = _wide(_low_rank(_mix(x, xx, _row(self.x_v)), self.v1, self.v2))
 
         # From here to the next product everything is float32, and rounded where it is handed on:
         # as in the official trainer's fused kernels (RWKV-v7/train_temp/cuda, since 2026-04).
@@ -158,7 +158,7 @@ class ChannelMix(nnx.Module):
         self.value = Linear(L, C, F)
 
     def __call__(self, x: Array, shift: Array) -> Array:
-        k = self.key(_mix(x, _shift(x, shift), _row(self.x_k)))
+        k = self.key(_mix(x, _shift(x, shift) - x, _row(self.x_k)))
         return self.value(jnp.square(jax.nn.relu(k)))
 
 
@@ -332,27 +332,22 @@ def _shift(x: Array, before: Array) -> Array:
 
 
 @jax.custom_vjp
-def _mix(x: Array, before: Array, part: Array) -> Array:
-    """x + (before − x)·part with x, before [B,T,C] and part [C], all of x's dtype.
+def _mix(x: Array, xx: Array, part: Array) -> Array:
+    """x + xx·part, with xx [B,T,C] the token before less x [B,T,C], and part [1,1,C].
 
-    Each operation is rounded, as in the official kernel (RWKV-LM, mix6), and as there, the gradient
-    of `part` sums float32 products and is rounded once.
+    Each operation is rounded, as in the official kernel (RWKV-LM, mix6). As there, the gradient of
+    `part` is a sum of float32 products, rounded once.
     """
-    return x + (before - x) * part
+    return x + xx * part
 
 
-def _mix_forward(x: Array, before: Array, part: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _mix(x, before, part), (x, before, part)
+def _mix_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    xx, part = saved
+    of_part = jnp.sum(_wide(g) * _wide(xx), axis=(0, 1), keepdims=True)
+    return g, g * part, of_part.astype(part.dtype)
 
 
-def _mix_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    x, before, part = saved
-    of_part = jnp.sum(_wide(gradient) * (_wide(before) - _wide(x)), axis=(0, 1))
-    of_before = gradient * part
-    return gradient - of_before, of_before, of_part.reshape(part.shape).astype(part.dtype)
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
+_mix.defvjp(lambda x, xx, part: (_mix(x, xx, part), (xx, part)), _mix_backward)
 
 
 def use_precision(name: str | None) -> None:
