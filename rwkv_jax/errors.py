@@ -86,7 +86,8 @@ class CommandParser(argparse.ArgumentParser):
         first = next(iter(unknown.split()), "")
         near = self._near(first.partition("=")[0])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        if first and os.path.exists(first):  # the shell has made names of a pattern
+        takes_files = any(action.dest == "data_file" for action in self._actions)
+        if takes_files and first and os.path.exists(first):  # the shell has expanded a pattern
             hint = "; of several files give the folder, or a pattern in quotes"
         raise UserError(f"{message}{hint} (--help lists the options)")
 

@@ -359,7 +359,7 @@ def _chat(decoder: Decoder, text: Text, args: argparse.Namespace) -> Iterator[Te
         if not message.strip():
             continue
         if _SURROGATES.search(message):
-            print("note: it is not UTF-8; that line was skipped", file=sys.stderr)
+            print("note: not UTF-8; that line was skipped", file=sys.stderr)
             continue
         turn = chat_turn(message, args.think, first, args.system if first else "")
         try:

@@ -413,9 +413,9 @@ def test_a_line_that_is_no_message_is_skipped(world_file, monkeypatch, capsys, t
     shown = capsys.readouterr()
     assert shown.out == expected and a.read_bytes() == b.read_bytes()
     assert [line for line in shown.err.splitlines() if "skipped" in line] == [
-        "note: it is not UTF-8; that line was skipped",
+        "note: not UTF-8; that line was skipped",
         "note: a token of the text is unknown; that line was skipped",
-        "note: it is not UTF-8; that line was skipped",
+        "note: not UTF-8; that line was skipped",
     ]
 
 
