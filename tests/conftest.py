@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # With fewer threads than a program on several simulated devices has parts that wait for each other,
@@ -38,6 +39,18 @@ def as_before():
     yield
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", None)
+
+
+@pytest.fixture(autouse=True)
+def signals_count():
+    """`nohup`, and a shell's background, ignore some: what a test starts would ignore them, too."""
+    defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ignored = [number for number in defaults if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, defaults[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

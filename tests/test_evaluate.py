@@ -268,7 +268,7 @@ def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
         ([], '{"text": "cut \\ud83d"}', "x.jsonl:1: character 4 of the text"),
         ([], "", "holds no text"),
         ([], '{"texts": 1}\n', ':1: is not {"text": "…"}'),
-        (["--task", "lambada"], '{"text": "word"}\n', "a text of one word, 'word'"),
+        (["--task", "lambada"], '{"text": "word"}\n', "no blank before a last word in 'word'"),
         (["--task", "arithmetic"], '{"text": "a b"}\n', 'no "Assistant:" and no "="'),
     ],
 )
