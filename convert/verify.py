@@ -54,7 +54,7 @@ def rwkv_package(model: Model) -> str:
     if without_prefix(model.tensors).keys() != model.tensors.keys():
         return "its names begin with _forward_module."
     if len(model.tensors["blocks.0.att.r_k"].shape) != 2:
-        return "blocks.0.att.r_k is not [H, N], which tells the head size"
+        return "blocks.0.att.r_k is not [H, N], which gives the head size"
     return ""
 
 
@@ -90,7 +90,7 @@ def web_rwkv(model: Model) -> str:
     if is_safetensors(model.path):
         others = (name for name, tensor in model.tensors.items() if tensor.dtype != np.float16)
         if other := next(others, ""):
-            return f"{other} is {model.tensors[other].dtype}; it loads float16 alone"
+            return f"{other} is {model.tensors[other].dtype}; it loads only float16"
     if "blocks.1.att.v1" in model.tensors:
         return ""
     return "no blocks.1.att.v1, by which it knows version 7: it needs 2 layers and plain names"

@@ -1,8 +1,8 @@
-"""RWKV-7 in JAX: train it, go on with it, use it.
+"""RWKV-7 in JAX: train it, continue training it, use it.
 
     model = rwkv_jax.load("rwkv-final.pth")
     logits, state = model.forward(tokens)          # tokens [B, T] → [B, T, V] float32
-    logits, state = model.forward(more, state)     # goes on from there
+    logits, state = model.forward(more, state)     # continues from there
 
 The commands are `python -m rwkv_jax.train` and `python -m rwkv_jax.generate`.
 """

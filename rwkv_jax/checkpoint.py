@@ -1,4 +1,4 @@
-"""Checkpoints of a run: all that is needed to go on as if nothing had happened. Orbax is here.
+"""Checkpoints of a run: all that is needed to continue as if nothing had happened. Orbax is here.
 
 `FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
 wants the model takes that alone, and a `manifest`: what the numbers are (`About`), and the size and
@@ -39,7 +39,7 @@ from rwkv_jax.metrics import MiniepochLoss
 from rwkv_jax.model import Params, abstract_params
 from rwkv_jax.step import TrainState
 
-# When a part of a save or a load fails, orbax raises that, and it is told in a line below. It also
+# When a part of a save or a load fails, orbax raises that, and a line below reports it. It also
 # logs it, and abandons its other parts, each of which then complains: by absl's or asyncio's log,
 # as a coroutine that nobody awaited, or from a thread of tensorstore whose event loop is gone.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

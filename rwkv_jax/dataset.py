@@ -33,7 +33,7 @@ from rwkv_jax.files import cache_folder, reporting_os_errors, scratch_folder, tr
 from rwkv_jax.tokenizing import tokenize
 
 MINIEPOCH = 40320  # samples; 8!, so that most batch sizes divide it
-STALL_SECONDS = 10.0  # that a step waits for its batch before it is told
+STALL_SECONDS = 10.0  # that a step waits for its batch before it is reported
 _CACHE_FORMAT = 2  # part of a cached file's name: raise it when the output of `tokenize` changes
 _CACHE_BYTES = 16 << 30  # of tokens that are kept beside those in use
 _RECORD = ".blake2b"  # of a kept token file; its time is that of the last use
@@ -115,7 +115,7 @@ def choose_magic_prime(name: str, tokens: int, ctx_len: int, given: int | None =
     elif given % 3 != 2:
         reason = f"leaves {given % 3}, not 2, when divided by 3"
     elif given < largest and given <= 0.9 * (tokens // ctx_len):
-        reason = f"would visit {given} of the {tokens // ctx_len} samples alone"
+        reason = f"would visit only {given} of the {tokens // ctx_len} samples"
     else:
         return given
     raise UserError(f"{name}: magic_prime {given} {reason}; use {largest}, or leave it out")

@@ -147,7 +147,7 @@ class Decoder:
         return logits, states
 
     def batch(self, sequences: Sequence[tuple[Array, list[State]]], seed: int) -> Batch:
-        """Sequences that were read, to go on from together; each draws by the seed and its place
+        """Sequences that were read, to continue together; each draws by the seed and its place
         alone, whatever the others are.
         """
         logits, states = jax.tree.map(lambda *rows: jnp.concatenate(rows), *sequences)

@@ -61,7 +61,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
         except ValueError:
             ended()
             raise UserError(
-                f"--num_nodes {config.num_nodes}: no SLURM, Open MPI or Kubernetes tells of the "
+                f"--num_nodes {config.num_nodes}: neither SLURM, Open MPI nor Kubernetes names the "
                 "other processes, nor do MASTER_ADDR, MASTER_PORT and NODE_RANK; give each "
                 "--coordinator_address HOST:PORT (of the first) and --process_id"
             ) from None

@@ -176,7 +176,7 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     if os.path.basename(where) == "xla_bridge.py":  # of no class that would tell
         platforms = os.environ.get("JAX_PLATFORMS", "")
         how = f"JAX_PLATFORMS={platforms}: jax does not start with it" if platforms else "jax fails"
-        return f"{how}: {first or type(error).__name__}; python -m rwkv_jax.doctor tells more", 2
+        return f"{how}: {first or type(error).__name__}; run python -m rwkv_jax.doctor", 2
     name = f"{type(error).__name__}: {first}"
     try:
         with tempfile.NamedTemporaryFile(

@@ -55,7 +55,7 @@ THINK = {
 
 
 class Text(NamedTuple):
-    """A text to go on from: what `Decoder.read` has made of its beginning, and the ids after it."""
+    """A text to continue: what `Decoder.read` has made of its beginning, and the ids after it."""
 
     read: tuple[jax.Array, list[State]] | None = None  # None: nothing was read
     unread: list[int] = []
@@ -231,7 +231,7 @@ def save_state(path: Path, text: Text, decoder: Decoder) -> None:
 
 
 def load_state(path: Path, decoder: Decoder) -> Text:
-    """The text that a state stands for, to go on from.
+    """The text that a state stands for, to continue.
 
     A tuned state, a .pth, stands for none: the decoder begins every text in it.
 
@@ -471,7 +471,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--load_state",
         metavar="FILE",
         type=Path,
-        help="go on from such a state of this model, or begin in a tuned one (the .pth of state "
+        help="continue from such a state of this model, or begin in a tuned one (the .pth of state "
         "tuning)",
     )
     parser.add_argument(

@@ -64,7 +64,7 @@ def _what_stays(lines: Iterable[bytes], first: int | None, header: bytes) -> tup
         number = _number(line)
         if number is not None and _is_whole(line):
             if number <= last or (first is not None and number < first):
-                cut = None  # a run began to append here, or went on after what a crash had left
+                cut = None  # a run began to append here, or resumed after what a crash had left
             if cut is None and first is not None and number >= first:
                 cut = size
             last = number

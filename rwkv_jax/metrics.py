@@ -1,4 +1,4 @@
-"""What a run tells a person: the progress bar and train_log.txt (numbers: see tracking.py)."""
+"""What a run shows: the progress bar and train_log.txt (numbers: see tracking.py)."""
 
 import collections
 import dataclasses

@@ -193,7 +193,7 @@ class RWKV7(nnx.Module):
 
         Args:
             tokens: [B, T] integers in [0, V).
-            state: what an earlier call returned, to go on from its last token; None to start.
+            state: what an earlier call returned, to continue from its last token; None to start.
         Returns:
             logits [B, T, V] float32 and the state after the last token.
         """

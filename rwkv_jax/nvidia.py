@@ -1,4 +1,4 @@
-"""A machine's NVIDIA driver, and what nvidia-smi tells of its GPUs, before or without jax."""
+"""A machine's NVIDIA driver, and what nvidia-smi reports of its GPUs, before or without jax."""
 
 import ctypes
 import dataclasses

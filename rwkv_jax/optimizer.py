@@ -59,8 +59,8 @@ def make_optimizer(
     `update` takes two keywords. `norm` is the global norm of the whole gradient, less any loss
     scale; all else is element by element, so that a part of the tree can be updated without the
     others. `skip` is a bool scalar: where it is true the moments stay as they are, and the updates
-    are not to be applied. The learning rate and the loss scale go on, as they belong to the step,
-    done or skipped.
+    are not to be applied. The learning rate and the loss scale continue, as they belong to the
+    step, done or skipped.
     """
 
     def decayed(params: Params) -> Params:

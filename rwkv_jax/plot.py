@@ -101,7 +101,7 @@ def _read_train_log(file: Path) -> dict[int, float]:
     for line in filter(str.strip, lines):
         try:
             number, loss, _ = line.split(maxsplit=2)
-            means[int(number)] = float(loss)  # a run that went on writes one again
+            means[int(number)] = float(loss)  # a resumed run writes one again
         except ValueError:
             others.append(line)
     if others and not means and not any(line.startswith(("NEW RUN", "{")) for line in others):
@@ -309,7 +309,7 @@ def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
     """The page: the picture, a table of the runs, and what lies under the mouse.
 
     Args:
-        live: the run goes on, so the page loads itself again every 30 seconds.
+        live: the run is in progress, so the page reloads every 30 seconds.
     """
     end = max(float(curve.tokens[-1]) for curve in curves)
     scale, unit = _unit(end)
@@ -334,7 +334,7 @@ def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
         rows="\n".join(rows),
         note=(smoothed if any(curve.by_step for curve in curves) else "")
         + (means if not all(curve.by_step for curve in curves) else "")
-        + ("The run goes on; this page follows it." if live else ""),
+        + ("The run is in progress; this page reloads every 30 seconds." if live else ""),
         data=json.dumps(data, separators=(",", ":")),
         end=end,
         scale=scale,
@@ -397,7 +397,7 @@ def _outputs(prefix: Path) -> list[Path]:
 
 
 class LivePlot:
-    """The tracker of `train --plot 1`: draws loss.html and loss.png of a run as it goes on.
+    """The tracker of `train --plot 1`: draws loss.html and loss.png during a run.
 
     From step_log.tsv, so that a resumed run shows from its beginning. Every 30 seconds, or, where
     that takes more than a twentieth of the time, less often, but every five minutes.

@@ -1,5 +1,5 @@
-"""A run as a thing with an identity: what makes it this one, who may go on with it, when it stops
-and when it saves.
+"""A run as a thing with an identity: what makes it this one, who may resume it, when it stops and
+when it saves.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ ONE_PRESS_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal h
 WEIGHTS = "weights of load_model"  # in a run's identity: what they are, not where
 _GONE = "missing"  # instead of these, where --load_model names nothing
 
-# Options that a run may go on with changed; every later step is another for it.
+# Options that may change when a run is resumed; every later step is another for it.
 _CHANGEABLE = (
     "my_exit_tokens",
     "lr_init",
@@ -92,7 +92,7 @@ def resumed_weights(then: dict[str, Any], now: dict[str, Any]) -> str | None:
 def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What has changed, as "name old, not new": what makes it another run, and what may change.
 
-    A run that began with --load_model goes on without it, too.
+    A run that began with --load_model continues without it, too.
     """
     now = {**now, WEIGHTS: resumed_weights(then, now)}
     if then.get(WEIGHTS) is None:
@@ -214,7 +214,7 @@ def _write_error(text: bytes) -> None:
 
 
 class Saver:
-    """Writes checkpoints when it is time to. What goes wrong is told and tried again, not raised.
+    """Writes checkpoints when it is time to. What goes wrong is reported and retried, not raised.
 
     Args:
         say: takes a line for the person who watches.

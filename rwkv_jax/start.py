@@ -166,7 +166,7 @@ def start(
     model, params = load(config, source)
     if source == init and config.random_seed > 0:
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
-            print(f"note: {source} is not of --random_seed {config.random_seed}: taken as it is")
+            print(f"note: {source} is not of --random_seed {config.random_seed}: used as it is")
     of_model = abstract(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
     params = distributed.place(params, where)
@@ -205,14 +205,14 @@ def _resume(
         if all(change.startswith(WEIGHTS) for change in another):
             same = "them, or without --load_model"
         raise UserError(
-            f"{checkpoints.folder}: this run was begun with {', '.join(another)}; go on with "
-            f"{same}, give another --proj_dir, or --resume_anyway 1"
+            f"{checkpoints.folder}: this run was begun with {', '.join(another)}; continue "
+            f"with {same}, give another --proj_dir, or --resume_anyway 1"
         )
     then, now = about.run.get("precision"), run["precision"]
     if then != now and "fp16" in (then, now):
         raise UserError(
             f"{checkpoints.folder}: precision {then}, not {now}: "
-            "fp16 keeps a loss scale in its checkpoints; go on in the same, or begin anew with "
+            "fp16 keeps a loss scale in its checkpoints; continue in the same, or start over with "
             "--load_model"
         )
     if another or changed:
@@ -225,7 +225,7 @@ def _resume(
                 f"and would be overwritten by a run with {', '.join(another + changed)}: move it, "
                 "or give another --proj_dir"
             )
-        print(f"note: this run went on so far with {', '.join(another + changed)}")
+        print(f"note: this run was trained so far with {', '.join(another + changed)}")
     tokens_per_step = [
         then.get("samples a step", 0) * then.get("ctx_len", 0) for then in (about.run, run)
     ]
@@ -259,7 +259,7 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
             continue
         for number, reason in damaged:
             aside = checkpoints.set_aside(number)
-            print(f"warning: {reason}; now {aside.name}, going on from step {step}", flush=True)
+            print(f"warning: {reason}; now {aside.name}, continuing from step {step}", flush=True)
         return step, about
     raise UserError(
         f"{damaged[0][1]}; no other checkpoint is whole: copy one there again, move "

@@ -39,7 +39,7 @@ class StepLog:
 def read_step_log(path: Path) -> dict[str, np.ndarray]:
     """The columns of a step_log.tsv, [steps] float64 each, in the order of steps, each step once.
 
-    Where a line goes back to an earlier step, the run went on from there: what was logged from that
+    Where a line goes back to an earlier step, the run was resumed there: what was logged from that
     step on before is dropped. A line that a crash cut short or damaged is passed over.
 
     Raises:

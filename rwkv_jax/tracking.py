@@ -111,7 +111,7 @@ class TensorBoard:
 
 
 class Guarded:
-    """A tracker that cannot stop a run: what it raises is told, the first time, and no more.
+    """A tracker that cannot stop a run: what it raises is reported once.
 
     Args:
         name: the option that asks for it.

@@ -39,7 +39,7 @@ DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 
 
 def train(config: TrainConfig) -> None:
-    """Runs the training that the options describe, or goes on with it where it stopped.
+    """Runs the training that the options describe, or resumes it where it stopped.
 
     Raises:
         UserError: the options cannot be satisfied.
@@ -204,8 +204,8 @@ def _loop(
     """Steps until the schedule's end, with rwkv-final.pth written, or until `stop`.
 
     A step's loss is fetched while the next one runs, so that the device never waits for the host.
-    Exports are written before the checkpoint of their step: whichever step a run goes on from, no
-    file from before it is missing. But the first export waits for the first checkpoint, since
+    Exports are written before the checkpoint of their step: whichever step a run resumes from,
+    no file from before it is missing. But the first export waits for the first checkpoint, since
     weights without one are another trainer's, or a removed run's; a resumed run makes up for it.
 
     Raises:
@@ -279,7 +279,7 @@ def _loop(
                     save(done, state, report.running)
             if stopping and done < schedule.last_step:
                 if saver.finish():
-                    tell(f"stopped and saved at step {done}: the same command goes on from there")
+                    tell(f"stopped and saved at step {done}: the same command resumes from there")
                 sys.exit(1)
     if not written.get(FINAL):  # failed, or got lost after all steps were done
         params = distributed.to_first(state.params)

@@ -257,7 +257,7 @@ def test_a_st_is_described_and_verified(tmp_path, capsys):
     assert capsys.readouterr().out.split() == "web-rwkv, Ai00 yes".split()
     pth_to_st.main([str(BF16), str(tmp_path / "b.st"), "--dtype", "bfloat16"])
     assert verify.verify(tmp_path / "b.st") == {
-        "web-rwkv, Ai00": "blocks.0.att.a0 is bfloat16; it loads float16 alone"
+        "web-rwkv, Ai00": "blocks.0.att.a0 is bfloat16; it loads only float16"
     }
 
 

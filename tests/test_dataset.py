@@ -150,8 +150,8 @@ def test_a_given_magic_prime_is_checked():
         (1, "is not a prime"),
         (0, "is not a prime"),
         (-47, "is not a prime"),
-        (41, "would visit 41 of the 48 samples alone"),
-        (23, "would visit 23 of the 48 samples alone"),  # of twice the ctx_len
+        (41, "would visit only 41 of the 48 samples"),
+        (23, "would visit only 23 of the 48 samples"),  # of twice the ctx_len
         (43, "leaves 1, not 2, when divided by 3"),
         (3, "leaves 0, not 2, when divided by 3"),
         (53, "needs 217089 tokens at ctx_len 4096, of which it has 200499"),

@@ -1,4 +1,4 @@
-"""`python -m rwkv_jax.train`: what it writes, how it goes on, and its one line for bad input."""
+"""`python -m rwkv_jax.train`: what it writes, how it resumes, and its one line for bad input."""
 
 import dataclasses
 import itertools
@@ -250,7 +250,7 @@ def test_a_signal_to_the_process_saves(data, tmp_path, number):
         out, err = process.communicate()
     assert process.returncode == 1
     assert err.strip() == "stopping after this step; Ctrl-C again stops at once"
-    (step,) = re.findall(r"stopped and saved at step (\d+): the same command goes on", out)
+    (step,) = re.findall(r"stopped and saved at step (\d+): the same command resumes", out)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
     assert not (tmp_path / "rwkv-final.pth").exists()
 
@@ -285,7 +285,7 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
         (
             "load_model",
             f"{data}.bin",
-        ): r"weights of load_model unset, not \w+ \(4000 uint8\); go on "
+        ): r"weights of load_model unset, not \w+ \(4000 uint8\); continue "
         "with them, or without --load_model",
         ("epoch_begin", 1): "epoch_begin unset, not 1;",
     }.items():
@@ -293,7 +293,8 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
             train(config(data, run[0], **dict([options])))
     assert train(config(data, run[0], weight_decay=0.5)) == []
     assert (
-        "note: this run went on so far with weight_decay 0.001, not 0.5" in capsys.readouterr().out
+        "note: this run was trained so far with weight_decay 0.001, not 0.5"
+        in capsys.readouterr().out
     )
 
 
@@ -340,7 +341,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert (
         f"{done}: damaged: {array_file.relative_to(tmp_path / 'checkpoints' / str(done))}" in said
     )
-    assert f"now {done}.aside, going on from step {MINIEPOCH}" in said
+    assert f"now {done}.aside, continuing from step {MINIEPOCH}" in said
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
     assert log(tmp_path) == log(run[0])
     steps = [line.split()[0] for line in (tmp_path / "step_log.tsv").read_text().splitlines()]
@@ -405,7 +406,7 @@ def test_max_minutes(data, tmp_path, standing_still, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(config(data, tmp_path, max_minutes=1e-9))
     assert stopped.value.code == 1
-    assert "stopped and saved at step 1: the same command goes on" in capsys.readouterr().out
+    assert "stopped and saved at step 1: the same command resumes" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
 
 
@@ -436,7 +437,7 @@ def test_an_initialisation_of_another_seed_is_taken_as_it_is(
     """As a base model that was renamed to it is."""
     shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
     train(config(data, tmp_path, random_seed=3))
-    assert "rwkv-init.pth is not of --random_seed 3: taken as it is" in capsys.readouterr().out
+    assert "rwkv-init.pth is not of --random_seed 3: used as it is" in capsys.readouterr().out
     before = (run[0] / "rwkv-init.pth").read_bytes()
     assert before == (tmp_path / "rwkv-init.pth").read_bytes()
     assert before == (tmp_path / "rwkv-final.pth").read_bytes()
