@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -370,7 +371,8 @@ def part(command: str) -> list[Combination]:
     for one in table(command):
         if one.option != "(as it works)":
             chosen.setdefault(one.option, []).append(one)
-    step = 17  # prime to the lengths of the lists: the next option gets the values after these
+    step = 23  # prime to the lengths of the lists, so that all of a list is reached
+    assert all(math.gcd(step, len(values)) == 1 for values in chosen.values())
     return [
         values[(step * number + more) % len(values)]
         for number, values in enumerate(chosen.values())

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 def python(code: str, redirections: str = "", **variables: str) -> subprocess.CompletedProcess:
     """Runs a program by a shell, for what it does with the standard streams."""
     command = f'exec "$PYTHON" {variables.pop("options", "")} -c "$CODE" {redirections}'
-    environment = os.environ | {"PYTHON": sys.executable, "CODE": code, "PYTHONPATH": str(ROOT)}
+    environment = {name: os.environ[name] for name in os.environ if name[:6] != "PYTHON"}
+    environment |= {"PYTHON": sys.executable, "CODE": code, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         ["sh", "-c", command], env=environment | variables, capture_output=True, text=True
     )

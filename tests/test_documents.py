@@ -21,9 +21,9 @@ from rwkv_jax.config import parse_train_options
 ROOT = Path(__file__).parent.parent
 PAIRS = {
     ROOT / "README.md": ROOT / "README.zh-CN.md",
-    **{ROOT / "docs" / page.name: page for page in (ROOT / "docs" / "zh-CN").glob("*.md")},
+    **{ROOT / "docs" / page.name: page for page in sorted((ROOT / "docs" / "zh-CN").glob("*.md"))},
 }
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def fenced(text: str) -> list[tuple[str, str]]:
