@@ -168,7 +168,9 @@ def lambada_documents(texts: Iterable[Text]) -> Iterator[Document]:
     for where, text in texts:
         begin, blank, word = text.rpartition(" ")
         if not blank or not word:
-            raise UserError(f"{where}: no blank before a last word in {text[:40]!a}: is it LAMBADA's?")
+            raise UserError(
+                f"{where}: no blank before a last word in {text[:40]!a}: is it LAMBADA's?"
+            )
         before, answer = tokenizer.encode(begin), tokenizer.encode(blank + word)
         ids = before + answer
         yield Document(ids, [(len(before), len(ids))], len((blank + word).encode()))
