@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkv_jax import plan, sharding
 from rwkv_jax.errors import CommandParser, run_command
 from rwkv_jax.step import Metrics, TrainState
 
@@ -274,6 +275,9 @@ class Bench:
             mock.patch.object(sys, "argv", [one.command, *argv]),
             mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
             mock.patch("rwkv_jax.train.build_step", lambda *_: _no_step),
+            # A plan compiles nothing either, and needs no CUDA plugin.
+            mock.patch("rwkv_jax.plan.measure", lambda *_: plan.Need(1, 1, 1, 1, 1, 1.0)),
+            mock.patch("rwkv_jax.plan.device_mesh", lambda *_: sharding.make_mesh(1)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             warnings.catch_warnings(),
