@@ -36,6 +36,7 @@ import numpy as np
 
 from rwkv_jax import plan, sharding
 from rwkv_jax.errors import CommandParser, run_command
+from rwkv_jax.official_options import OFFICIAL_OPTIONS
 from rwkv_jax.step import Metrics, TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -378,10 +379,11 @@ def part(command: str) -> list[Combination]:
             chosen.setdefault(one.option, []).append(one)
     step = 23  # prime to the lengths of the lists, so that all of a list is reached
     assert all(math.gcd(step, len(values)) == 1 for values in chosen.values())
+    few = {f"--{name}" for name in OFFICIAL_OPTIONS}  # most of which run the whole trainer
     some = (
         values[(step * number + more) % len(values)]
-        for number, values in enumerate(chosen.values())
-        for more in range(2 if len(chosen) > 30 else 3)
+        for number, (option, values) in enumerate(chosen.items())
+        for more in range(1 if option in few else 2 if len(chosen) > 30 else 3)
     )
     return list(dict.fromkeys(some))
 
