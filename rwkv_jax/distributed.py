@@ -50,6 +50,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
         yield
         return
     named = _named(config)
+    # It would take SIGTERM from the handlers of `run_command` and `run.Stop`, and write of it.
+    jax.config.update("jax_enable_preemption_service", False)
     with _last_word() as ended:
         try:
             jax.distributed.initialize(
@@ -74,8 +76,11 @@ def joined(config: TrainConfig) -> Iterator[None]:
             sys.stdout = open(os.devnull, "w")
         try:
             yield
-        except SystemExit:  # all of them stop, and come here
-            jax.distributed.shutdown()
+        except SystemExit as status:
+            if isinstance(status.code, int) and status.code > 128:  # a signal to this one alone
+                ended()
+                os._exit(status.code)  # for the reason below
+            jax.distributed.shutdown()  # all of them stop, and come here
             ended()
             raise
         except BaseException as error:

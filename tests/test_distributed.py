@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import distributed, sharding, train
-from rwkv_jax.config import parse_train_options
+from rwkv_jax.config import TrainConfig, parse_train_options
 from rwkv_jax.errors import UserError
 from rwkv_jax.step_log import read_step_log
 
@@ -265,6 +265,20 @@ def test_wrong_variables_are_one_line(monkeypatch, given, variables, said):
     with pytest.raises(UserError, match=said):
         with distributed.joined(parse_train_options(given.split())[0]):
             pass
+
+
+def test_a_signal_to_one_process_waits_for_no_other(monkeypatch):
+    """Which may be in a collective, where they wait for this one."""
+    unset_variables(monkeypatch)
+    did = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: did.append("waited"))
+    monkeypatch.setattr(os, "_exit", lambda status: (did.append(status), sys.exit()))
+    config = TrainConfig(num_nodes=2, coordinator_address="here:1", process_id=0)
+    for status in (1, 128 + signal.SIGHUP):  # that of a stop at the same step in all; of a signal
+        with pytest.raises(SystemExit), distributed.joined(config):
+            sys.exit(status)
+    assert did == ["waited", 129]
 
 
 def test_one_process_of_torchrun_is_alone(monkeypatch):
