@@ -251,8 +251,13 @@ def held_back() -> Iterator[None]:
 
     Unless it fails by another exception than a `UserError`, which says why.
     """
-    sys.stderr.flush()
-    before = os.dup(2)
+    if sys.stderr:
+        sys.stderr.flush()
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.errors import UserError, held_back, run_command
 
 
 def test_a_notebook_shows_the_line_alone(capsys):
@@ -49,6 +49,19 @@ def test_nohup_stays(monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert caught.value.code == 0
+
+
+def test_what_is_held_back_may_have_no_place(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    before = os.dup(2)
+    os.close(2)
+    try:
+        with held_back():
+            held = True
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+    assert held
 
 
 def test_closed_streams_are_empty_or_take_everything(monkeypatch, capfd):
