@@ -232,6 +232,9 @@ def find(name: str | Path, text_key: str = "text", on_bad_line: str = "stop") ->
             f"note: {name}: {len(files)} text files; left out: {', '.join(left_out[:3])}{more}",
             file=sys.stderr,
         )
+    for file in files:
+        if file.is_fifo():
+            raise UserError(f"{file}: is a pipe, and text is read twice: write it to a file first")
     return Corpus(str(name), tuple(sorted(files)), text_key, on_bad_line == "skip")
 
 

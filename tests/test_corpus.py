@@ -175,6 +175,13 @@ def test_what_cannot_be_used_is_one_line(name, content, message):
     assert os.listdir() == [name]
 
 
+def test_a_pipe_is_refused():
+    """Its second reader would wait forever."""
+    os.mkfifo("d.jsonl")
+    with pytest.raises(UserError, match="d.jsonl: is a pipe, and text is read twice"):
+        open_dataset("d.jsonl", 1)
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".txt", ".jsonl.zst", ".parquet"])
 def test_a_name_without_its_ending(ending):
     Path(f"l{ending}").write_bytes(b"{}")
@@ -319,8 +326,13 @@ def test_the_cache_is_limited(in_an_empty_folder, monkeypatch):
             os.utime(path, (1e9 - age, 1e9 - age))
     a = opened("a")  # used again
     del a, d
+    (broken,) = kept.glob("d-*.blake2b")
+    broken.unlink()  # as a kill leaves it, between two renamings
     opened("e")
     assert names() == ["a", "d", "e"] and not list(kept.glob("c-*"))
+    monkeypatch.setattr(dataset, "_CACHE_BYTES", 0)
+    f = opened("f")
+    assert names() == ["f"] and len(f.tokens)
 
 
 def test_scratch_folders_of_dead_processes_are_removed():
