@@ -314,7 +314,8 @@ def _limit_cache(folder: Path) -> None:
         if total <= _CACHE_BYTES:
             return
         with contextlib.suppress(OSError):
-            record = os.open(beside(prefix, _RECORD), os.O_RDWR)
+            # Made where a kill has left the others without one.
+            record = os.open(beside(prefix, _RECORD), os.O_RDWR | os.O_CREAT)
             if try_lock(record):
                 for ending in reversed(_KEPT):
                     beside(prefix, ending).unlink(missing_ok=True)
