@@ -133,7 +133,7 @@ class Checkpoints:
         Raises:
             UserError: it holds something else.
         """
-        with _reporting(self.folder / str(step)), stored.literal(self.folder) as folder:
+        with stored.literal(self.folder) as folder, _reporting(self.folder / str(step)):
             return TrainState(**ocp.load_checkpointables(folder / str(step), abstract._asdict()))
 
     def set_aside(self, step: int) -> Path:

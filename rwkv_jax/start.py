@@ -286,8 +286,9 @@ def partial_model(config: TrainConfig, source: Path) -> tuple[ModelConfig, dict[
 
     What the file has decides; the options decide about the number of layers, and the rest.
     """
-    tensors = weights.without_prefix(pth.read(source))
+    tensors = pth.read(source)
     try:
+        tensors = weights.without_prefix(tensors)
         asked = config.model_config()
         n_layer = asked.n_layer if config.n_layer or config.size else 0
         return weights.infer_partial(tensors, asked, n_layer), tensors

@@ -68,7 +68,7 @@ def tokenize(corpus: Corpus, prefix: Path) -> None:
 
 class _Tokenized(NamedTuple):
     tokens: np.ndarray  # [sum of sizes] uint16
-    sizes: np.ndarray  # [documents] int32
+    sizes: np.ndarray  # [documents] int64
     nbytes: int  # read
     skipped: list[BadLine]
 
@@ -137,6 +137,6 @@ def _tokenize_piece(piece: Piece, text_key: str, skip_bad: bool) -> _Tokenized:
             skipped.append(each)
         else:
             raise each.error()
-    sizes = np.array([len(document) for document in documents], np.int32)
+    sizes = np.array([len(document) for document in documents], np.int64)
     tokens = np.concatenate(documents) if documents else np.empty(0, np.uint16)
     return _Tokenized(tokens, sizes, piece.nbytes, skipped)
