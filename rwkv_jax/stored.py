@@ -7,7 +7,6 @@ writes whole leaves, which stack all layers; tensorstore, which it does that wit
 import collections
 import contextlib
 import math
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,12 +30,14 @@ def literal(folder: Path) -> Iterator[Path]:
     """A path to `folder` that orbax and tensorstore take literally: its own, or a link to it.
 
     They expand patterns (`[v1]`, `a*b`), split at backslashes, take `/s3/` and `gs:/` for cloud
-    storage, and reject what is not UTF-8.
+    storage, take `link/..` for the folder of the link or reject it, and reject what is not UTF-8.
 
     Raises:
         UserError: there is no such path.
     """
-    if os.name == "nt" or _LITERAL.fullmatch(str(folder)):
+    if ".." in folder.parts:
+        folder = folder.resolve()
+    if _LITERAL.fullmatch(str(folder)):
         yield folder
         return
     if jax.process_count() > 1:  # orbax requires the same path in all of them

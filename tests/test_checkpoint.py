@@ -272,6 +272,21 @@ def test_a_folder_may_have_any_name(run, state, tmp_path, name):
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "x.pth"]
 
 
+def test_a_path_may_lead_up(state, tmp_path):
+    """By `..`, which of a link is the folder above its target, and which tensorstore rejects."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    folder = tmp_path / "link" / ".." / "out"
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.rehearse()
+        checkpoints.save(3, state, about(3))
+    assert_same_bits(checkpoints.restore(3, abstract()), state)
+    assert_same_bits(checkpoint.load_newest(folder)[1], state.params)
+    checkpoint.save_model(folder / ".." / "model", MODEL, weights.to_official(state.params))
+    assert_same_bits(checkpoint.load_newest(tmp_path / "a" / "model")[1], state.params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
+
+
 def test_a_model_alone_may_have_any_name(state, tmp_path):
     folder = tmp_path / "[ab]" / ("x" * 255)
     checkpoint.save_model(folder, MODEL, weights.to_official(state.params))
