@@ -27,6 +27,7 @@ from rwkv_jax.run import WEIGHTS, changes, resumed_weights
 from rwkv_jax.schedule import Schedule
 from rwkv_jax.sharding import STRATEGIES
 from rwkv_jax.step import TrainState, abstract_state, fresh_moments
+from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 INIT = "rwkv-init.pth"
 FINAL = "rwkv-final.pth"
@@ -95,6 +96,13 @@ def exported(folder: Path) -> list[int]:
     """The n of all rwkv-{n}.pth in a folder, the largest first."""
     names = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
     return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+def logged_tokens(folder: Path) -> float:
+    """How far the run in a folder came by its log, which has seven digits; 0: it does not tell."""
+    with contextlib.suppress(UserError):
+        return 1e9 * read_step_log(folder / STEP_LOG)["Gtokens"].max(initial=0.0)
+    return 0.0
 
 
 def _numbered(folder: Path, number: int) -> Path:
@@ -218,12 +226,17 @@ def _resume(
     if another or changed:
         batch = about.run.get("samples a step", 0)
         miniepoch = dataclasses.replace(schedule, batch=batch).miniepoch(saved)
-        later = [number for number in exported(Path(config.proj_dir)) if number >= miniepoch]
+        folder = Path(config.proj_dir)
+        later = [_numbered(folder, number) for number in exported(folder) if number >= miniepoch]
+        tokens = saved * batch * about.run.get("ctx_len", 0)
+        if not all(change.startswith("my_exit_tokens ") for change in another + changed):
+            # Else it is a finished run that continues for longer.
+            if (folder / FINAL).exists() and logged_tokens(folder) > tokens * (1 + 1e-6):
+                later.append(folder / FINAL)
         if later:  # the newer checkpoints were damaged, or removed
             raise UserError(
-                f"{_numbered(Path(config.proj_dir), later[0])}: is of a later step than {source}, "
-                f"and would be overwritten by a run with {', '.join(another + changed)}: move it, "
-                "or give another --proj_dir"
+                f"{later[0]}: is of a later step than {source}, and would be overwritten by a run "
+                f"with {', '.join(another + changed)}: move it, or give another --proj_dir"
             )
         print(f"note: this run was trained so far with {', '.join(another + changed)}")
     tokens_per_step = [

@@ -31,9 +31,18 @@ from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
 from rwkv_jax.run import Saver, Stop, identity, lock
 from rwkv_jax.schedule import Schedule, make_schedule
-from rwkv_jax.start import FINAL, INIT, Start, brief, exported, prepare, settle, start
+from rwkv_jax.start import (
+    FINAL,
+    INIT,
+    Start,
+    brief,
+    exported,
+    logged_tokens,
+    prepare,
+    settle,
+    start,
+)
 from rwkv_jax.step import TrainState
-from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 
@@ -135,13 +144,10 @@ def _check_longer(final: Path, schedule: Schedule) -> None:
     Raises:
         UserError: the folder's log has steps from after this run's last.
     """
-    tokens = np.zeros(1)
-    with contextlib.suppress(UserError):
-        tokens = np.append(tokens, 1e9 * read_step_log(final.with_name(STEP_LOG))["Gtokens"])
-    planned = schedule.last_step * schedule.tokens_per_step
-    if tokens[-1] > planned * (1 + 1e-6):  # the log has seven digits
+    tokens, planned = logged_tokens(final.parent), schedule.last_step * schedule.tokens_per_step
+    if tokens > planned * (1 + 1e-6):
         raise UserError(
-            f"{final}: is of a run of {tokens[-1]:,.0f} tokens, more than these {planned:,}, and "
+            f"{final}: is of a run of {tokens:,.0f} tokens, more than these {planned:,}, and "
             "would be overwritten: move it, or give another --proj_dir"
         )
 

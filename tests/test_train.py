@@ -810,6 +810,10 @@ FINISHED = {
         ["checkpoints/10", "final", "step_log.tsv"], {"my_exit_tokens": 11 * T},
         "is of a run of 192 tokens, more than these 176",
     ),
+    "the end of a later step": (
+        ["checkpoints/10", "final", "step_log.tsv"], {"lr_init": 1e-5},
+        "final.pth: is of a later step .* by a run with lr_init unset, not 1e-05",
+    ),
     "of a later step": (
         ["checkpoints/10", "1", "2"], {"lr_init": 1e-5},
         "rwkv-2.pth: is of a later step .* by a run with lr_init unset, not 1e-05",
