@@ -24,6 +24,7 @@ from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.step import TrainState
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # the last when ssh or a terminal goes
 ONE_PRESS_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal has sent already
 
 WEIGHTS = "weights of load_model"  # in a run's identity: what they are, not where
@@ -171,8 +172,9 @@ class Stop:
             numbers, self._wake = socket.socketpair()
             self._wake.setblocking(False)
             self._woken_before = signal.set_wakeup_fd(self._wake.fileno())
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in STOPPING:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._note)
             threading.Thread(target=_answer, args=(numbers,), daemon=True).start()
         return self
 
@@ -197,7 +199,7 @@ def _answer(numbers: socket.socket) -> None:
     with numbers:
         while received := numbers.recv(1):
             number, now = received[0], time.monotonic()
-            if number not in (signal.SIGINT, signal.SIGTERM):
+            if number not in STOPPING:
                 continue
             if first_at is None:
                 first_at = now

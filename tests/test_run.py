@@ -42,7 +42,7 @@ def started(program: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_second_interrupt_leaves_at_once(first):
     with started(WAITING) as process:
         process.send_signal(first)
