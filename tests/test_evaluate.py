@@ -262,8 +262,8 @@ def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
     ("options", "content", "complaint"),
     [
         (["--limit", "-1"], "", "--limit -1: give 0 (all) or more"),
-        (["--output", "."], "", "--output .: give the name of a file"),
-        (["--output", "no/x"], "", "--output no/x: give the name of a file in a folder that"),
+        (["--output", "."], "", ".: cannot write: it is not a regular file"),
+        (["--output", "no/x"], "", "no/x: cannot write: No such file"),
         (["--on_bad_line", "skip"], "1", "holds no text: every line was skipped; "),
         ([], '{"text": "cut \\ud83d"}', "x.jsonl:1: character 4 of the text"),
         ([], "", "holds no text"),

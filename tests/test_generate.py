@@ -335,6 +335,7 @@ def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_pa
     """
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\n \nWhat is\t2?\n"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)  # another module's command may have set it
     read, taken = Decoder.read, []
     monkeypatch.setattr(
         Decoder, "read", lambda self, ids, *a: taken.extend(ids) or read(self, ids, *a)

@@ -49,6 +49,9 @@ def model(tmp_path_factory) -> HarnessModel:
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
+        jax.config.update(
+            "jax_compilation_cache_dir", None
+        )  # another module's command may have set it
         model = HarnessModel(str(ORACLE))
     assert jax.config.values["jax_compilation_cache_dir"] == f"{cache}/rwkv_jax/compiled"
     return model

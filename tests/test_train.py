@@ -1002,7 +1002,7 @@ BAD_INPUT = {
     "--load_model folder": r"folder: no checkpoints",
     "--size 9b": r"--size 9b: choose one of tiny, 0.1b",
     "--n_layr 3": r"--n_layr 3; did you mean --n_layer\?",
-    "--n_layer two": r"--n_layer: invalid int value: 'two'",
+    "--n_layer two": r"--n_layer: 'two' is not a whole number",
     "--proj_dir file": r"--proj_dir file: is a file, or in one; give a folder",
     "--proj_dir file/out": r"--proj_dir file/out: is a file, or in one; give a folder",
     "--devices 9": r"--devices 9: jax sees 8",
