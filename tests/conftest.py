@@ -12,6 +12,13 @@ os.environ.setdefault("NPROC", "32")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from rwkv_jax.nvidia import has_driver  # noqa: E402
+
+# Else jax would look for the libraries of CUDA that the extra `plan` leaves out, and give its
+# compiler up with them.
+if not has_driver():
+    jax.config.update("jax_platforms", "cpu")
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -484,7 +484,10 @@ def save():
     checkpoints.close()
 run_command(save)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
     assert done.returncode == 2
     assert re.fullmatch(r"error: \S+1.partial: cannot be written: .*\n", done.stderr)
 

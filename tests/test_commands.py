@@ -124,12 +124,13 @@ def test_paths_and_numbers_of_a_command_line(monkeypatch):
     refused = {
         "--path=": "it is empty",
         "--path=~nobody-of-this-name/x": "nobody's home folder",
-        "--path=--": "expected one argument",
         "--number=": "'' is not a whole number",
         "--number=1.5": "'1.5' is not a whole number",
         f"--number={2**63}": "beyond 64 bits",
         "": "unrecognized arguments",
     }
+    if sys.version_info < (3, 13):  # from where on it is a name like others
+        refused["--path=--"] = "expected one argument"
     for argument, reason in refused.items():
         with pytest.raises(UserError, match=reason):
             parse(argument)
@@ -200,7 +201,9 @@ def test_hostile_values(command, bench):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    yield hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def test_the_table_notices(bench, monkeypatch):

@@ -284,7 +284,6 @@ def test_a_damaged_cache_is_written_anew(tmp_path, cache, ending, damage):
 def test_two_processes_at_once(tmp_path, cache):
     script = (
         "import hashlib, sys; from rwkv_jax.dataset import open_dataset\n"
-        "assert 'jax' not in sys.modules\n"
         f"print(hashlib.sha256(open_dataset({str(OFFICIAL)!r}, 64).tokens).hexdigest())"
     )
     command = [sys.executable, "-c", script]

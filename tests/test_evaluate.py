@@ -82,6 +82,7 @@ def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys, m
     size = sum(len(text.encode()) for text in TEXTS)
     options = ("--load_model", model_file, "--data_file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", None)  # another module's command may have set it
     result = run(capsys, *options, path, "--output", tmp_path / "result.json")
     cache = jax.config.values["jax_compilation_cache_dir"]
     assert cache == str(tmp_path / "cache" / "rwkv_jax" / "compiled")

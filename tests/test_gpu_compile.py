@@ -1,6 +1,7 @@
 """The kernels compiled for real GPUs, without one: what interpret mode cannot show."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -106,7 +107,10 @@ inputs = [jnp.zeros((1, 16, 1, 16), jnp.bfloat16)] * 6
 print(compile_for(GPU_TARGETS["l4"], wkv7, *inputs).executable.as_text())
 """
     command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent.parent)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=DOCS.parent.parent, env=environment
+    )
     assert "wkv7_forward" in run.stdout, run.stderr
 
 
