@@ -153,19 +153,29 @@ def test_wandb_continues_the_run_of_a_resumed_one_only(wandb_calls, tmp_path):
     assert told == [new, again, new, {**again, "id": "made3"}]
 
 
-def test_wandb_offline_keeps_its_id(tmp_path, monkeypatch, capfd):
-    """The package itself, without a network, prints nothing; we say where the run is."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    said = []
-    for resumed in (False, True):
-        options = {"lr_init": float(resumed)}
-        wandb = Wandb("goose", tmp_path, "65536 ctx512", options, resumed, said.append)
-        wandb.log(int(resumed), {"loss": 4.5})
-        wandb.close()
-    assert capfd.readouterr() == ("", "")
+def test_wandb_offline_keeps_its_id(tmp_path):
+    """The package itself, without a network, prints nothing; we say where the run is. In a process
+    of its own, as the package keeps what other tests have set.
+    """
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom rwkv_jax.tracking import Wandb\n"
+        "for resumed in (False, True):\n"
+        "    options = {'lr_init': float(resumed)}\n"
+        "    wandb = Wandb('goose', Path(sys.argv[1]), '65536 ctx512', options, resumed, print)\n"
+        "    wandb.log(int(resumed), {'loss': 4.5})\n"
+        "    wandb.close()\n"
+    )
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
     assert [line.startswith("wandb: offline; `wandb sync ") for line in said] == [True, True]
     assert all(Path(line.split()[4].rstrip("`")).is_dir() for line in said)
-    (run_id,) = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    # offline-run-TIME-ID, and a number behind it for a second one in the same second.
+    (run_id,) = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert (tmp_path / WANDB_ID).read_text() == f"{run_id}\n"
 
 
