@@ -5,13 +5,12 @@ stand together, once. The names are the official trainer's.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
-from rwkv_jax.errors import CommandParser, UserError, path_argument
+from rwkv_jax.errors import CommandParser, UserError, path_argument, whole_number
 from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES, device_count
 
 
@@ -114,18 +113,7 @@ AUTO = -1  # what `--micro_bsz auto` becomes
 def _number_or_auto(text: str) -> int:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return AUTO if text == "auto" else int(text)
-
-
-def _whole(text: str) -> int:
-    """An integer, also as in 1e6."""
-    try:
-        return int(text)
-    except ValueError:
-        with contextlib.suppress(ValueError, OverflowError):
-            if (value := int(float(text))) == float(text):
-                return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return AUTO if text == "auto" else whole_number(text)
 
 
 def _among(choices: tuple[Any, ...]) -> Callable[[str], str]:
@@ -156,7 +144,7 @@ def _option(
     if parse is None and choices and isinstance(default, str):
         parse = _among(choices)
     elif parse is None:
-        parse = _whole if isinstance(default, int) else type(default)
+        parse = whole_number if isinstance(default, int) else type(default)
     metadata = {
         "group": group,
         "metavar": metavar or "|".join(str(choice) for choice in choices if choice != ""),
@@ -179,9 +167,9 @@ class TrainConfig:
     n_embd: int = _option(0, "model", "WIDTH", "Width, C; overrides --size.", least=0)
     vocab_size: int | None = _option(
         None, "model", "ROWS", "Rows of embedding and head, V (default 65536).", least=2,
-        parse=_whole)
+        parse=whole_number)
     head_size: int | None = _option(
-        None, "model", "", "Width of a head, N (default 64).", *HEAD_SIZES, parse=_whole)
+        None, "model", "", "Width of a head, N (default 64).", *HEAD_SIZES, parse=whole_number)
     dim_ffn: int = _option(
         0, "model", "WIDTH", "Inner width of the channel mix; 0: 4·n_embd.", least=0)
     lora_dims: str = _option(
@@ -326,8 +314,6 @@ class TrainConfig:
                 if not (value >= least and math.isfinite(value)):
                     omit = ", or leave it out" if field.default is None else ""
                     raise UserError(f"--{field.name} {value}: give {least} or more{omit}")
-            if isinstance(value, int) and value >= 2**63:
-                raise UserError(f"--{field.name} {value}: is beyond 64 bits")
         same: dict[str, dict[Any, Any]] = {
             "load_model": {"0": ""},
             "accelerator": {"cuda": "gpu"},

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.errors import UserError
+from rwkv_jax.errors import UserError, last_words, one_line
 from rwkv_jax.sharding import batch_sharding, in_host_memory
 
 START_TIMEOUT = 300  # seconds that a process waits for the others to start
@@ -85,17 +85,13 @@ def joined(config: TrainConfig) -> Iterator[None]:
             raise
         except BaseException as error:
             # Not by an exception: at the exit jax would wait for the others, and they for us.
-            if isinstance(error, jax.errors.JaxRuntimeError):
-                # Which of them mean that another is gone differs by backend and version.
-                said = next(iter(str(error).splitlines()), "")
-                why = "" if "RESOURCE_EXHAUSTED" in said else f"\nerror: {LOST}"
-                print(f"error: jax: {said}{why}", file=sys.stderr, flush=True)
-            elif isinstance(error, UserError):
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
-                sys.excepthook(type(error), error, error.__traceback__)
+            words, code = last_words(error)
+            print(one_line(words), file=sys.stderr, flush=True)
+            # Which of jax's errors mean that another is gone differs by backend and version.
+            if words.startswith("error: jax: "):
+                print(f"error: {LOST}", file=sys.stderr, flush=True)
             ended()
-            os._exit(2)
+            os._exit(code)
         jax.distributed.shutdown()
         ended()
 

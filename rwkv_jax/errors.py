@@ -44,7 +44,7 @@ def path_argument(text: str) -> str:
 
 
 def whole_number(text: str) -> int:
-    """An integer of 64 bits.
+    """An integer of 64 bits, also as in 1e6.
 
     Raises:
         argparse.ArgumentTypeError: it is no integer, or a larger one.
@@ -52,7 +52,13 @@ def whole_number(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        try:
+            value = int(float(text))
+            exact = value == float(text)
+        except (ValueError, OverflowError):
+            exact = False
+        if not exact:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is beyond 64 bits")
     return value
@@ -138,25 +144,28 @@ def run_command(main: Callable[[], None]) -> NoReturn:
                 warnings.simplefilter("ignore")
             main()
         sys.stdout.flush()
-    except UserError as error:
-        complain(f"error: {error}")
-        sys.exit(2)
     except BrokenPipeError:  # `… | head` closed our output: not an error of ours
         sys.exit(141)
-    except OSError as error:  # without a file name: of standard output
-        where = f"{error.filename}: " if error.filename else ""
-        complain(f"error: {where}{error.strerror or error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(130)
-    except Exception as error:
-        words, status = _unforeseen(error)
-        complain(f"error: {words}")
+    except (Exception, KeyboardInterrupt) as error:
+        words, status = last_words(error)
+        complain(words)
         sys.exit(status)
     finally:
         _discard_output()
     sys.exit(0)
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """What a command that this ends says of it, and its exit status."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):  # without a file name: of standard output
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror or error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    words, status = _unforeseen(error)
+    return f"error: {words}", status
 
 
 def one_line(words: object) -> str:
@@ -164,7 +173,7 @@ def one_line(words: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
 
 
-def _unforeseen(error: Exception) -> tuple[str, int]:
+def _unforeseen(error: BaseException) -> tuple[str, int]:
     """What to say of an exception that no code of ours expects, and the exit status."""
     first = next(iter(str(error).splitlines()), "")
     jax = sys.modules.get("jax")

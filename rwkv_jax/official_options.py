@@ -10,6 +10,8 @@ import datetime
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rwkv_jax.errors import whole_number
+
 OFF = ("0", "0.0", "False", "None", "")
 
 
@@ -49,7 +51,7 @@ def device_count(text: str) -> int:
         )
     if text not in ("auto", "-1") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return 0 if text in ("auto", "-1") else int(text)
+    return 0 if text in ("auto", "-1") else whole_number(text)
 
 
 def _gpus(text: str) -> int:

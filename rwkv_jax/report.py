@@ -63,10 +63,12 @@ class Report(contextlib.ExitStack):
         trackers = open_trackers(
             config, begin.about.model, options, folder, lambda text: self.say(text), begin.resumed
         )
-        self._trackers = [
-            self.enter_context(contextlib.closing(tracker))
-            for tracker in (trackers if is_first else ())
-        ]
+        with contextlib.ExitStack() as opened:  # closed here if one cannot be opened
+            self._trackers = [
+                opened.enter_context(contextlib.closing(tracker))
+                for tracker in (trackers if is_first else ())
+            ]
+            self.push(opened.pop_all())
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
         first = begin.step if begin.resumed else None

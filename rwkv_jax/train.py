@@ -25,7 +25,7 @@ from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.corpus import skipped_note
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
 from rwkv_jax.errors import UserError, run_command
-from rwkv_jax.files import reporting_os_errors
+from rwkv_jax.files import reporting_os_errors, written_whole
 from rwkv_jax.metrics import MiniepochLoss, tell
 from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
 from rwkv_jax.report import PATIENCE, Report
@@ -85,9 +85,10 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
     vocab_size = config.vocab_size or ModelConfig.vocab_size
     data = read_data(vocab_size)
     if data.skipped and distributed.is_first():
-        with reporting_os_errors(folder / "skipped.tsv", "write"):
-            shutil.copyfile(data.skipped, folder / "skipped.tsv")
-        print(skipped_note(folder / "skipped.tsv"), file=sys.stderr)
+        listed = folder / "skipped.tsv"
+        with reporting_os_errors(listed, "write"), written_whole(listed) as temporary:
+            shutil.copyfile(data.skipped, temporary)
+        print(skipped_note(listed), file=sys.stderr)
     final = folder / FINAL
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as checkpoints:
         config = settle(config, checkpoints)
