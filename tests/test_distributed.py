@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -279,6 +280,39 @@ def test_a_signal_to_one_process_waits_for_no_other(monkeypatch):
         with pytest.raises(SystemExit), distributed.joined(config):
             sys.exit(status)
     assert did == ["waited", 129]
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (UserError("a\nb: no"), 2, ["error: a\\nb: no"]),
+        (OSError(28, "No space left", "x"), 2, ["error: x: No space left"]),
+        (KeyError("k"), 1, ["error: unexpected KeyError: 'k'; please report it with "]),
+        (MemoryError("9 TiB"), 2, ["error: out of memory: 9 TiB"]),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: gone\nmore"), 2,
+            ["error: jax: INTERNAL: gone", f"error: {distributed.LOST}"],
+        ),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1"), 2, ["error: out of memory: "]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_of_one_process_is_reported_as_of_any_command(
+    error, status, said, monkeypatch, capsys, tmp_path
+):
+    """In a line, and the traceback of a bug in a file; others that are lost are named with it."""
+    unset_variables(monkeypatch)
+    left = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(os, "_exit", lambda code: (left.append(code), sys.exit()))
+    config = TrainConfig(num_nodes=2, coordinator_address="here:1", process_id=0)
+    with pytest.raises(SystemExit), distributed.joined(config):
+        raise error
+    lines = capsys.readouterr().err.splitlines()
+    assert left == [status] and len(lines) == len(said)
+    assert all(line.startswith(words) for line, words in zip(lines, said, strict=True))
+    assert len(list(tmp_path.iterdir())) == ("unexpected" in lines[0])
 
 
 def test_one_process_of_torchrun_is_alone(monkeypatch):

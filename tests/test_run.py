@@ -96,6 +96,17 @@ def test_a_signal_counts_though_nobody_reads():
         assert process.returncode == 130
 
 
+def test_nohup_stays():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.Stop(None) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 COMPILING = """
 import hashlib
 from rwkv_jax import run

@@ -584,6 +584,19 @@ def test_a_tracker_may_ask_before_there_is_a_bar(data, tmp_path, monkeypatch):
     assert found == [before] and not (tmp_path / "step_log.tsv").exists()
 
 
+def test_a_tracker_is_closed_when_a_later_one_cannot_be_opened(data, tmp_path, monkeypatch):
+    closed = []
+
+    def trackers(*_):
+        yield types.SimpleNamespace(close=lambda: closed.append(True))
+        raise UserError("--tensorboard 1: not installed")
+
+    monkeypatch.setattr(report, "open_trackers", trackers)
+    with pytest.raises(UserError, match="not installed"):
+        train(config(data, tmp_path))
+    assert closed == [True]
+
+
 def test_plot_draws_the_run(data, tmp_path, standing_still):
     train(config(data, tmp_path, plot=1))
     page = (tmp_path / "loss.html").read_text("utf-8")
