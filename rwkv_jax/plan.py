@@ -482,6 +482,9 @@ def main() -> None:
     # A kernel's program names the lines that it was traced from: without them, what was compiled
     # once is known again wherever the code lies, and after every change that changes no program.
     jax.config.update("jax_traceback_in_locations_limit", 0)
+    # What is compiled for a GPU that is not there cannot be loaded again: jax would write it into
+    # the cache of `JAX_COMPILATION_CACHE_DIR`, and warn whenever it finds it there.
+    jax.config.update("jax_enable_compilation_cache", False)
     config, _ = parse_train_options(rest)
     result = plan(config, find_target(options.gpu), search=config.micro_bsz < 1)
     micro_bsz = config.micro_bsz if config.micro_bsz > 0 else result.largest or 1

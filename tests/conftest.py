@@ -11,6 +11,7 @@ os.environ.setdefault("NPROC", "32")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from rwkv_jax.nvidia import has_driver  # noqa: E402
 
@@ -44,7 +45,9 @@ def as_before():
     """
     cache = jax.config.values["jax_compilation_cache_dir"]
     yield
-    jax.config.update("jax_compilation_cache_dir", cache)
+    if jax.config.values["jax_compilation_cache_dir"] != cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        compilation_cache.reset_cache()  # jax keeps the folder that it used first
     jax.config.update("jax_default_matmul_precision", None)
 
 

@@ -178,6 +178,23 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
     assert need.flops > 0 and need.traffic > 3 * need.parameters
 
 
+def test_plan_leaves_the_users_cache_of_compiled_programs_alone(tmp_path):
+    """What was compiled for a GPU that is not there cannot be loaded: jax warns when it tries."""
+    for kept in ("first", "second"):  # no plan to find: it compiles the same program again
+        environment = os.environ | {
+            "XDG_CACHE_HOME": str(tmp_path / kept),
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        options = "--gpu t4 --n_layer 1 --n_embd 64 --vocab_size 256 --ctx_len 32 --micro_bsz 1"
+        command = [sys.executable, "-m", "rwkv_jax.plan", *options.split()]
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=DOCS.parent.parent, env=environment
+        )
+        assert run.returncode == 0 and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "compiled").exists()
+
+
 def test_the_loss_of_a_large_batch_and_its_gradients_stay_below_a_gigabyte():
     """Whole logits would take 8.6 GB in float32."""
     hidden = jax.ShapeDtypeStruct((8, 4096, 768), jnp.bfloat16)
