@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import sharding
 from rwkv_jax.config import ModelConfig, TrainConfig
-from rwkv_jax.errors import held_back
+from rwkv_jax.errors import UserError, held_back
 from rwkv_jax.files import cache_folder
 from rwkv_jax.model import use_precision
 from rwkv_jax.nvidia import ask_nvidia_smi, has_driver
@@ -48,6 +48,9 @@ SETTINGS = {
 }
 
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # a flag of XLA
+
+
 def memory_fraction(total: int) -> float:
     """Of a GPU of so many bytes, what jax takes for arrays and programs (by itself: 3/4).
 
@@ -65,26 +68,54 @@ def override_settings() -> None:
             print(f"note: {name.upper()} has no effect on this command", file=sys.stderr)
 
 
-def prepare_jax() -> None:
+def prepare_jax(deterministic: bool = False) -> None:
     """Before the first use of a device: its memory, a cache of compiled programs, `SETTINGS`.
 
-    What the user has set in the environment (`XLA_PYTHON_CLIENT_MEM_FRACTION`,
-    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`) stays. Where there is no
-    NVIDIA driver, what jax's CUDA plugin says of that is not shown.
+    What the user has set in the environment (`XLA_CLIENT_MEM_FRACTION` or its older name,
+    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`, `XLA_FLAGS`) stays. Where
+    there is no NVIDIA driver, what jax's CUDA plugin says of that is not shown.
+
+    Args:
+        deterministic: XLA compiles for GPUs only what gives the same bytes each time.
+
+    Raises:
+        UserError: the environment's share of a GPU's memory is no number.
     """
     override_settings()
     if not has_driver():
         # jax looks for its plugins when it is first asked about a platform; none of them starts.
         with held_back(), contextlib.suppress(NotImplementedError):
             topologies.get_topology_desc(platform="none")
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        largest = max((gpu.memory for gpu in ask_nvidia_smi()[0]), default=0) or 2**20  # MiB
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction(largest * 2**20))
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    _choose_memory_fraction()
     # Of the host's, for the strategies that offload: all that it has, where XLA would stop at 64.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory))
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+
+
+def _choose_memory_fraction() -> None:
+    """Sets the share of a GPU's memory that jax takes, unless the environment has one.
+
+    Where both names of that variable are set, or no number, jax's CUDA plugin does not start, jax
+    only logs so, and everything would run on the CPU.
+    """
+    name, older = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    if os.environ.get(name) and os.environ.pop(older, ""):
+        print(f"note: {older} has no effect beside {name}", file=sys.stderr)
+    for given in (name, older):
+        if value := os.environ.get(given):
+            try:
+                positive = float(value) > 0
+            except ValueError:
+                positive = False
+            if not positive:
+                raise UserError(f"{given}={value}: set a number above 0 (as 0.9), or unset it")
+            return
+    largest = max((gpu.memory for gpu in ask_nvidia_smi()[0]), default=0) or 2**20  # MiB
+    os.environ[name] = str(memory_fraction(largest * 2**20))
 
 
 def default_precision(on_gpu: bool, capability: tuple[int, int] | None) -> str:

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -54,6 +55,7 @@ def _report_unraisable(error: Any, hook: Callable[[Any], object] = sys.unraisabl
 
 sys.unraisablehook = _report_unraisable
 
+OLDEST_ORBAX = (0, 12)  # as in pyproject.toml
 MANIFEST = "manifest"
 _FORMAT = 1  # raise it when what is written changes its meaning
 _MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
@@ -81,6 +83,21 @@ class About:
     model: ModelConfig
     loss: MiniepochLoss = dataclasses.field(default_factory=MiniepochLoss)
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def require_orbax() -> None:
+    """Refuses an orbax that can neither save nor restore what is written here.
+
+    Raises:
+        UserError: it is older than `OLDEST_ORBAX`.
+    """
+    installed = importlib.metadata.version("orbax-checkpoint")
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_ORBAX:
+        wanted = ".".join(map(str, OLDEST_ORBAX))
+        raise UserError(
+            f"orbax-checkpoint {installed} is installed, with which no checkpoint could be saved: "
+            f"pip install --upgrade 'orbax-checkpoint>={wanted}'"
+        )
 
 
 class Checkpoints:

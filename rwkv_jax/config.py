@@ -116,6 +116,15 @@ def _number_or_auto(text: str) -> int:
     return AUTO if text == "auto" else whole_number(text)
 
 
+def _switch(text: str) -> int:
+    """0 or 1, also as Lightning writes them."""
+    return whole_number({"false": "0", "true": "1"}.get(text.lower(), text))
+
+
+def _deterministic(text: str) -> int:
+    return 1 if text.lower() == "warn" else _switch(text)
+
+
 def _among(choices: tuple[Any, ...]) -> Callable[[str], str]:
     """Makes a choice of a word, without regard to case; another word stays as it is."""
     return lambda text: next((name for name in choices if name.lower() == text.lower()), text)
@@ -143,6 +152,8 @@ def _option(
     """
     if parse is None and choices and isinstance(default, str):
         parse = _among(choices)
+    elif parse is None and choices == (0, 1):
+        parse = _switch
     elif parse is None:
         parse = whole_number if isinstance(default, int) else type(default)
     metadata = {
@@ -286,6 +297,9 @@ class TrainConfig:
     num_nodes: int = _option(
         1, "machine", "MACHINES", "Machines that train together; every one runs the same command "
         "(docs/many-gpus.md).", least=1)
+    deterministic: int = _option(
+        0, "machine", "", "1: the same bytes from every run, on a GPU as well, which takes longer "
+        "there and some memory; on a CPU it is so anyway.", 0, 1, parse=_deterministic)
     coordinator_address: str = _option(
         "", "machine", "HOST:PORT", "Address of the first machine, where neither SLURM, Open "
         "MPI, Kubernetes nor torchrun provides it.")
@@ -409,13 +423,15 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
             groups[group] = parser.add_argument_group(group)
         default = field.default
         told = "" if default in ("", -1, 0, 0.0, None) else f" (default {default})"
-        switch = "True" in (field.metadata["choices"] or ())
+        choices = field.metadata["choices"] or ()
+        # Without a value, as in Lightning: on.
+        on = {"const": "True"} if "True" in choices else {"const": 1} if choices == (0, 1) else {}
         groups[group].add_argument(
             f"--{name}",
             type=field.metadata["parse"],
             metavar=field.metadata["metavar"],
             help=(field.metadata["help"].removesuffix(".") + told + ".").replace("%", "%%"),
-            **({"nargs": "?", "const": "True"} if switch else {}),
+            **({"nargs": "?", **on} if on else {}),
         )
     for name, option in OFFICIAL_OPTIONS.items():
         if option.becomes:

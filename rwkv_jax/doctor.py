@@ -25,7 +25,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
 
 from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.nvidia import Gpu, ask_nvidia_smi
+from rwkv_jax.nvidia import Gpu, ask_nvidia_smi, has_driver
 
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
@@ -129,6 +129,24 @@ def gather_facts(trial: Trial) -> Facts:
         precisions=tuple(trial.facts.get("precisions", ())),
         jax_says=trial.start_says,
     )
+
+
+def why_no_gpu() -> str:
+    """Why jax, which has started and uses the CPU, uses no NVIDIA GPU, and the way out.
+
+    Empty where there is no NVIDIA driver.
+    """
+    import jax
+
+    try:
+        jax.devices("cuda")
+        return ""
+    except RuntimeError as error:
+        says = str(error).splitlines()[0]
+    facts = gather_facts(Trial({"platform": "cpu"}, {}, says, says))
+    if not facts.gpus and not facts.driver_says and not has_driver():
+        return ""
+    return next(problems(facts), f"jax sees no GPU; it says: {says}")
 
 
 def problems(facts: Facts) -> Iterator[str]:

@@ -79,7 +79,9 @@ class ProgressLine:
             tell("compiling the step …")
 
     def show(self, step: int, loss: float, running: float, rate: float, norm: float) -> float:
-        """Shows that a step is done; returns the speed in tokens a second (0: not known yet).
+        """Shows that a step is done; returns its speed in tokens a second (0: not known yet).
+
+        What is shown is the speed over the last minute or so, what is returned that of this step.
 
         Args:
             running: mean loss of the miniepoch so far.
@@ -102,7 +104,8 @@ class ProgressLine:
         elif now - self._printed >= SECONDS_BETWEEN_LINES or done == self.last:
             tell(f"{text} {more}")
             self._printed = now
-        return pace * self.tokens
+        last_step, last = self._times[-2] if len(self._times) > 1 else (step, now)
+        return (step - last_step) / (now - last) * self.tokens if now > last else 0.0
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -217,7 +217,7 @@ class RWKV7(nnx.Module):
                 anew for the backward pass in any case. So a layer that is, say, gathered from other
                 devices is there while it is at work.
         """
-        x = self.ln0(_embed(self.emb.weight[...], tokens))
+        x = self.ln0(embed(self.emb.weight[...], tokens))
         if state is None:
             state = self.initial_state(tokens.shape[0])
         graphdef, split = nnx.split(self.blocks)
@@ -283,7 +283,7 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef:
 
 
 @jax.custom_vjp
-def _embed(weight: Array, tokens: Array) -> Array:
+def embed(weight: Array, tokens: Array) -> Array:
     """Rows of weight [V, C] for tokens [B, T]; their gradients are summed in float32.
 
     In bf16 the sum over a token that comes up a few hundred times is lost in its own rounding.
@@ -297,7 +297,7 @@ def _embed_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, No
     return total.astype(like.dtype), None
 
 
-_embed.defvjp(lambda weight, tokens: (_embed(weight, tokens), (tokens, weight)), _embed_backward)
+embed.defvjp(lambda weight, tokens: (embed(weight, tokens), (tokens, weight)), _embed_backward)
 
 
 def _normalize(x: Array, eps: float) -> Array:

@@ -132,7 +132,6 @@ OFFICIAL_OPTIONS: dict[str, OfficialOption] = {
     **_each("profiler", "kt/s and MFU are in the progress line"),
     **_each("sync_batchnorm", "the model has no batch norm"),
     **_each("benchmark", "it is cuDNN's; XLA chooses among its kernels itself"),
-    **_each("deterministic", "XLA_FLAGS=--xla_gpu_deterministic_ops=true asks XLA for it"),
     **_each("detect_anomaly", "a step that is not finite is skipped and reported"),
     **_each("amp_backend amp_level", "--precision decides it"),
     **_each("move_metrics_to_cpu", "the metrics of a step are always fetched"),

@@ -18,9 +18,9 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from pallas_kernels.gpu_targets import current_compute_capability
-from rwkv_jax import cost, distributed, plan, sharding, weights
+from rwkv_jax import cost, distributed, doctor, plan, sharding, weights
 from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
-from rwkv_jax.checkpoint import Checkpoints
+from rwkv_jax.checkpoint import Checkpoints, require_orbax
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.corpus import skipped_note
 from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> None:
         UserError: the options cannot be satisfied.
     """
     began = time.monotonic()
+    require_orbax()
     mesh = _choose_devices(config)
     if not config.data_file and not DEMO.is_file():
         raise UserError(
@@ -174,14 +175,12 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
         jax.config.update("jax_platforms", "cpu")
     mesh = sharding.make_mesh(config.devices, config.num_nodes, config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if on_cpu and config.accelerator != "cpu" and shutil.which("nvidia-smi"):
-        print(
-            "note: this machine has an NVIDIA driver, but jax has no CUDA: training on the CPU. "
-            "installing the extra cuda12 (or cuda13) changes that",
-            file=sys.stderr,
-        )
-    if on_cpu and config.accelerator == "gpu":
-        raise UserError("--accelerator gpu: jax sees no GPU; install the cuda12 or cuda13 extra")
+    if on_cpu and config.accelerator != "cpu":
+        why = doctor.why_no_gpu()
+        if config.accelerator == "gpu":
+            raise UserError(f"--accelerator gpu: {why or 'there is no NVIDIA driver here'}")
+        if why:
+            print(f"note: training on the CPU: {why}", file=sys.stderr)
     strategy = sharding.STRATEGIES.get(config.strategy)
     if mesh.size == 1 and strategy and not strategy.offload:
         print(
@@ -341,7 +340,7 @@ def main() -> None:
     config, notes = parse_train_options(sys.argv[1:])
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
-    prepare_jax()
+    prepare_jax(deterministic=config.deterministic == 1)
     with distributed.joined(config):
         train(config)
 

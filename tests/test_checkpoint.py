@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import jax
@@ -542,3 +543,21 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         Checkpoints(tmp_path).steps()
+
+
+def test_an_older_orbax_is_refused_by_name(monkeypatch):
+    """With 0.11 every save failed, and with it every restore: it has no such options."""
+    for version in ("0.11.33", "0.5.0"):
+        monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
+        with pytest.raises(UserError, match=f"^orbax-checkpoint {version} is installed.*>=0.12'$"):
+            checkpoint.require_orbax()
+    for version in ("0.12.0rc1", "0.12.8", "1.0"):
+        monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
+        checkpoint.require_orbax()
+
+
+def test_the_oldest_orbax_is_pyproject_s():
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    oldest = ".".join(map(str, checkpoint.OLDEST_ORBAX))
+    assert any(line.startswith(f"orbax-checkpoint>={oldest},") for line in wanted)

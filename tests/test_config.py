@@ -247,7 +247,7 @@ OUTCOMES = [
     ("precision", "bf16-true", None), ("enable_model_summary", "False", ""),
     ("num_sanity_val_steps", "0", ""), ("resume_from_checkpoint", "None", ""),
     ("resume_from_checkpoint", "last.ckpt", None), ("profiler", "simple", ""),
-    ("benchmark", "True", ""), ("deterministic", "warn", ""),
+    ("benchmark", "True", ""), ("deterministic", "warn", "deterministic=1"),
     ("reload_dataloaders_every_n_epochs", "0", ""), ("auto_lr_find", "False", ""),
     ("replace_sampler_ddp", "False", ""), ("detect_anomaly", "True", ""),
     ("auto_scale_batch_size", "False", ""), ("plugins", "None", ""), ("plugins", "mine", None),
@@ -301,6 +301,12 @@ def test_options_without_effect_are_one_line_and_may_lack_a_value():
     assert line.count("every model here is x070") == 1 and "--my_testing, --MODEL_TYPE (" in line
     assert set(re.findall(r"--(\w+)", line)) > {"sync_batchnorm", "benchmark", "max_epochs"}
     assert parse_train_options(["--enable_progress_bar"])[0].enable_progress_bar == "True"
+
+
+def test_a_switch_may_lack_its_value():
+    config, notes = parse_train_options(["--plot", "--deterministic", "--tensorboard", "false"])
+    assert (config.plot, config.deterministic, config.tensorboard, notes) == (1, 1, 0, [])
+    assert "--plot 2" in message("--plot", "2") and "warn" in message("--plot", "warn")
 
 
 def test_two_names_of_one_option_agree_or_are_refused():
@@ -497,6 +503,7 @@ def test_every_option_is_official_or_ours():
         "resume_anyway",
         "tensorboard",
         "plot",
+        "deterministic",
         "coordinator_address",
         "process_id",
         "mesh",

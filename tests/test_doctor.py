@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax import doctor, weights
+from rwkv_jax import doctor, train, weights
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.dataset import open_dataset
 from rwkv_jax.doctor import Facts, notes, problems
@@ -107,6 +107,45 @@ def test_each_trouble_is_said_in_one_line(facts, words):
     found = list(problems(facts))
     assert len(found) == 1 and re.search(words, found[0]), found
     assert "\n" not in found[0]
+
+
+def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
+    """What is said before a training that a GPU was there for."""
+    installed = dict(CUDA12)
+
+    def packages(name):
+        if name not in installed:
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", packages)
+    for variable in doctor.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    nvidia_smi("NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, 9.0")
+    hidden = "jax does not use the GPU; it says: Unknown backend cuda"
+    assert doctor.why_no_gpu().startswith(hidden)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.why_no_gpu().startswith("CUDA_VISIBLE_DEVICES='' hides every GPU")
+    del installed["jax-cuda12-plugin"]
+    assert "jax has no CUDA and runs on the CPU: pip install" in doctor.why_no_gpu()
+
+    train._choose_devices(TrainConfig())
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: training on the CPU: there is a GPU (NVIDIA H100 80GB HBM3), but")
+    with pytest.raises(UserError, match="^--accelerator gpu: there is a GPU"):
+        train._choose_devices(TrainConfig(accelerator="gpu"))
+    train._choose_devices(TrainConfig(accelerator="cpu"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_driver_without_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "has_driver", lambda: True)
+    assert doctor.why_no_gpu().startswith("jax sees no GPU; it says: Unknown backend cuda")
+    monkeypatch.setattr(doctor, "has_driver", lambda: False)
+    assert doctor.why_no_gpu() == ""
+    with pytest.raises(UserError, match="^--accelerator gpu: there is no NVIDIA driver here$"):
+        train._choose_devices(TrainConfig(accelerator="gpu"))
 
 
 def test_two_cudas_at_once():

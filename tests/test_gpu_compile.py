@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import deterministic
 from benchmarks.wkv7_compiled import DOCS, KERNELS, ROWS, compiled, line
 from pallas_kernels.gpu_targets import (
     GPU_TARGETS,
@@ -22,6 +23,7 @@ from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
 from rwkv_jax import plan
+from rwkv_jax.build import DETERMINISTIC
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.loss import head_loss
 
@@ -203,3 +205,14 @@ def test_the_loss_of_a_large_batch_and_its_gradients_stay_below_a_gigabyte():
     loss = jax.value_and_grad(head_loss, (0, 1))
     compiled = compile_for(GPU_TARGETS["h100"], loss, hidden, head, targets)
     assert compiled.executable.memory_analysis().peak_memory_in_bytes < 1e9
+
+
+def test_one_sum_of_a_step_has_no_order_and_the_flag_of_deterministic_gives_it_one():
+    options = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=64, micro_bsz=2)
+    with jax.numpy_dtype_promotion("standard"):
+        [name] = deterministic.unordered_sums(deterministic.step(options))
+    shape = 512, 64, 2, 64
+    gradients = {flags: deterministic.with_flags(flags, *shape) for flags in ("", DETERMINISTIC)}
+    [alone] = gradients[""]["unordered_sums"]
+    assert name.rpartition("/")[2] == alone.rpartition("/")[2] == "scatter-add"
+    assert gradients[DETERMINISTIC]["unordered_sums"] == []

@@ -136,7 +136,7 @@ def test_a_frequent_token_s_gradient_is_summed_in_float32():
         assert ours.dtype == jnp.bfloat16
         return np.linalg.norm(np.float64(ours) - exact, axis=1) / np.linalg.norm(exact, axis=1)[5]
 
-    assert (error(lambda w: model._embed(w, tokens[None])) < 0.003).all()
+    assert (error(lambda w: model.embed(w, tokens[None])) < 0.003).all()
     assert error(lambda w: jnp.take(w, tokens[None], axis=0))[5] > 0.03
 
 

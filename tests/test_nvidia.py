@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
+
 from rwkv_jax import build, nvidia
+from rwkv_jax.errors import UserError
 from rwkv_jax.nvidia import Gpu
 
 
@@ -26,7 +29,45 @@ def test_jax_leaves_a_gibibyte_or_a_twentieth(nvidia_smi, monkeypatch):
     """The largest card decides: beside it, there may be one that draws the desktop."""
     for cards, share in (((8192, 2048), 7 / 8), ((81559,), 0.95), ((0,), 0.95)):
         nvidia_smi("\n".join(f"NVIDIA Some, 580.1, {memory}, 1, 8.9" for memory in cards))
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # and back after the test
-        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+        set_variables(monkeypatch, NEW=None, OLD=None)
         build.prepare_jax()
-        assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == share
+        assert float(os.environ[NAMES["NEW"]]) == share and NAMES["OLD"] not in os.environ
+
+
+NAMES = {"NEW": "XLA_CLIENT_MEM_FRACTION", "OLD": "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+
+
+def set_variables(monkeypatch, **values: str | None) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(NAMES[name], value or "")  # and back after the test
+        if value is None:
+            monkeypatch.delenv(NAMES[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_user_s_share_of_memory_stays_under_either_name(name, monkeypatch, capsys):
+    """jax's CUDA plugin does not start where both are set."""
+    set_variables(monkeypatch, **{"NEW": None, "OLD": None, name: "0.5"})
+    build.prepare_jax()
+    present = {key: os.environ[key] for key in NAMES.values() if key in os.environ}
+    assert present == {NAMES[name]: "0.5"} and capsys.readouterr().err == ""
+
+
+def test_of_both_names_the_newer_counts(monkeypatch, capsys):
+    set_variables(monkeypatch, NEW="0.5", OLD="0.7")
+    build.prepare_jax()
+    assert os.environ[NAMES["NEW"]] == "0.5" and NAMES["OLD"] not in os.environ
+    assert capsys.readouterr().err == f"note: {NAMES['OLD']} has no effect beside {NAMES['NEW']}\n"
+
+
+@pytest.mark.parametrize("value", ["90%", "0", "-0.5", "nan"])
+def test_a_share_of_memory_is_a_number(value, monkeypatch):
+    set_variables(monkeypatch, NEW=None, OLD=value)
+    with pytest.raises(UserError, match=f"^XLA_PYTHON_CLIENT_MEM_FRACTION={value}: set a number"):
+        build.prepare_jax()
+
+
+def test_deterministic_adds_a_flag_to_the_user_s(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
+    build.prepare_jax(deterministic=True)
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x {build.DETERMINISTIC}"

@@ -243,7 +243,8 @@ def _backward(precision, saved, cotangents):
     # the sum over those before t.
     before_own_decay = da * c.a
     dg = dr * c.r - dk * c.k - db * c.b + before_own_decay
-    at_start = jnp.einsum("...vk,...vk->...k", states, dstates)[..., None, :]
+    # Exact, as the sums that it is compared with: most of it cancels.
+    at_start = jnp.einsum("...vk,...vk->...k", states, dstates, precision="highest")[..., None, :]
     dlog_decay = at_start - _sum_over_tokens(dg, -1) - before_own_decay
     closed = _split(jax.nn.sigmoid(-w.astype(dtype)), dy.shape[-2])  # 1 − gate, exactly
     dw = -DECAY_SCALE * dlog_decay * c.gate * closed
