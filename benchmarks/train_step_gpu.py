@@ -63,6 +63,7 @@ class Prepared(NamedTuple):
     batch: np.ndarray  # [1, B, T + 1] int32
     batch_sharding: jax.sharding.Sharding
     compile_s: float
+    from_disk: bool  # it had been compiled before
 
 
 def options_for(arguments: list[str], run: str) -> list[str]:
@@ -96,9 +97,13 @@ def prepare(arguments: list[str]) -> Prepared:
     )
     where = sharding.batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=where)
+    lowered = build_step(config, model, mesh, optimizer).lower(abstract, batch)
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     began = time.perf_counter()
-    compiled = build_step(config, model, mesh, optimizer).lower(abstract, batch).compile()
+    compiled = lowered.compile()
     compile_s = time.perf_counter() - began
+    from_disk = "/jax/compilation_cache/cache_hits" in events
 
     def make_state() -> TrainState:
         of_file, params = rwkv_jax.load_params(config.load_model)
@@ -108,7 +113,7 @@ def prepare(arguments: list[str]) -> Prepared:
         params = distributed.place(params, shardings)
         return TrainState(params, fresh_moments(optimizer, abstract))
 
-    return Prepared(compiled, config, model, make_state, tokens, where, compile_s)
+    return Prepared(compiled, config, model, make_state, tokens, where, compile_s, from_disk)
 
 
 def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, Any]:
@@ -116,7 +121,11 @@ def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, A
     prepared = prepare(arguments)
     config, model = prepared.config, prepared.model
     device = jax.devices()[0]
-    row: dict[str, Any] = {"precision": config.precision, "compile_s": prepared.compile_s}
+    row: dict[str, Any] = {
+        "precision": config.precision,
+        "compile_s": prepared.compile_s,
+        "from_disk": prepared.from_disk,
+    }
     if compile_only:
         return row
     state, batch = prepared.make_state(), jax.device_put(prepared.batch, prepared.batch_sharding)
