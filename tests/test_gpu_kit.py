@@ -78,24 +78,19 @@ def test_everything_that_a_gpu_is_asked_is_rehearsed(clone, tmp_path):
     assert all(row["seconds"] <= row["limit"] for row in summary["stages"])
     assert summary["rehearsal"] is True and summary["device_kind"] == "cpu"
     tests = summary["suite"]
-    assert tests["passed"] == tests["all"] > 5 and not tests["failures"]
+    assert tests["passed"] == tests["all"] > 4 and not tests["failures"]
     log = (out / "log.txt").read_text("utf-8")
     for row in summary["stages"]:
         assert f"===== {row['stage']}\n" in log and row["stage"] in said
 
-    step = load(out, "train_step")
-    assert [(row["micro_bsz"], row["grad_cp"]) for row in step["rows"]] == [(1, 1), (1, 2)]
-    # The first is compiled alone; the others are found where `compile` has left them.
-    assert [row["from_disk"] for row in step["rows"]] == [False, True]
-    for row in [*step["rows"], step["command"]]:
-        assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(32)
-        assert 0 < row["loss"] < 12 and row["steps"] >= 3
-    # Recomputation changes no number but by rounding; the batch is the same.
-    first, second = step["rows"]
-    assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
-    assert first["batch_sha256"] == second["batch_sha256"]
+    step = load(out, "train_step_cpu")
+    [row], command = step["rows"], step["command"]
+    assert (row["micro_bsz"], row["grad_cp"], row["from_disk"]) == (1, 1, True)
+    for each in (row, command):
+        assert each["tokens_per_s"] * each["ms"] / 1e3 == pytest.approx(32)
+        assert 0 < each["loss"] < 12 and each["steps"] >= 3
 
-    profile = load(out, "profile")
+    profile = load(out, "profile_cpu")
     kernels, parts = profile["kernels"], profile["parts"]
     assert sum(row["share"] for row in kernels) == pytest.approx(1)
     assert 0 < profile["busy_share"] <= 1 and profile["steps"] == 5
@@ -104,10 +99,8 @@ def test_everything_that_a_gpu_is_asked_is_rehearsed(clone, tmp_path):
         assert ms == pytest.approx(sum(of_part))
         assert (ms > 0) == (name not in ("collectives",)), name
 
-    assert {row["pass"] for row in load(out, "wkv7")["rows"] if "ms" in row} == {
-        "forward",
-        "forward_backward",
-    }
+    timed = [row["pass"] for row in load(out, "wkv7_cpu")["rows"] if "ms" in row]
+    assert timed == ["forward", "forward_backward"]
 
 
 # A kit of quick stages in the place of the real ones.
