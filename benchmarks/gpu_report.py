@@ -242,7 +242,7 @@ class Report:
         self.scale = max(1.0, limit / sum(stage.limit for stage in stages if not stage.beside))
         self.log = kit.output / LOG
         self.summary = machine.record("gpu_report") | {"rehearsal": kit.rehearse}
-        self.rows = {
+        self.rows: dict[str, dict[str, Any]] = {
             stage.name: {"stage": stage.name, "status": "not begun"} for stage in self.stages
         }
         self.write()
@@ -274,8 +274,8 @@ class Report:
                 if not stage.beside:
                     with self.log.open("a", encoding="utf-8") as log:
                         log.write(f"\n===== {stage.name}\n")
-                log = self.kit.scratch / f"{stage.name}.txt" if stage.beside else self.log
-                under_way.insert(0, Running(stage, self.kit, limit, log))
+                path = self.kit.scratch / f"{stage.name}.txt" if stage.beside else self.log
+                under_way.insert(0, Running(stage, self.kit, limit, path))
                 while under_way and not stage.beside:
                     under_way[0].finish()
                     self.note(under_way.pop(0))
@@ -308,8 +308,12 @@ class Report:
             status = f"failed with status {running.status}" if running.status else "passed"
         text = running.text()
         lines = text.strip().splitlines() or [""]
-        row |= {"status": status, "seconds": round(running.seconds, 1)}
-        row |= {"limit": round(running.limit, 1), "last_line": lines[-1][:300]}
+        row |= {
+            "status": status,
+            "seconds": round(running.seconds, 1),
+            "limit": round(running.limit, 1),
+            "last_line": lines[-1][:300],
+        }
         if running.stage.beside:
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(f"\n===== {name}\n{text}")
@@ -331,6 +335,8 @@ class Report:
             print(f"  {name:>10}  {path}")
         if tests := self.summary.get("suite"):
             print(f"  {tests['passed']} tests passed, {tests['failed']} failed, of {tests['all']}")
+            if tests["cuda_errors"]:
+                print(f"  {tests['cuda_errors']} lines speak of CUDA errors")
             for name in tests["failures"]:
                 print(f"    {name}")
         if clocks := self.summary.get("clocks"):
@@ -390,6 +396,8 @@ def count_tests(text: str) -> dict[str, Any]:
         "passed": len(of.get("PASSED", [])),
         "failed": len(failures),
         "failures": failures,
+        # After an illegal access all else fails in that process: read its first failure.
+        "cuda_errors": len(re.findall(r"CUDA_ERROR|illegal memory", text)),
         "closing_line": (re.findall(r"^=+ (.*) =+$", text, re.M) or [""])[-1],
     }
 

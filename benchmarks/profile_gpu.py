@@ -78,18 +78,18 @@ def part_of(name: str, scope: str) -> str:
     raise AssertionError("the last part takes everything")
 
 
-def lines_of(data: ProfileData) -> Iterator[list[Event]]:
+def lines_of(data: ProfileData, on_gpu: bool) -> Iterator[list[Event]]:
     """What ran on each stream of the GPUs; of a CPU's thread, the operations of programs."""
-    planes = list(data.planes)
-    gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in gpus or [plane for plane in planes if plane.name.startswith("/host:CPU")]:
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU" if on_gpu else "/host:CPU"):
+            continue
         for line in plane.lines:
-            if gpus and not line.name.startswith("Stream"):
+            if on_gpu and not line.name.startswith("Stream"):
                 continue  # made from the streams
             events = []
             for event in line.events:
                 stats = dict(event.stats)
-                if gpus or "hlo_op" in stats:
+                if on_gpu or "hlo_op" in stats:
                     end = event.start_ns + event.duration_ns
                     hlo_op = str(stats.get("hlo_op", ""))
                     events.append(Event(event.name, hlo_op, event.start_ns, end))
@@ -109,16 +109,21 @@ def own_times(line: Iterable[Event]) -> Iterator[tuple[Event, float]]:
         yield tuple(open_.pop())
 
 
-def summarise(data: ProfileData, scope_of: dict[str, str], steps: int) -> dict[str, Any]:
+def summarise(
+    data: ProfileData, scope_of: dict[str, str], steps: int, on_gpu: bool
+) -> dict[str, Any]:
     """Parts and kernels of a trace, in milliseconds a step; the longest kernels first.
 
+    Args:
+        scope_of: of `scopes`.
+        on_gpu: else the host's operations are taken for kernels.
     Raises:
-        UserError: nothing that a device ran is in it.
+        UserError: nothing that the device ran is in it.
     """
-    time_of: dict[tuple[str, str], float] = collections.Counter()
-    calls: dict[tuple[str, str], int] = collections.Counter()
+    time_of: dict[tuple[str, str], float] = collections.defaultdict(float)
+    calls: dict[tuple[str, str], int] = collections.defaultdict(int)
     spans = []
-    for line in lines_of(data):
+    for line in lines_of(data, on_gpu):
         for event, own in own_times(line):
             name = event.name.strip()
             scope = scope_of.get(event.hlo_op) or scope_of.get(name, "")
@@ -128,7 +133,7 @@ def summarise(data: ProfileData, scope_of: dict[str, str], steps: int) -> dict[s
             spans.append((event.start, event.end))
     total = sum(time_of.values())
     if not total:
-        raise UserError("the profiler gave a trace in which no device ran anything")
+        raise UserError("the profiler gave a trace in which no device ran anything: is CUPTI here?")
     busy, end = 0.0, 0.0
     for start, stop in sorted(spans):
         busy += max(0.0, stop - max(start, end))
@@ -221,7 +226,8 @@ def main() -> None:
         if options.trace:
             with path.open("rb") as source, gzip.open(options.trace, "wb", 6) as target:
                 shutil.copyfileobj(source, target)
-        summary = summarise(ProfileData.from_file(str(path)), scopes(hlo), STEPS)
+        data = ProfileData.from_file(str(path))
+        summary = summarise(data, scopes(hlo), STEPS, device.platform == "gpu")
     result = machine.record("profile") | {
         "device_kind": device.device_kind,
         "on_gpu": device.platform == "gpu",

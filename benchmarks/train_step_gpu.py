@@ -45,7 +45,7 @@ from rwkv_jax.errors import CommandParser, UserError, last_words, one_line, run_
 from rwkv_jax.optimizer import learning_rate, make_optimizer
 from rwkv_jax.schedule import make_schedule
 from rwkv_jax.start import write_init
-from rwkv_jax.step import TrainState, abstract_state, fresh_moments
+from rwkv_jax.step import TrainState, abstract_state, fresh_moments, programs
 from rwkv_jax.step_log import STEP_LOG, read_step_log
 
 GROUP = 5  # steps that are dispatched before one is waited for
@@ -78,12 +78,12 @@ def options_for(arguments: list[str], run: str) -> list[str]:
     return [*arguments, "--micro_bsz", micro_bsz, "--grad_cp", grad_cp]
 
 
-def model_of(arguments: list[str]) -> ModelConfig:
-    return parse_train_options(arguments)[0].model_config()
-
-
 def prepare(arguments: list[str]) -> Prepared:
-    """Compiles the step that train's options mean, for the first device."""
+    """Compiles the step that train's options mean, for the first device.
+
+    Raises:
+        UserError: it is none that can be compiled as one program.
+    """
     config, _ = parse_train_options(arguments)
     on_gpu = jax.default_backend() == "gpu"
     config = decide(config, on_gpu, current_compute_capability() if on_gpu else None)
@@ -97,7 +97,10 @@ def prepare(arguments: list[str]) -> Prepared:
     )
     where = sharding.batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=where)
-    lowered = build_step(config, model, mesh, optimizer).lower(abstract, batch)
+    if sharding.STRATEGIES[config.strategy].offload:
+        raise UserError(f"--strategy {config.strategy}: a step is one program here; give another")
+    [program] = programs(build_step(config, model, mesh, optimizer), abstract, batch)
+    lowered = program.function.lower(*program.arguments)
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     began = time.perf_counter()
@@ -159,12 +162,13 @@ def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, A
 
 def in_this_process(pipe: Connection, *arguments: Any) -> None:
     """Sends the row of `measure`, with the device's name, or with what went wrong."""
+    row: dict[str, Any] = {}
     try:
         prepare_jax()
-        row = {"device_kind": jax.devices()[0].device_kind}
+        row["device_kind"] = jax.devices()[0].device_kind
         row |= measure(*arguments)
     except Exception as error:
-        row = {"error": one_line(last_words(error)[0].removeprefix("error: "))}
+        row["error"] = one_line(last_words(error)[0].removeprefix("error: "))
     pipe.send(row)
 
 

@@ -134,8 +134,8 @@ gpu_report.run_command(gpu_report.main)
 def begin(tmp_path: Path, stages: str, *arguments: str) -> subprocess.Popen:
     code = DRIVER.replace("STAGES]", f"{stages}]")
     command = [sys.executable, "-c", code, "--output", str(tmp_path / "out"), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
 
 
 def statuses(tmp_path: Path) -> dict[str, str]:
@@ -312,7 +312,7 @@ created: 10/10 workers
 [gw0] [  1%] PASSED tests/test_wkv7.py::TestXla::test_one
 [gw1] [  1%] FAILED tests/test_wkv7.py::TestXla::test_two[a-b]
 [gw1] [  2%] SKIPPED tests/test_wkv7.py::test_three
-FAILED tests/test_wkv7.py::TestXla::test_two[a-b] - AssertionError
+FAILED tests/test_wkv7.py::TestXla::test_two[a-b] - CUDA_ERROR_ILLEGAL_ADDRESS
 !!!!!!!!!!!!!!! KeyboardInterrupt !!!!!!!!!!!!!!!
 =========== 1 failed, 1 passed, 1 skipped in 2.00s ===========
 """
@@ -324,6 +324,7 @@ def test_tests_are_counted_where_the_suite_was_stopped():
         "passed": 1,
         "failed": 1,
         "failures": ["tests/test_wkv7.py::TestXla::test_two[a-b]"],
+        "cuda_errors": 1,
         "closing_line": "1 failed, 1 passed, 1 skipped in 2.00s",
     }
     assert gpu_report.count_tests("")["all"] == 0
@@ -396,6 +397,12 @@ def test_a_command_that_ends_early_is_a_row(monkeypatch, tmp_path):
     assert row["error"] == "it printed nothing" and row["micro_bsz"] == 1
 
 
+def test_refuses_a_step_that_is_several_programs():
+    strategy = ["--strategy", "deepspeed_stage_2_offload", "--my_exit_tokens", "1e9"]
+    with pytest.raises(UserError, match="--strategy deepspeed_stage_2_offload"):
+        train_step_gpu.prepare([*TINY, *strategy, "--micro_bsz", "1", "--grad_cp", "0"])
+
+
 @pytest.mark.parametrize("run", ["8", "8/x", "/1"])
 def test_refuses_runs_that_are_none(run):
     with pytest.raises(UserError, match="micro_bsz/grad_cp"):
@@ -448,7 +455,7 @@ def trace_of(streams: dict[str, list[tuple[str, str, int, int]]]) -> ProfileData
 # Of jaxlib's types.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_a_gpus_kernels_are_told_apart_by_what_they_compute():
-    found = profile_gpu.summarise(trace_of(STREAMS), profile_gpu.scopes(HLO), steps=5)
+    found = profile_gpu.summarise(trace_of(STREAMS), profile_gpu.scopes(HLO), 5, on_gpu=True)
     assert {name: pytest.approx(1e3 * 5 * ms) for name, ms in found["parts"].items()} == {
         "wkv7": 40,
         "loss_and_head": 20,
@@ -500,4 +507,4 @@ def test_no_trace_is_said_in_a_line(tmp_path):
     with pytest.raises(UserError, match="left no trace"):
         profile_gpu.read(tmp_path)
     with pytest.raises(UserError, match="no device ran anything"):
-        profile_gpu.summarise(trace_of({"XLA Ops": [("a", "", 0, 1)]}), {}, 5)
+        profile_gpu.summarise(trace_of({"XLA Ops": [("a", "", 0, 1)]}), {}, 5, on_gpu=True)
