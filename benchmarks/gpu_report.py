@@ -183,6 +183,21 @@ STAGES = [
 ]
 
 
+@contextlib.contextmanager
+def signals_waiting() -> Iterator[None]:
+    """Inside, a signal that ends this process waits: no stage is begun, or left, without notice."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 class Running:
     """A stage's process, begun; what it prints goes to the end of `log`."""
 
@@ -275,7 +290,8 @@ class Report:
                     with self.log.open("a", encoding="utf-8") as log:
                         log.write(f"\n===== {stage.name}\n")
                 path = self.kit.scratch / f"{stage.name}.txt" if stage.beside else self.log
-                under_way.insert(0, Running(stage, self.kit, limit, path))
+                with signals_waiting():
+                    under_way.insert(0, Running(stage, self.kit, limit, path))
                 while under_way and not stage.beside:
                     under_way[0].finish()
                     self.note(under_way.pop(0))
@@ -284,9 +300,10 @@ class Report:
                 if stage.name == "machine":
                     self.check_machine()
         except BaseException:
-            for running in under_way:
-                running.close()
-                self.note(running, "interrupted")
+            with signals_waiting():
+                for running in under_way:
+                    running.close()
+                    self.note(running, "interrupted")
             raise
         return all(row["status"] == "passed" for row in self.rows.values())
 

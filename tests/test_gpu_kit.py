@@ -131,8 +131,8 @@ gpu_report.run_command(gpu_report.main)
 """
 
 
-def begin(tmp_path: Path, stages: str, *arguments: str) -> subprocess.Popen:
-    code = DRIVER.replace("STAGES]", f"{stages}]")
+def begin(tmp_path: Path, stages: str, *arguments: str, before: str = "") -> subprocess.Popen:
+    code = before + DRIVER.replace("STAGES]", f"{stages}]")
     command = [sys.executable, "-c", code, "--output", str(tmp_path / "out"), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
@@ -207,6 +207,25 @@ def test_what_was_found_is_there_after_a_signal(tmp_path, number):
     }
     assert re.search(r"slow +interrupted\n +next +not begun", said)
     assert ends(int(re.findall(r"^\d+$", log.read_text().split("== slow")[1], re.M)[0]))
+
+
+SIGNALLED = """
+import os, signal, subprocess
+real = subprocess.Popen.__init__
+def popen(process, command, **options):
+    real(process, command, **options)
+    if "600" in command[-1]:
+        os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen.__init__ = popen
+"""
+
+
+def test_a_stage_that_is_just_beginning_is_ended_by_a_signal(tmp_path):
+    """The signal comes when the process is there, and nobody has noted it yet."""
+    process = begin(tmp_path, 'Stage("slow", python(SLOW), 20)', before=SIGNALLED)
+    _, complaint = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, complaint
+    assert statuses(tmp_path)["slow"] == "interrupted"
 
 
 @pytest.mark.parametrize("names", [["suite", "wkv7"], None])
