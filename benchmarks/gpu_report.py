@@ -140,9 +140,8 @@ def profile(kit: Kit) -> list[str]:
 
 
 def rivals(kit: Kit) -> list[str]:
-    return module(
-        "benchmarks.rivals_gpu", "--json", kit.record("rivals"), "--official", str(kit.rivals)
-    )
+    official = ["--official", str(kit.rivals)] if kit.rivals else []
+    return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *official)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -494,7 +493,10 @@ def main() -> None:
     defaults = [stage.name for stage in STAGES if stage.name != "rivals"]
     parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR")
     parser.add_argument(
-        "--stages", nargs="+", metavar="STAGE", help=f"some of {', '.join(defaults)} (default all)"
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help=f"some of {', '.join(defaults)} (default all of these), rivals",
     )
     parser.add_argument(
         "--limit",

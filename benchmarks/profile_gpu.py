@@ -5,7 +5,8 @@
 Five steps, after a warm-up, under jax's profiler. The step is that of `train_step_gpu`; all other
 options are those of `python -m rwkv_jax.train`. Parts (`PARTS`) are told apart by the named scope
 of what a kernel computes, which the compiled program has for each of its instructions, else by the
-kernel's name. Milliseconds are a step's; kernels that overlap count in full.
+kernel's name: of a product in a CUDA graph the profiler may not say what it is part of.
+Milliseconds are a step's; kernels that overlap count in full.
 
 On a CPU everything runs in the same way, with the operations on the host as kernels.
 """
@@ -184,7 +185,7 @@ def trace(arguments: list[str], folder: Path) -> tuple[str, float]:
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - began) / STEPS
     jax.profiler.stop_trace()
-    return prepared.run.as_text(), seconds
+    return prepared.run.as_text() or "", seconds  # not every program from disk has it
 
 
 def read(folder: Path) -> Path:
