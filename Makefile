@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SIZE ?=
 ARGS ?=
+OUT ?= out/gpu
 BIN = $(VENV)/bin
 
 # jax's CUDA plugin by the driver that is here: cuda13 for drivers from 580 on, cuda12 before, none
@@ -16,7 +17,12 @@ comma := ,
 # The stamps hold what they were made for: when a driver comes or goes, what is installed follows.
 INSTALLED = $(VENV)/.installed-$(or $(CUDA),cpu)
 
-.PHONY: train test gpu-test lint docs clean
+# With SETUP=0 the gpu- targets install nothing and run under PYTHON, as it is.
+SETUP ?= 1
+PY = $(if $(filter 0,$(SETUP)),$(PYTHON),$(BIN)/python)
+SET_UP = $(if $(filter 0,$(SETUP)),,$(INSTALLED)-dev)
+
+.PHONY: train test gpu-test gpu-report lint docs clean
 
 # On a CPU, large pages under XLA's buffers save a tenth of a step (glibc; ignored elsewhere).
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -26,11 +32,13 @@ train: $(INSTALLED)
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# On a machine with a GPU: the kernels' suite on the real kernels, and their benchmark. The suite's
-# many programs run once: XLA need not search for the fastest of their products.
-gpu-test: $(INSTALLED)-dev
-	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 $(BIN)/python -m pytest -n 4 tests/test_wkv7.py tests/test_wkv7_pallas.py
-	$(BIN)/python -m pallas_kernels.wkv7.bench
+# On a machine with a GPU, each stage under a limit, with what was found in OUT whatever happens: the
+# kernels' suite and their benchmark; all that a GPU is asked, in nine minutes.
+gpu-test: $(SET_UP)
+	$(PY) -m benchmarks.gpu_report --stages suite wkv7 --limit 480 --output $(OUT) $(ARGS)
+
+gpu-report: $(SET_UP)
+	$(PY) -m benchmarks.gpu_report --output $(OUT) $(ARGS)
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check .

@@ -42,7 +42,8 @@ def head_loss(
         chunk = max(1, AUTO_CHUNK_BYTES // (4 * head.shape[0]))
     chunk = min(chunk, targets.size)
     hidden = hidden.reshape(targets.size, -1)
-    return _head_loss(hidden, head, targets.reshape(-1), jnp.asarray(scale, jnp.float32), chunk)
+    with jax.named_scope("head_loss"):
+        return _head_loss(hidden, head, targets.reshape(-1), jnp.asarray(scale, jnp.float32), chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -178,10 +178,11 @@ def make_step(
     def update(state: TrainState, grads: Params, metrics: Metrics) -> TrainState:
         """Element by element, so that a part of the tree's tensors can be updated alone."""
         norm, skip = metrics.grad_norm, metrics.skipped
-        updates, opt_state = optimizer.update(
-            _wide(grads), state.opt_state, state.params, norm=norm, skip=skip
-        )
-        params = jax.tree.map(lambda p, u: jnp.where(skip, p, p + u), state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(
+                _wide(grads), state.opt_state, state.params, norm=norm, skip=skip
+            )
+            params = jax.tree.map(lambda p, u: jnp.where(skip, p, p + u), state.params, updates)
         return TrainState(params, opt_state)
 
     if strategy.offload:

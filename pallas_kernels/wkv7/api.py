@@ -67,7 +67,8 @@ def wkv7(
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
     run = _load(implementation or choose(v)[0])
-    y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
+    with jax.named_scope("wkv7"):
+        y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
 

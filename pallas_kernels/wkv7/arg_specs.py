@@ -13,9 +13,10 @@ class ArgSpec(NamedTuple):
 
 
 ARG_SPECS = {
+    # What others publish their times for, and a 7.2b model has: the first to be timed.
+    "7.2b_micro_batch_8": ArgSpec(8, 4096, 64),
     "0.1b_micro_batch_8": ArgSpec(8, 4096, 12),
     "0.1b_micro_batch_16": ArgSpec(16, 4096, 12),
-    "7.2b_micro_batch_8": ArgSpec(8, 4096, 64),
     "0.1b_short": ArgSpec(1, 512, 12),
     "0.1b_long_context": ArgSpec(1, 65536, 12),
 }
