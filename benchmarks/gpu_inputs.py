@@ -1,0 +1,43 @@
+"""Seeded inputs of the GPU benchmarks, made by numpy alone: the same bits for every framework."""
+
+import hashlib
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.wkv7.arg_specs import ArgSpec
+
+
+def tokens(seed: int, batch: int, ctx_len: int, vocab: int) -> np.ndarray:
+    """A batch for training steps: int32 [batch, ctx_len + 1], uniform over the vocabulary."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, ctx_len + 1), np.int32)
+
+
+def wkv7_inputs(spec: ArgSpec, seed: int) -> dict[str, np.ndarray]:
+    """r, w, k, v, a, b and the gradient dy of the output, bfloat16 [B,T,H,N] each.
+
+    As RWKV-7 has them: w is the raw logit of a slow decay, −a a unit vector, b a part of it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal() -> np.ndarray:
+        return rng.standard_normal(tuple(spec), np.float32)
+
+    kk = normal()
+    kk /= np.linalg.norm(kk, axis=-1, keepdims=True)
+    made = {"a": (-kk).astype(ml_dtypes.bfloat16)}
+    kk /= 1 + np.exp(-normal())
+    made["b"] = kk.astype(ml_dtypes.bfloat16)
+    made["w"] = (normal() - 4).astype(ml_dtypes.bfloat16)
+    made |= {name: normal().astype(ml_dtypes.bfloat16) for name in ("r", "k", "v", "dy")}
+    return {name: made[name] for name in ("r", "w", "k", "v", "a", "b", "dy")}
+
+
+def sha256(arrays: Iterable[np.ndarray]) -> str:
+    """Of the arrays' dtypes, shapes and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.name} {array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
