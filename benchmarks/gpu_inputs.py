@@ -6,7 +6,27 @@ from collections.abc import Iterable
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.wkv7.arg_specs import ArgSpec
+from pallas_kernels.wkv7.api import HEAD_SIZES
+from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from rwkv_jax.errors import UserError
+
+
+def shape(text: str) -> tuple[str, ArgSpec]:
+    """A name in `ARG_SPECS`, or B,T,H,N: what a command is given, and the shape.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text in ARG_SPECS:
+        return text, ARG_SPECS[text]
+    words = text.split(",")
+    if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
+        known = ", ".join(ARG_SPECS)
+        raise UserError(f"--shapes {text}: is neither B,T,H,N nor one of {known}")
+    spec = ArgSpec(*map(int, words))
+    if spec.size not in HEAD_SIZES:
+        raise UserError(f"--shapes {text}: heads are of {', '.join(map(str, HEAD_SIZES))}")
+    return text, spec
 
 
 def tokens(seed: int, batch: int, ctx_len: int, vocab: int) -> np.ndarray:
