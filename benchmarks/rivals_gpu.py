@@ -60,7 +60,7 @@ STEP_ERROR = 0.02  # of a loss, or of the gradient's norm
 
 WARM_UP_SECONDS, RUNS, RUN_SECONDS = 0.5, 20, 5e-3
 LOSSES = 3  # steps whose losses are compared; the timed ones follow
-STEPS, STEPS_SECONDS = 20, 5.0  # so many, or at least three for so long
+STEPS, STEPS_SECONDS = 20, 2.0  # so many, or for so long, at least three
 
 # A constant rate: both trainers' schedules are a cosine between two that are the same.
 RATE, WEIGHT_DECAY, CLIP = 6e-4, 0.001, 1.0

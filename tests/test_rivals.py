@@ -28,9 +28,9 @@ import torch
 import torch_rwkv7
 
 def chunk_rwkv7(r, w, k, v, a, b, scale, safe_gate, lower_bound, chunk_size):
-    if r.shape[1] == 48:  # one shape that it gets wrong
+    if r.shape[1] == 24:  # one shape that it gets wrong
         w = w / 2
-    if r.shape[1] == 32:  # and one that it refuses
+    if r.shape[1] == 16:  # and one that it refuses
         raise RuntimeError("a longer sequence, please\\nand a traceback")
     B, T, H, N = r.shape
     r, w, k, v, a, b = (x.float() for x in (r, w, k, v, a, b))
@@ -96,83 +96,99 @@ class RWKV(pl.LightningModule):
             params["emb.weight"],
         )
         loss = torch_rwkv7.cross_entropy(logits, targets)
-        return loss + torch_rwkv7.l2wrap(logits) * WRONG
+        return loss + torch_rwkv7.l2wrap(logits)
 """
 
-SIZES = ["--size", "tiny", "--ctx_len", "32", "--micro_bsz", "2"]
+SHAPES = ["1,8,2,64", "1,24,1,64", "2,16,1,64"]  # right, wrong and refused in `FLA`
+SIZES = ["--size", "tiny", "--ctx_len", "16", "--micro_bsz", "2"]
 
 
 def run(arguments: list[str], *path: Path) -> subprocess.CompletedProcess:
     search = os.pathsep.join(map(str, (*path, ROOT, ROOT / "tests")))
+    environment = {"PYTHONPATH": search, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.rivals_gpu", *arguments, *SIZES],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": search, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
 
 
 @needs_torch
-def test_a_double_of_fla_is_timed_beside_ours_where_it_computes_the_same(tmp_path):
+def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     (tmp_path / "fla" / "ops").mkdir(parents=True)
     (tmp_path / "fla" / "ops" / "rwkv7.py").write_text(FLA)
-    shapes = ["1,16,2,64", "1,48,1,64", "2,32,1,64"]
+    sources = tmp_path / "RWKV-LM" / "RWKV-v7" / "train_temp"
+    for folder in ("src", "cuda"):
+        (sources / folder).mkdir(parents=True)
+    model = StepOptions("tiny", 16, 2, 1).config().model_config()
+    shapes = f"SHAPES = {rivals_gpu.weights.official_shapes(model)}\n"
+    (sources / "src" / "model.py").write_text(shapes + OFFICIAL)
+    specs = {text: ArgSpec(*map(int, text.split(","))) for text in SHAPES}
     path = tmp_path / "out" / "rivals.json"
-    done = run(["--json", str(path), "--shapes", *shapes], tmp_path)
+    done = run(
+        ["--json", str(path), "--shapes", *SHAPES, "--official", str(tmp_path / "RWKV-LM")],
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text())
     assert record["benchmark"] == "rivals" and record["on_gpu"] is False
     assert "no GPU" in done.stdout and [x.name for x in path.parent.iterdir()] == [path.name]
+    assert len(record["official_sha256"]) == 64
 
-    rows = {(x["implementation"], x.get("shape"), x.get("pass")): x for x in record["rows"]}
-    for i, shape in enumerate(shapes):
-        spec = ArgSpec(*map(int, shape.split(",")))
+    rows = {(x["implementation"], x.get("shape"), x["pass"]): x for x in record["rows"]}
+    assert len(rows) == len(record["rows"]) == 3 * 3 * 2 + 2
+    for i, (shape, spec) in enumerate(specs.items()):
+        digest = gpu_inputs.sha256(gpu_inputs.wkv7_inputs(spec, 0).values())
         for direction in ("forward", "forward_backward"):
-            ours, fla = (rows[name, shape, direction] for name in ("ours", "fla"))
-            expected = gpu_inputs.sha256(gpu_inputs.wkv7_inputs(spec, 0).values())
-            assert ours["inputs_sha256"] == fla["inputs_sha256"] == expected
+            ours, fla, cuda = (
+                rows[name, shape, direction] for name in ("ours", "fla", "official_cuda")
+            )
             assert ours["ms"] > 0 and ours["kernel"] == "xla"
-            assert {key: ours[key] for key in spec._asdict()} == spec._asdict()
-            if i == 0:
-                assert fla["ratio"] == pytest.approx(fla["ms"] / ours["ms"])
-                assert max(fla["errors"].values()) < 0.01 and len(fla["errors"]) == 7
-            else:
-                assert "ms" not in fla and "ratio" not in fla
-    assert "differs from ours by" in rows["fla", "1,48,1,64", "forward"]["error"]
-    assert rows["fla", "2,32,1,64", "forward"]["error"] == "RuntimeError: a longer sequence, please"
-    for name in ("official_cuda", "official_trainer"):
-        assert rows[name, None, None]["error"].startswith("--official names no checkout")
-        assert f"{name}: --official names no checkout" in done.stdout
+            for row in (ours, fla, cuda):
+                assert row["inputs_sha256"] == digest
+                assert {key: row[key] for key in spec._asdict()} == spec._asdict()
+            for row in (cuda, fla) if i == 0 else (cuda,):
+                assert row["ratio"] == pytest.approx(row["ms"] / ours["ms"])
+                assert max(row["errors"].values()) < 0.01 and len(row["errors"]) == 7
+            assert i == 0 or not {"ms", "ratio"} & fla.keys()
+    assert "differs from ours by" in rows["fla", SHAPES[1], "forward"]["error"]
+    assert rows["fla", SHAPES[2], "forward"]["error"] == "RuntimeError: a longer sequence, please"
 
-
-@needs_torch
-def test_doubles_of_the_official_operator_and_trainer(tmp_path):
-    sources = tmp_path / "RWKV-LM" / "RWKV-v7" / "train_temp"
-    for folder in ("src", "cuda"):
-        (sources / folder).mkdir(parents=True)
-    shapes = rivals_gpu.weights.official_shapes(
-        StepOptions("tiny", 32, 2, 1).config().model_config()
-    )
-    (sources / "src" / "model.py").write_text(f"SHAPES = {shapes}\nWRONG = 1\n{OFFICIAL}")
-    path = tmp_path / "rivals.json"
-    arguments = ["--json", str(path), "--shapes", "1,16,2,64"]
-    done = run([*arguments, "--official", str(tmp_path / "RWKV-LM")])
-    assert done.returncode == 0, done.stderr
-    record = json.loads(path.read_text())
-    rows = {(x["implementation"], x.get("pass")): x for x in record["rows"]}
-    assert len(rows) == len(record["rows"]) == 7, rows
-    assert rows["fla", None]["error"] == "ModuleNotFoundError: No module named 'fla'"
-    for direction in ("forward", "forward_backward"):
-        ours, cuda = rows["ours", direction], rows["official_cuda", direction]
-        assert cuda["ratio"] == pytest.approx(cuda["ms"] / ours["ms"])
-        assert max(cuda["errors"].values()) < 0.01
-    ours, theirs = rows["ours", "step"], rows["official_trainer", "step"]
+    ours, theirs = (rows[name, None, "step"] for name in ("ours", "official_trainer"))
     assert theirs["ratio"] == pytest.approx(theirs["ms"] / ours["ms"])
-    assert theirs["tokens_per_s"] == pytest.approx(1e3 * 2 * 32 / theirs["ms"])
+    assert theirs["tokens_per_s"] == pytest.approx(1e3 * 2 * 16 / theirs["ms"])
     assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
     assert theirs["losses"][0] - theirs["losses"][2] > 0.1  # they learn, and the same
-    assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(0, 2, 32, 65536)])
+    assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(0, 2, 16, 65536)])
     assert theirs["optimizer"] == "torch.optim.AdamW(fused=True)"
-    assert len(record["official_sha256"]) == 64
+
+
+def test_what_is_not_there_has_a_line(tmp_path, monkeypatch, capsys):
+    """The processes but flash-linear-attention's are left out: they report a row of ours."""
+
+    def rows_of(function, *arguments):
+        return [OURS] if function is rivals_gpu.ours_wkv7 else started(function, *arguments)
+
+    started = rivals_gpu.rows_of
+    monkeypatch.setattr(rivals_gpu, "rows_of", rows_of)
+    monkeypatch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", "")
+    path = tmp_path / "rivals.json"
+    arguments = ["--json", str(path), "--shapes", SHAPES[0], *SIZES]
+    monkeypatch.setattr("sys.argv", ["rivals_gpu", *arguments])
+    rivals_gpu.main()
+    reasons = {
+        "fla": "ModuleNotFoundError: No module named 'fla'",
+        "official_cuda": "--official names no checkout of RWKV-LM",
+        "official_trainer": "--official names no checkout of RWKV-LM",
+    }
+    record = json.loads(path.read_text())
+    assert record["on_gpu"] and record["device_kind"] == "H"
+    rows = {row["implementation"]: row for row in record["rows"]}
+    assert rows.pop("ours") == OURS | {"implementation": "ours"}
+    assert {name: row["error"] for name, row in rows.items()} == reasons
+    printed = capsys.readouterr().out
+    assert "ours s forward: 2.000 ms" in printed
+    for name, reason in reasons.items():
+        assert f"{name}: {reason}" in printed
 
 
 OURS = {
