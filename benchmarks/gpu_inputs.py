@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -39,19 +40,16 @@ def wkv7_inputs(spec: ArgSpec, seed: int) -> dict[str, np.ndarray]:
 
     As RWKV-7 has them: w is the raw logit of a slow decay, −a a unit vector, b a part of it.
     """
-    rng = np.random.default_rng(seed)
 
-    def normal() -> np.ndarray:
-        return rng.standard_normal(tuple(spec), np.float32)
+    def normal(stream: int) -> np.ndarray:
+        return np.random.default_rng((seed, stream)).standard_normal(tuple(spec), np.float32)
 
-    kk = normal()
+    with ThreadPoolExecutor() as pool:  # a stream of its own for each array: numpy lets others run
+        r, k, v, dy, w, kk, rate = pool.map(normal, range(7))
     kk /= np.linalg.norm(kk, axis=-1, keepdims=True)
-    made = {"a": (-kk).astype(ml_dtypes.bfloat16)}
-    kk /= 1 + np.exp(-normal())
-    made["b"] = kk.astype(ml_dtypes.bfloat16)
-    made["w"] = (normal() - 4).astype(ml_dtypes.bfloat16)
-    made |= {name: normal().astype(ml_dtypes.bfloat16) for name in ("r", "k", "v", "dy")}
-    return {name: made[name] for name in ("r", "w", "k", "v", "a", "b", "dy")}
+    b = kk / (1 + np.exp(-rate))
+    arrays = {"r": r, "w": w - 4, "k": k, "v": v, "a": -kk, "b": b, "dy": dy}
+    return {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
 
 
 def sha256(arrays: Iterable[np.ndarray]) -> str:

@@ -13,8 +13,8 @@ Rivals are timed where they are:
 Each runs in a process of its own, under `--limit`, one after the other: a process has the whole
 GPU. All read the same files of inputs, and each row has the SHA-256 of what was read. A rival's
 time counts if it was given the same inputs as ours on the same card, and if what it computes is
-what ours does: y and the six gradients to `OPERATOR_ERROR`, the step's losses and first gradient
-norm to `STEP_ERROR`. Otherwise its row says what is wrong. `ratio` is its time over ours.
+what ours does: y and the six gradients to `OPERATOR_ERROR`, the first steps' losses and gradient
+norms to `STEP_ERROR`. Otherwise its row says what is wrong. `ratio` is its time over ours.
 
 The official step is forward, backward, clipping and Adam without Lightning and DeepSpeed: those
 are replaced by stand-ins, which do nothing in a step, and by torch's fused AdamW on float32
@@ -56,15 +56,11 @@ from rwkv_jax.files import reporting_os_errors, scratch_folder
 INPUTS = ("r", "w", "k", "v", "a", "b")
 PASSES = ("forward", "forward_backward")
 OPERATOR_ERROR = 0.05  # of an array's norm; bfloat16's rounding gives 0.005
-STEP_ERROR = 0.02  # of a loss, or of the gradient's norm
+STEP_ERROR = 0.02  # of a loss, or of a gradient's norm
 
 WARM_UP_SECONDS, RUNS, RUN_SECONDS = 0.5, 20, 5e-3
 LOSSES = 3  # steps whose losses are compared; the timed ones follow
 STEPS, STEPS_SECONDS = 20, 2.0  # so many, or for so long, at least three
-
-# A constant rate: both trainers' schedules are a cosine between two that are the same.
-RATE, WEIGHT_DECAY, CLIP = 6e-4, 0.001, 1.0
-BETAS, EPS = (0.9, 0.99), 1e-18
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -77,10 +73,8 @@ class StepOptions(NamedTuple):
     grad_cp: int
 
     def config(self) -> TrainConfig:
-        return TrainConfig(
-            **self._asdict(), precision="bf16", lr_init=RATE, lr_final=RATE, warmup_steps=0,
-            weight_decay=WEIGHT_DECAY, grad_clip=CLIP, beta1=BETAS[0], beta2=BETAS[1], adam_eps=EPS,
-        )  # fmt: skip
+        """As `train_step_gpu` has it: the same program, which may be on disk already."""
+        return TrainConfig(**self._asdict(), precision="bf16", my_exit_tokens=10**9)
 
 
 # ---------------------------------------------------------------------------------- what all share
@@ -159,7 +153,7 @@ def time_steps(options: StepOptions, step: Callable[[], tuple[float, float]]) ->
     seconds = statistics.median(took)
     return {
         "losses": [loss for loss, _ in first],
-        "grad_norm": first[0][1],
+        "grad_norms": [norm for _, norm in first],
         "steps": len(took),
         "ms": 1e3 * seconds,
         "tokens_per_s": options.micro_bsz * options.ctx_len / seconds,
@@ -231,20 +225,25 @@ def ours_step(report: Report, scratch: Path, options: StepOptions) -> None:
     from rwkv_jax import sharding
     from rwkv_jax.build import build_step, decide, prepare_jax
     from rwkv_jax.optimizer import learning_rate, make_optimizer
-    from rwkv_jax.step import TrainState
+    from rwkv_jax.schedule import make_schedule
+    from rwkv_jax.step import TrainState, abstract_state
 
     prepare_jax()
     device = jax.devices()[0]
     on_gpu = device.platform != "cpu"
     config = decide(options.config(), on_gpu, current_compute_capability())
     model, params = weights.load_pth(scratch / "init.pth")
-    adam = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e9))
+    schedule = make_schedule(config, config.micro_bsz, config.my_exit_tokens)
+    rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
+    np.save(scratch / "rates.npy", np.asarray(rate(jax.numpy.arange(LOSSES + STEPS))))
+    adam = make_optimizer(config, rate)
     mesh = sharding.make_mesh(1)
-    run = build_step(config, model, mesh, adam)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    state = TrainState(params, jax.jit(adam.init)(params))
     batch = np.load(scratch / "tokens.npy")
     there = jax.device_put(batch[None], sharding.batch_sharding(mesh))
+    abstract = abstract_state(mesh, model, adam)
+    run = build_step(config, model, mesh, adam).lower(abstract, there).compile()
+    state = TrainState(params, jax.jit(adam.init)(params))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     def step() -> tuple[float, float]:
         nonlocal state
@@ -348,9 +347,10 @@ def official_trainer(report: Report, scratch: Path, options: StepOptions, folder
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     tensors = torch.load(scratch / "init.pth", weights_only=True)
-    batch = np.load(scratch / "tokens.npy")
+    batch, rates = np.load(scratch / "tokens.npy"), iter(np.load(scratch / "rates.npy").tolist())
     tokens = torch.from_numpy(batch).long().to(device)
-    shape = options.config().model_config()
+    config = options.config()
+    shape = config.model_config()
     with official_model(folder) as source:
         model = source.RWKV(
             types.SimpleNamespace(
@@ -363,11 +363,11 @@ def official_trainer(report: Report, scratch: Path, options: StepOptions, folder
                 ctx_len=options.ctx_len,
                 grad_cp=options.grad_cp,
                 my_testing="x070",
-                weight_decay=WEIGHT_DECAY,
-                lr_init=RATE,
-                betas=BETAS,
-                adam_eps=EPS,
-            )  # fmt: skip
+                weight_decay=config.weight_decay,
+                lr_init=0.0,  # each step sets it
+                betas=(config.beta1, config.beta2),
+                adam_eps=config.adam_eps,
+            )
         )
         model.load_state_dict(tensors)
         model.to(device, torch.bfloat16)
@@ -377,7 +377,6 @@ def official_trainer(report: Report, scratch: Path, options: StepOptions, folder
         masters = [p.detach().float() for p in params]
         rest = iter(masters)
         for group in adam.param_groups:
-            group["lr"] = RATE * group["my_lr_scale"]
             group["params"] = [next(rest) for _ in group["params"]]
 
         def step() -> tuple[float, float]:
@@ -387,7 +386,10 @@ def official_trainer(report: Report, scratch: Path, options: StepOptions, folder
             for p, m in used:
                 m.grad = p.grad.float()
                 p.grad = None
-            norm = torch.nn.utils.clip_grad_norm_(masters, CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(masters, config.grad_clip)
+            rate = next(rates)
+            for group in adam.param_groups:
+                group["lr"] = rate * group["my_lr_scale"]
             adam.step()
             with torch.no_grad():
                 torch._foreach_copy_(params, masters)
@@ -571,12 +573,10 @@ def _unlike(row: Row, ours: Row) -> str:
             what = "y" if name == "y" else f"the gradient of {name}"
             return f"{what} differs from ours by {error:.2g} of its norm"
     if row["what"] == "step":
-        pairs = [*zip(row["losses"], ours["losses"], strict=True)]
-        pairs.append((row["grad_norm"], ours["grad_norm"]))
-        names = [*(f"the loss of step {i + 1}" for i in range(LOSSES)), "the first gradient's norm"]
-        for name, (theirs, mine) in zip(names, pairs, strict=True):
-            if not abs(theirs - mine) <= STEP_ERROR * abs(mine):
-                return f"{name} is {theirs:.4g}; ours is {mine:.4g}"
+        for key, name in {"losses": "loss", "grad_norms": "gradient norm"}.items():
+            for i, (theirs, mine) in enumerate(zip(row[key], ours[key], strict=True)):
+                if not abs(theirs - mine) <= STEP_ERROR * abs(mine):
+                    return f"the {name} of step {i + 1} is {theirs:.4g}; ours is {mine:.4g}"
     return ""
 
 
@@ -584,7 +584,7 @@ def write_inputs(scratch: Path, shapes: dict[str, ArgSpec], options: StepOptions
     for name, spec in shapes.items():
         save(scratch / name / "inputs", gpu_inputs.wkv7_inputs(spec, seed=0))
     model = options.config().model_config()
-    batch = gpu_inputs.tokens(0, options.micro_bsz, options.ctx_len, model.vocab_size)
+    batch = gpu_inputs.tokens(1, options.micro_bsz, options.ctx_len, model.vocab_size)
     np.save(scratch / "tokens.npy", batch)
     rng = np.random.default_rng(0)
     tensors = {}
@@ -651,6 +651,7 @@ def main() -> None:
                 row = {"what": what, **row, "implementation": name}
                 rows.append(row if name == "ours" else judged(row, ours))
                 print(outcome(rows[-1]), flush=True)
+            machine.write(options.json, result)
             return all("error" not in row for row in found)
 
         names = list(shapes)

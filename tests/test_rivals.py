@@ -157,8 +157,9 @@ def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     assert theirs["ratio"] == pytest.approx(theirs["ms"] / ours["ms"])
     assert theirs["tokens_per_s"] == pytest.approx(1e3 * 2 * 16 / theirs["ms"])
     assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
+    assert theirs["grad_norms"] == pytest.approx(ours["grad_norms"], rel=5e-3)
     assert theirs["losses"][0] - theirs["losses"][2] > 0.1  # they learn, and the same
-    assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(0, 2, 16, 65536)])
+    assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(1, 2, 16, 65536)])
     assert theirs["optimizer"] == "torch.optim.AdamW(fused=True)"
 
 
@@ -197,7 +198,8 @@ OURS = {
 }  # fmt: skip
 STEP = {
     "what": "step", "size": "0.1b", "ctx_len": 16, "micro_bsz": 1, "grad_cp": 1, "pass": "step",
-    "card": "H", "inputs_sha256": "0", "ms": 2.0, "losses": [11.0, 10.0, 9.0], "grad_norm": 3.0,
+    "card": "H", "inputs_sha256": "0", "ms": 2.0, "losses": [11.0, 10.0, 9.0],
+    "grad_norms": [3.0, 2.0, 1.0],
 }  # fmt: skip
 
 
@@ -213,8 +215,8 @@ STEP = {
         (STEP, {"inputs_sha256": "1"}, "inputs_sha256 is 1"),
         (STEP, {"micro_bsz": 2}, "no time of ours"),
         (STEP, {"losses": [11.0, 10.0, 9.5]}, "the loss of step 3 is 9.5; ours is 9"),
-        (STEP, {"grad_norm": 4.0}, "the first gradient's norm is 4; ours is 3"),
-        (STEP, {"grad_norm": float("nan")}, "the first gradient's norm is nan"),
+        (STEP, {"grad_norms": [3.0, 2.5, 1.0]}, "gradient norm of step 2 is 2.5; ours is 2"),
+        (STEP, {"grad_norms": [float("nan"), 2.0, 1.0]}, "the gradient norm of step 1 is nan"),
     ],
 )
 def test_what_is_not_comparable_has_no_time(ours, changed, words):
