@@ -415,15 +415,18 @@ def official_model(folder: Path) -> Iterator[Any]:
         "RWKV_FLOAT_MODE": "bf16",
         "RWKV_JIT_ON": "1",
     }
+    modules = stand_ins()
     with (
         mock.patch.dict(os.environ, settings),
-        mock.patch.dict(sys.modules, stand_ins()),
         mock.patch.object(sys, "path", [str(sources), *sys.path]),
         contextlib.chdir(sources),
     ):
-        for name in ("src", "src.model"):
-            sys.modules.pop(name, None)
-        yield importlib.import_module("src.model")
+        sys.modules.update(modules)
+        try:
+            yield importlib.import_module("src.model")
+        finally:
+            for name in (*modules, "src", "src.model"):
+                sys.modules.pop(name, None)
 
 
 def stand_ins() -> dict[str, types.ModuleType]:
