@@ -157,6 +157,7 @@ def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     assert theirs["ratio"] == pytest.approx(theirs["ms"] / ours["ms"])
     assert theirs["tokens_per_s"] == pytest.approx(1e3 * 2 * 16 / theirs["ms"])
     assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
+    assert len(theirs["errors"]) == 5 and max(theirs["errors"].values()) < 0.05
     assert theirs["grad_norms"] == pytest.approx(ours["grad_norms"], rel=5e-3)
     assert theirs["losses"][0] - theirs["losses"][2] > 0.1  # they learn, and the same
     assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(1, 2, 16, 65536)])
@@ -171,7 +172,6 @@ def test_what_is_not_there_has_a_line(tmp_path, monkeypatch, capsys):
 
     started = rivals_gpu.rows_of
     monkeypatch.setattr(rivals_gpu, "rows_of", rows_of)
-    monkeypatch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", "")
     path = tmp_path / "rivals.json"
     arguments = ["--json", str(path), "--shapes", SHAPES[0], *SIZES]
     monkeypatch.setattr("sys.argv", ["rivals_gpu", *arguments])
@@ -214,6 +214,7 @@ STEP = {
         (OURS, {"errors": {"y": float("nan")}}, "y differs from ours by nan"),
         (STEP, {"inputs_sha256": "1"}, "inputs_sha256 is 1"),
         (STEP, {"micro_bsz": 2}, "no time of ours"),
+        (STEP, {"errors": {"emb.weight": 0.2}}, "the gradient of emb.weight differs from ours by"),
         (STEP, {"losses": [11.0, 10.0, 9.5]}, "the loss of step 3 is 9.5; ours is 9"),
         (STEP, {"grad_norms": [3.0, 2.5, 1.0]}, "gradient norm of step 2 is 2.5; ours is 2"),
         (STEP, {"grad_norms": [float("nan"), 2.0, 1.0]}, "the gradient norm of step 1 is nan"),
@@ -291,6 +292,26 @@ def test_extensions_are_those_that_the_source_loads(tmp_path):
     after = cpp_extension.load, torch.library.register_autograd, torch.jit.script, list(sys.path)
     assert after == before and "RWKV_HEAD_SIZE" not in os.environ
     assert "src.model" not in sys.modules and "deepspeed" not in sys.modules
+
+
+def test_the_compiler_is_found_behind_a_script(tmp_path, monkeypatch):
+    program = tmp_path / "nvcc"
+    program.write_text(
+        "#!/bin/sh\necho '#$ _HERE_=/opt/cuda-13.0/bin' >&2\necho '#$ _THERE_=/' >&2\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    found = rivals_gpu.compiler_environment(tmp_path)
+    assert found["CUDA_HOME"] == "/opt/cuda-13.0"
+    assert found["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "extensions")
+    assert found["CPLUS_INCLUDE_PATH"].split(":")[0] == "/mine"
+    monkeypatch.setenv("CUDA_HOME", "/own")
+    assert "CUDA_HOME" not in rivals_gpu.compiler_environment(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.delenv("CUDA_HOME")
+    assert "CUDA_HOME" not in rivals_gpu.compiler_environment(tmp_path)
 
 
 def test_inputs_are_the_same_bits_for_the_same_seed():
