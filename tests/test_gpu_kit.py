@@ -131,8 +131,8 @@ gpu_report.run_command(gpu_report.main)
 """
 
 
-def begin(tmp_path: Path, stages: str, *arguments: str, before: str = "") -> subprocess.Popen:
-    code = before + DRIVER.replace("STAGES]", f"{stages}]")
+def begin(tmp_path: Path, stages: str, *arguments: str, code: str = DRIVER) -> subprocess.Popen:
+    code = code.replace("STAGES]", f"{stages}]")
     command = [sys.executable, "-c", code, "--output", str(tmp_path / "out"), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
@@ -222,7 +222,7 @@ subprocess.Popen.__init__ = popen
 
 def test_a_stage_that_is_just_beginning_is_ended_by_a_signal(tmp_path):
     """The signal comes when the process is there, and nobody has noted it yet."""
-    process = begin(tmp_path, 'Stage("slow", python(SLOW), 20)', before=SIGNALLED)
+    process = begin(tmp_path, 'Stage("slow", python(SLOW), 20)', code=SIGNALLED + DRIVER)
     _, complaint = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, complaint
     assert statuses(tmp_path)["slow"] == "interrupted"
@@ -267,17 +267,24 @@ def test_the_whole_ends_in_its_limit(monkeypatch, tmp_path, names, grace_taken):
 
 def test_without_a_gpu_says_so_in_a_line(tmp_path):
     code = DRIVER.replace('found("gpu")', 'found("cpu")')
-    code = code.replace("STAGES]", 'Stage("next", python("print(1)"), 20)]')
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--output", str(tmp_path / "out")],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 2 and statuses(tmp_path)["next"] == "not begun"
-    assert done.stderr == (
+    process = begin(tmp_path, 'Stage("next", python("print(1)"), 20)', code=code)
+    _, complaint = process.communicate()
+    assert process.returncode == 2 and statuses(tmp_path)["next"] == "not begun"
+    assert complaint == (
         "error: there is no GPU here; --rehearse runs everything in tiny sizes on a CPU\n"
     )
+
+
+def test_without_a_machine_that_works_nothing_is_begun(tmp_path):
+    code = DRIVER.replace('found("gpu")', "python(\"exit('error: no driver')\")")
+    process = begin(tmp_path, 'Stage("next", python("print(1)"), 20)', code=code)
+    said, complaint = process.communicate()
+    log = tmp_path / "out" / "log.txt"
+    failed = "failed with status 1"
+    assert process.returncode == 2
+    assert complaint == f"error: {log}: the machine's check is {failed}: no driver\n"
+    assert statuses(tmp_path) == {"machine": failed, "next": "not begun"}
+    assert "next  not begun" in said
 
 
 def test_gpu_test_is_the_suite_and_its_benchmark():
@@ -309,12 +316,14 @@ def test_packages_that_are_missing_come_from_wheels(tmp_path, monkeypatch, capsy
         )
         wheel.writestr(f"{info}/WHEEL", head)
         wheel.writestr(f"{info}/RECORD", "")
-    needed = [Requirement("Some.Thing>=1"), Requirement("missing>=2")]
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
+    needed = [Requirement(name) for name in ("broken", "Some.Thing>=1", "missing>=2")]
     monkeypatch.setattr(gpu_report, "unsatisfied", lambda: needed)
     gpu_report.install(tmp_path / "wheels", tmp_path / "site")
     assert (tmp_path / "site" / "some_thing.py").read_text() == "answer = 42\n"
     said = capsys.readouterr().out
     assert "took some_thing-1.5" in said and "missing>=2 is not satisfied" in said
+    assert "broken is not satisfied: " in said
 
 
 def test_what_is_too_old_is_unsatisfied(monkeypatch):
