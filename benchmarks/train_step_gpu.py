@@ -145,19 +145,24 @@ def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, A
     for _ in range(max(1, steps // GROUP)):
         state, took, loss = group(state, min(GROUP, steps))
         seconds.append(took)
-    each = statistics.median(seconds)
-    speed = config.micro_bsz * config.ctx_len / each
-    peak = cost.peak_flops(device.device_kind, config.precision)
     return row | {
         "steps": len(seconds) * min(GROUP, steps),
-        "ms": 1e3 * each,
+        **speed(config, model, device.device_kind, statistics.median(seconds)),
         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
-        "tokens_per_s": speed,
-        "mfu": speed * cost.model_flops(model) / peak if peak else None,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "batch_sha256": hashlib.sha256(prepared.batch.tobytes()).hexdigest(),
         "loss": loss,
     }
+
+
+def speed(
+    config: TrainConfig, model: ModelConfig, device_kind: str, seconds: float
+) -> dict[str, float | None]:
+    """Of steps of so many seconds; `mfu` is None for a device whose peak is not known."""
+    tokens_per_s = config.micro_bsz * config.ctx_len / seconds
+    peak = cost.peak_flops(device_kind, config.precision)
+    mfu = tokens_per_s * cost.model_flops(model) / peak if peak else None
+    return {"ms": 1e3 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
 def in_this_process(pipe: Connection, *arguments: Any) -> None:

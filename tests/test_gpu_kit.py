@@ -19,6 +19,7 @@ from jax.profiler import ProfileData
 from packaging.requirements import Requirement
 
 from benchmarks import gpu_report, machine, profile_gpu, train_step_gpu
+from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -384,6 +385,17 @@ def test_a_machine_with_a_gpu_is_described(nvidia_smi):
 
 
 # ------------------------------------------------------------------------------- training steps
+
+
+def test_mfu_is_that_of_the_models_arithmetic():
+    """191 M parameters, of which the embedding's 50 M are looked up: 6 FLOPs a token and entry."""
+    config = TrainConfig(size="0.1b", ctx_len=4096, micro_bsz=8, precision="bf16")
+    model = config.model_config()
+    found = train_step_gpu.speed(config, model, "NVIDIA H100 80GB HBM3", 0.0655)
+    assert found["ms"] == 65.5 and found["tokens_per_s"] == pytest.approx(500_275, rel=1e-5)
+    flops = 6 * (191e6 - 65536 * 768) + 24 * 12 * 768 * 64
+    assert found["mfu"] == pytest.approx(500_275 * flops / 989e12, rel=0.01)
+    assert train_step_gpu.speed(config, model, "cpu", 1.0)["mfu"] is None
 
 
 def fake(run: list[str], *_: Any) -> dict[str, Any]:
