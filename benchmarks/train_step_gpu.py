@@ -208,7 +208,16 @@ def describe_run(arguments: list[str]) -> dict[str, Any]:
 def run_the_command(arguments: list[str], steps: int, folder: Path) -> dict[str, Any]:
     """`python -m rwkv_jax.train` until it has done so many steps; the median of its own speed."""
     command = [sys.executable, "-m", "rwkv_jax.train", *arguments, "--proj_dir", str(folder)]
-    command += ["--epoch_save", "0", "--save_every_minutes", "0", "--enable_progress_bar", "False"]
+    command += [
+        "--devices",
+        "1",
+        "--epoch_save",
+        "0",
+        "--save_every_minutes",
+        "0",
+        "--enable_progress_bar",
+        "False",
+    ]
     folder.mkdir()
     row = describe_run(arguments) | {"command": "python -m rwkv_jax.train"}
     began, first = time.monotonic(), None
@@ -229,12 +238,12 @@ def run_the_command(arguments: list[str], steps: int, folder: Path) -> dict[str,
         said = (folder / "output").read_text("utf-8", "replace").strip().splitlines()
         return row | {"error": one_line(said[-1] if said else "it printed nothing")}
     log = read_step_log(folder / STEP_LOG)
-    speed = float(np.nanmedian(1e3 * log["kt/s"][steps // 3 :]))
+    tokens_per_s = float(np.nanmedian(1e3 * log["kt/s"][steps // 3 :]))
     return row | {
         "steps": len(log["step"]),
         "seconds_to_first_step": first,
-        "tokens_per_s": speed,
-        "ms": 1e3 * row["micro_bsz"] * row["ctx_len"] / speed,
+        "tokens_per_s": tokens_per_s,
+        "ms": 1e3 * row["micro_bsz"] * row["ctx_len"] / tokens_per_s,
         "loss": float(log["loss"][-1]),
     }
 
