@@ -294,8 +294,6 @@ class Report:
                 while under_way and not stage.beside:
                     under_way[0].finish()
                     self.note(under_way.pop(0))
-                if self.rows["machine"]["status"] not in ("passed", "not begun"):
-                    raise UserError(f"{self.rows['machine']['last_line']} (see {self.log})")
                 if stage.name == "machine":
                     self.check_machine()
         except BaseException:
@@ -307,6 +305,10 @@ class Report:
         return all(row["status"] == "passed" for row in self.rows.values())
 
     def check_machine(self) -> None:
+        row = self.rows["machine"]
+        if row["status"] != "passed":
+            reason = row["last_line"].removeprefix("error: ")
+            raise UserError(f"{self.log}: the machine's check is {row['status']}: {reason}")
         self.kit.described = json.loads((self.kit.scratch / "machine.json").read_text("utf-8"))
         self.summary["device_kind"] = self.kit.described["device_kind"]
         self.write()
@@ -343,12 +345,9 @@ class Report:
     def close(self) -> None:
         """Prints the summary, and writes it: what was found by then."""
         self.write()
-        records = {path.name.partition("_")[0]: path for path in self.kit.output.glob("*_*.json")}
         print(f"\n{self.summary.get('device_kind', 'no device')}, {self.summary['date']}")
         for row in self.rows.values():
             print(f"  {row['stage']:>10}  {row['status']}")
-        for name, path in sorted(records.items()):
-            print(f"  {name:>10}  {path}")
         if tests := self.summary.get("suite"):
             print(f"  {tests['passed']} tests passed, {tests['failed']} failed, of {tests['all']}")
             if tests["cuda_errors"]:
@@ -357,7 +356,8 @@ class Report:
                 print(f"    {name}")
         if clocks := self.summary.get("clocks"):
             print("  while busy: {} / {} / {} MHz".format(*clocks["sm_mhz"]))
-        print(f"  {self.kit.output / SUMMARY}, {self.log}", flush=True)
+        files = sorted(path.name for path in self.kit.output.iterdir())
+        print(f"in {self.kit.output}: {', '.join(files)}", flush=True)
 
 
 @contextlib.contextmanager
@@ -429,11 +429,7 @@ def unsatisfied() -> Iterator[Requirement]:
 
 
 def install(wheels: Path, target: Path) -> None:
-    """Puts what is unsatisfied into a folder, from the wheels of another.
-
-    Raises:
-        UserError: pip cannot install one.
-    """
+    """Puts what is unsatisfied into a folder, from the wheels of another; says what it cannot."""
     for requirement in unsatisfied():
         name = re.sub(r"[-_.]+", "_", requirement.name).lower()
         fitting = [x for x in sorted(wheels.rglob("*.whl")) if wheel_name(x) == name]
@@ -444,8 +440,10 @@ def install(wheels: Path, target: Path) -> None:
         command = module("pip", "install", "--quiet", *options, "--target", str(target))
         done = subprocess.run([*command, str(fitting[-1])], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{fitting[-1]}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-        print(f"took {fitting[-1].name}")
+            reason = (done.stderr.strip().splitlines() or ["pip fails"])[-1]
+            print(f"note: {requirement} is not satisfied: {fitting[-1]}: {reason}")
+        else:
+            print(f"took {fitting[-1].name}")
 
 
 def wheel_name(path: Path) -> str:

@@ -145,19 +145,24 @@ def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, A
     for _ in range(max(1, steps // GROUP)):
         state, took, loss = group(state, min(GROUP, steps))
         seconds.append(took)
-    each = statistics.median(seconds)
-    speed = config.micro_bsz * config.ctx_len / each
-    peak = cost.peak_flops(device.device_kind, config.precision)
     return row | {
         "steps": len(seconds) * min(GROUP, steps),
-        "ms": 1e3 * each,
+        **speed(config, model, device.device_kind, statistics.median(seconds)),
         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
-        "tokens_per_s": speed,
-        "mfu": speed * cost.model_flops(model) / peak if peak else None,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "batch_sha256": hashlib.sha256(prepared.batch.tobytes()).hexdigest(),
         "loss": loss,
     }
+
+
+def speed(
+    config: TrainConfig, model: ModelConfig, device_kind: str, seconds: float
+) -> dict[str, float | None]:
+    """Of steps of so many seconds; `mfu` is None for a device whose peak is not known."""
+    tokens_per_s = config.micro_bsz * config.ctx_len / seconds
+    peak = cost.peak_flops(device_kind, config.precision)
+    mfu = tokens_per_s * cost.model_flops(model) / peak if peak else None
+    return {"ms": 1e3 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
 def in_this_process(pipe: Connection, *arguments: Any) -> None:
@@ -203,7 +208,16 @@ def describe_run(arguments: list[str]) -> dict[str, Any]:
 def run_the_command(arguments: list[str], steps: int, folder: Path) -> dict[str, Any]:
     """`python -m rwkv_jax.train` until it has done so many steps; the median of its own speed."""
     command = [sys.executable, "-m", "rwkv_jax.train", *arguments, "--proj_dir", str(folder)]
-    command += ["--epoch_save", "0", "--save_every_minutes", "0", "--enable_progress_bar", "False"]
+    command += [
+        "--devices",
+        "1",
+        "--epoch_save",
+        "0",
+        "--save_every_minutes",
+        "0",
+        "--enable_progress_bar",
+        "False",
+    ]
     folder.mkdir()
     row = describe_run(arguments) | {"command": "python -m rwkv_jax.train"}
     began, first = time.monotonic(), None
@@ -224,12 +238,12 @@ def run_the_command(arguments: list[str], steps: int, folder: Path) -> dict[str,
         said = (folder / "output").read_text("utf-8", "replace").strip().splitlines()
         return row | {"error": one_line(said[-1] if said else "it printed nothing")}
     log = read_step_log(folder / STEP_LOG)
-    speed = float(np.nanmedian(1e3 * log["kt/s"][steps // 3 :]))
+    tokens_per_s = float(np.nanmedian(1e3 * log["kt/s"][steps // 3 :]))
     return row | {
         "steps": len(log["step"]),
         "seconds_to_first_step": first,
-        "tokens_per_s": speed,
-        "ms": 1e3 * row["micro_bsz"] * row["ctx_len"] / speed,
+        "tokens_per_s": tokens_per_s,
+        "ms": 1e3 * row["micro_bsz"] * row["ctx_len"] / tokens_per_s,
         "loss": float(log["loss"][-1]),
     }
 

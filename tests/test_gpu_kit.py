@@ -19,6 +19,7 @@ from jax.profiler import ProfileData
 from packaging.requirements import Requirement
 
 from benchmarks import gpu_report, machine, profile_gpu, train_step_gpu
+from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -131,8 +132,8 @@ gpu_report.run_command(gpu_report.main)
 """
 
 
-def begin(tmp_path: Path, stages: str, *arguments: str, before: str = "") -> subprocess.Popen:
-    code = before + DRIVER.replace("STAGES]", f"{stages}]")
+def begin(tmp_path: Path, stages: str, *arguments: str, code: str = DRIVER) -> subprocess.Popen:
+    code = code.replace("STAGES]", f"{stages}]")
     command = [sys.executable, "-c", code, "--output", str(tmp_path / "out"), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
@@ -222,7 +223,7 @@ subprocess.Popen.__init__ = popen
 
 def test_a_stage_that_is_just_beginning_is_ended_by_a_signal(tmp_path):
     """The signal comes when the process is there, and nobody has noted it yet."""
-    process = begin(tmp_path, 'Stage("slow", python(SLOW), 20)', before=SIGNALLED)
+    process = begin(tmp_path, 'Stage("slow", python(SLOW), 20)', code=SIGNALLED + DRIVER)
     _, complaint = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, complaint
     assert statuses(tmp_path)["slow"] == "interrupted"
@@ -267,17 +268,24 @@ def test_the_whole_ends_in_its_limit(monkeypatch, tmp_path, names, grace_taken):
 
 def test_without_a_gpu_says_so_in_a_line(tmp_path):
     code = DRIVER.replace('found("gpu")', 'found("cpu")')
-    code = code.replace("STAGES]", 'Stage("next", python("print(1)"), 20)]')
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--output", str(tmp_path / "out")],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 2 and statuses(tmp_path)["next"] == "not begun"
-    assert done.stderr == (
+    process = begin(tmp_path, 'Stage("next", python("print(1)"), 20)', code=code)
+    _, complaint = process.communicate()
+    assert process.returncode == 2 and statuses(tmp_path)["next"] == "not begun"
+    assert complaint == (
         "error: there is no GPU here; --rehearse runs everything in tiny sizes on a CPU\n"
     )
+
+
+def test_without_a_machine_that_works_nothing_is_begun(tmp_path):
+    code = DRIVER.replace('found("gpu")', "python(\"exit('error: no driver')\")")
+    process = begin(tmp_path, 'Stage("next", python("print(1)"), 20)', code=code)
+    said, complaint = process.communicate()
+    log = tmp_path / "out" / "log.txt"
+    failed = "failed with status 1"
+    assert process.returncode == 2
+    assert complaint == f"error: {log}: the machine's check is {failed}: no driver\n"
+    assert statuses(tmp_path) == {"machine": failed, "next": "not begun"}
+    assert "next  not begun" in said
 
 
 def test_gpu_test_is_the_suite_and_its_benchmark():
@@ -309,12 +317,14 @@ def test_packages_that_are_missing_come_from_wheels(tmp_path, monkeypatch, capsy
         )
         wheel.writestr(f"{info}/WHEEL", head)
         wheel.writestr(f"{info}/RECORD", "")
-    needed = [Requirement("Some.Thing>=1"), Requirement("missing>=2")]
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
+    needed = [Requirement(name) for name in ("broken", "Some.Thing>=1", "missing>=2")]
     monkeypatch.setattr(gpu_report, "unsatisfied", lambda: needed)
     gpu_report.install(tmp_path / "wheels", tmp_path / "site")
     assert (tmp_path / "site" / "some_thing.py").read_text() == "answer = 42\n"
     said = capsys.readouterr().out
     assert "took some_thing-1.5" in said and "missing>=2 is not satisfied" in said
+    assert "broken is not satisfied: " in said
 
 
 def test_what_is_too_old_is_unsatisfied(monkeypatch):
@@ -375,6 +385,17 @@ def test_a_machine_with_a_gpu_is_described(nvidia_smi):
 
 
 # ------------------------------------------------------------------------------- training steps
+
+
+def test_mfu_is_that_of_the_models_arithmetic():
+    """191 M parameters, of which the embedding's 50 M are looked up: 6 FLOPs a token and entry."""
+    config = TrainConfig(size="0.1b", ctx_len=4096, micro_bsz=8, precision="bf16")
+    model = config.model_config()
+    found = train_step_gpu.speed(config, model, "NVIDIA H100 80GB HBM3", 0.0655)
+    assert found["ms"] == 65.5 and found["tokens_per_s"] == pytest.approx(500_275, rel=1e-5)
+    flops = 6 * (191e6 - 65536 * 768) + 24 * 12 * 768 * 64
+    assert found["mfu"] == pytest.approx(500_275 * flops / 989e12, rel=0.01)
+    assert train_step_gpu.speed(config, model, "cpu", 1.0)["mfu"] is None
 
 
 def fake(run: list[str], *_: Any) -> dict[str, Any]:
