@@ -46,10 +46,13 @@ python -m benchmarks.gpu_page
 ```
 
 The first line runs, each under a limit, the kernels' suite, their benchmark, the training step and
-its profile, in nine minutes, and leaves a record of each in `out/gpu`. With
-`ARGS="--rivals RWKV-LM"`, a checkout of RWKV-LM, flash-linear-attention's operator, the official
-one and the official trainer's step are timed beside ours, on the same inputs. The last line writes
-this page.
+its profile, in nine minutes, and leaves a record of each in `out/gpu`. The last line writes this
+page.
+
+`ARGS="--rivals RWKV-LM"` names a checkout of RWKV-LM. Then its CUDA operator and its trainer's step
+are timed beside ours, on the same inputs, and so is flash-linear-attention's operator, where it is
+installed. That takes torch with CUDA, nvcc and ninja, and is `python -m benchmarks.rivals_gpu` by
+itself.
 """
 
 MEANING = """\

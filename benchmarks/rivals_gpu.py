@@ -681,7 +681,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=8)
     parser.add_argument("--grad_cp", type=int, default=1, choices=(0, 1))
-    parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="of each process")
+    parser.add_argument("--limit", type=int, default=180, metavar="SECONDS", help="of each process")
     options = parser.parse_args()
     shapes = dict(map(gpu_inputs.shape, options.shapes))
     step = StepOptions(options.size, options.ctx_len, options.micro_bsz, options.grad_cp)
@@ -691,6 +691,9 @@ def main() -> None:
         raise UserError(f"--official {options.official}: has no RWKV-v7/train_temp/src/model.py")
 
     result = machine.record("rivals")
+    for name in ("flash-linear-attention", "fla-core"):
+        if version := machine.installed(name):
+            result["machine"]["packages"][name] = version
     if source:
         result["official_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
     rows: list[Row] = result.setdefault("rows", [])
