@@ -66,6 +66,13 @@ MEANING = """\
 
 """
 
+RIVALS = """\
+`fla` is flash-linear-attention's chunk_rwkv7, without the map from the raw logit to the decay that
+ours includes; `official_cuda` and `official_trainer` are RWKV-LM's operator and its model's step,
+the latter with torch's fused AdamW on float32 masters in place of DeepSpeed.
+
+"""
+
 
 class Record:
     """A file of results, of which each value is asked for by key and kind."""
@@ -248,7 +255,7 @@ def rivals(record: Record) -> str:
         ratio = "1" if name == "ours" else f"{record.number('ratio', row, where):.2f}"
         rows.append([*cells, speed, ratio])
     head = "| implementation | what | shape | pass | ms | tokens/s | times ours |"
-    return "### Beside others\n\n" + table(head, rows)
+    return "### Beside others\n\n" + RIVALS + table(head, rows)
 
 
 SECTIONS = {"wkv7": wkv7, "train_step": train_step, "profile": profile, "rivals": rivals}
