@@ -46,10 +46,13 @@ python -m benchmarks.gpu_page
 ```
 
 The first line runs, each under a limit, the kernels' suite, their benchmark, the training step and
-its profile, in nine minutes, and leaves a record of each in `out/gpu`. With
-`ARGS="--rivals RWKV-LM"`, a checkout of RWKV-LM, flash-linear-attention's operator, the official
-one and the official trainer's step are timed beside ours, on the same inputs. The last line writes
-this page.
+its profile, in nine minutes, and leaves a record of each in `out/gpu`. The last line writes this
+page.
+
+`ARGS="--rivals RWKV-LM"` names a checkout of RWKV-LM. Then its CUDA operator and its trainer's step
+are timed beside ours, on the same inputs, and so is flash-linear-attention's operator, where it is
+installed. That takes torch with CUDA, nvcc and ninja, and is `python -m benchmarks.rivals_gpu` by
+itself.
 """
 
 MEANING = """\
@@ -60,6 +63,13 @@ MEANING = """\
   ([planning](plan.md) says what is counted).
 - **Times ours**: a rival's time over ours, of the same run and inputs; above 1 ours is faster. A
   rival whose results differ from ours has no time.
+
+"""
+
+RIVALS = """\
+`fla` is flash-linear-attention's chunk_rwkv7, without the map from the raw logit to the decay that
+ours includes; `official_cuda` and `official_trainer` are RWKV-LM's operator and its model's step,
+the latter with torch's fused AdamW on float32 masters in place of DeepSpeed.
 
 """
 
@@ -245,7 +255,7 @@ def rivals(record: Record) -> str:
         ratio = "1" if name == "ours" else f"{record.number('ratio', row, where):.2f}"
         rows.append([*cells, speed, ratio])
     head = "| implementation | what | shape | pass | ms | tokens/s | times ours |"
-    return "### Beside others\n\n" + table(head, rows)
+    return "### Beside others\n\n" + RIVALS + table(head, rows)
 
 
 SECTIONS = {"wkv7": wkv7, "train_step": train_step, "profile": profile, "rivals": rivals}

@@ -345,7 +345,7 @@ def time_operator(report: Report, scratch: Path, shapes: list[str], operator: Op
     each_shape(report, scratch, shapes, card, timed)
 
 
-def fla(report: Report, scratch: Path, shapes: list[str]) -> None:
+def fla_operator() -> Operator:
     from fla.ops.rwkv7 import chunk_rwkv7
 
     settings = {"scale": 1.0, "safe_gate": True, "lower_bound": -math.exp(-0.5), "chunk_size": 64}
@@ -353,7 +353,46 @@ def fla(report: Report, scratch: Path, shapes: list[str]) -> None:
     def run(*inputs: Any) -> Any:
         return chunk_rwkv7(*inputs, **settings)[0]
 
-    time_operator(report, scratch, shapes, Operator(run, takes_log_decay=True))
+    return Operator(run, takes_log_decay=True)
+
+
+def fla(report: Report, scratch: Path, shapes: list[str]) -> None:
+    time_operator(report, scratch, shapes, fla_operator())
+
+
+def fla_build(_: Report, spec: ArgSpec) -> None:
+    """Compiles, on all cores, the hundreds of forms from which fla's kernels choose the fastest.
+
+    The first call would do so one after the other, in minutes; now it finds them on disk. They
+    depend on the number of heads, and not of tokens.
+    """
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # it is not to take a part's choice for its own
+    parts = max(1, len(os.sched_getaffinity(0)) - 2)
+    with ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("spawn")) as pool:
+        small = spec._replace(time=min(spec.time, 1024))
+        list(pool.map(functools.partial(try_forms, small, parts), range(parts)))
+
+
+def try_forms(spec: ArgSpec, parts: int, part: int) -> None:
+    """Runs fla's operator once, trying one of so many parts of each kernel's forms."""
+    import torch
+    from triton.runtime.autotuner import Autotuner
+
+    bench = Autotuner._bench
+
+    def bench_part(self: Any, *arguments: Any, config: Any, **meta: Any) -> Any:
+        if self.configs.index(config) % parts != part:
+            return 3 * [1e9]  # milliseconds: worse than any of the part, better than none of it
+        return bench(self, *arguments, config=config, **meta)
+
+    device, _ = _device()
+    inputs = [
+        torch.full(tuple(spec), -0.1, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for _ in INPUTS
+    ]
+    with mock.patch.object(Autotuner, "_bench", bench_part):
+        y = fla_operator().run(*inputs)
+        torch.autograd.grad(y, inputs, y)
 
 
 def official_cuda(report: Report, scratch: Path, shapes: list[str], folder: Path) -> None:
@@ -514,12 +553,13 @@ def compiler_environment(scratch: Path) -> dict[str, str]:
     return found
 
 
-def official_build(report: Report, folder: Path) -> None:
+def official_build(_: Report, folder: Path) -> None:
     """Compiles the extensions of src/model.py at once: imported, it does so one after the other."""
     calls = extensions(folder)
     if calls:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(len(calls), mp_context=spawn) as pool:
+        workers = min(len(calls), len(os.sched_getaffinity(0)))
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
             sources = folder / "RWKV-v7" / "train_temp"
             list(pool.map(functools.partial(_build, sources), calls))
 
@@ -681,7 +721,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=8)
     parser.add_argument("--grad_cp", type=int, default=1, choices=(0, 1))
-    parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="of each process")
+    parser.add_argument("--limit", type=int, default=180, metavar="SECONDS", help="of each process")
     options = parser.parse_args()
     shapes = dict(map(gpu_inputs.shape, options.shapes))
     step = StepOptions(options.size, options.ctx_len, options.micro_bsz, options.grad_cp)
@@ -691,6 +731,9 @@ def main() -> None:
         raise UserError(f"--official {options.official}: has no RWKV-v7/train_temp/src/model.py")
 
     result = machine.record("rivals")
+    for name in ("flash-linear-attention", "fla-core"):
+        if version := machine.installed(name):
+            result["machine"]["packages"][name] = version
     if source:
         result["official_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
     rows: list[Row] = result.setdefault("rows", [])
@@ -719,6 +762,9 @@ def main() -> None:
         result |= {"device_kind": card, "on_gpu": card not in ("", "cpu")}
         if not result["on_gpu"]:
             print("no GPU: this rehearses the benchmark on a CPU, and its times mean nothing")
+        if result["on_gpu"] and importlib.util.find_spec("fla"):
+            for row in rows_of(fla_build, (shapes[names[0]],), scratch, options.limit):
+                print(f"fla's kernels were not all compiled beforehand: {row['error']}", flush=True)
         run("wkv7", "fla", fla, scratch, names)
         folder = options.official and options.official.absolute()
         if not folder:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,42 @@ def test_extensions_are_those_that_the_source_loads(tmp_path):
     after = cpp_extension.load, torch.library.register_autograd, torch.jit.script, list(sys.path)
     assert after == before and "RWKV_HEAD_SIZE" not in os.environ
     assert "src.model" not in sys.modules and "deepspeed" not in sys.modules
+
+
+@needs_torch
+def test_parts_together_try_every_form_of_a_kernel_once(monkeypatch):
+    tried, chosen = [], []
+
+    class Autotuner:
+        configs = ["slow", "refused", "fast", "slower"]
+
+        def _bench(self, *arguments, config, **meta):
+            tried.append(config)
+            times = {"slow": 2.0, "refused": float("inf"), "fast": 1.0, "slower": 3.0}
+            return 3 * [times[config]]
+
+        def run(self):
+            return min(self.configs, key=lambda config: self._bench(1, config=config, BT=64))
+
+    def chunk_rwkv7(*inputs, **_):
+        chosen.append(Autotuner().run())
+        return sum(inputs), None
+
+    bench = Autotuner._bench
+    for name, content in {
+        "triton.runtime.autotuner": {"Autotuner": Autotuner},
+        "fla.ops.rwkv7": {"chunk_rwkv7": chunk_rwkv7},
+    }.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            module = types.ModuleType(".".join(parts[:i]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        module.__dict__.update(content)
+    for part in range(3):
+        rivals_gpu.try_forms(ArgSpec(1, 2, 1, 16), 3, part)
+    assert sorted(tried) == sorted(Autotuner.configs)
+    assert chosen == ["slow", "slow", "fast"]  # the second part's own one is refused
+    assert Autotuner._bench is bench
 
 
 def test_the_compiler_is_found_behind_a_script(tmp_path, monkeypatch):
