@@ -1,11 +1,11 @@
-"""What a GPU's step leaves to chance, and what `--deterministic 1` takes: compiled, without a GPU.
+"""Which sums of a GPU's step have no fixed order, and what `--deterministic 1` costs.
 
     JAX_PLATFORMS=cpu python -m benchmarks.deterministic
 
-Compiles a training step for an H100 and lists the sums whose order is not fixed: scatters into
-places that may coincide, which a GPU adds atomically. Then compiles the embedding's gradient, the
-only one, at the shape of 0.1b, micro_bsz 8, ctx_len 4096, as it is and with the flag of
-`--deterministic 1`; writes benchmarks/results/deterministic.json. Needs the extra plan.
+Compiles a training step for an H100, without a GPU, and lists the sums whose order is not fixed:
+scatters whose indices may coincide, which a GPU adds atomically. Then compiles the only one, the
+embedding's gradient, at the shape of 0.1b, micro_bsz 8, ctx_len 4096, with and without the flag of
+`--deterministic 1`. Writes benchmarks/results/deterministic.json. Needs the extra plan.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import describe
+from benchmarks import machine
 from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for, device_mesh, lowering_for
 from rwkv_jax import cost, sharding
 from rwkv_jax.build import DETERMINISTIC, build_step, decide
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import CommandParser, run_command
 from rwkv_jax.model import embed
 from rwkv_jax.optimizer import learning_rate, make_optimizer
 from rwkv_jax.step import abstract_state, programs
@@ -88,24 +89,24 @@ def with_flags(flags: str, *shape: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        prog="python -m benchmarks.deterministic", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--gradient", nargs=4, type=int, metavar="SIZE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.gradient:
         print(json.dumps(embedding_gradient(*arguments.gradient)))
         return
     options = TrainConfig(size="0.1b", n_layer=2, ctx_len=4096, micro_bsz=8)
-    result = {
-        "compiled for": TARGET.device_kind,
-        "machine": describe(),
-        "unordered sums of a step": unordered_sums(step(options)),
-        "as it is": with_flags("", 65536, 768, 8, 4096),
+    result = machine.record("deterministic") | {
+        "compiled_for": TARGET.device_kind,
+        "unordered_sums": unordered_sums(step(options)),
+        "default": with_flags("", 65536, 768, 8, 4096),
         "deterministic": with_flags(DETERMINISTIC, 65536, 768, 8, 4096),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    RESULT.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+    machine.write(RESULT, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -79,7 +79,7 @@ def prepare_jax(deterministic: bool = False) -> None:
         deterministic: XLA compiles for GPUs only what gives the same bytes each time.
 
     Raises:
-        UserError: the environment's share of a GPU's memory is no number.
+        UserError: the environment's share of a GPU's memory is not a number.
     """
     override_settings()
     if not has_driver():
@@ -99,8 +99,8 @@ def prepare_jax(deterministic: bool = False) -> None:
 def _choose_memory_fraction() -> None:
     """Sets the share of a GPU's memory that jax takes, unless the environment has one.
 
-    Where both names of that variable are set, or no number, jax's CUDA plugin does not start, jax
-    only logs so, and everything would run on the CPU.
+    If both names of that variable are set, or the value is not a number, jax's CUDA plugin does not
+    start. jax only logs that, and everything would run on the CPU.
     """
     name, older = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
     if os.environ.get(name) and os.environ.pop(older, ""):

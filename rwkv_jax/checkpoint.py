@@ -92,7 +92,7 @@ def require_orbax() -> None:
         UserError: it is older than `OLDEST_ORBAX`.
     """
     installed = importlib.metadata.version("orbax-checkpoint")
-    if tuple(map(int, installed.split(".")[:2])) < OLDEST_ORBAX:
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST_ORBAX:
         wanted = ".".join(map(str, OLDEST_ORBAX))
         raise UserError(
             f"orbax-checkpoint {installed} is installed, with which no checkpoint could be saved: "

@@ -140,7 +140,7 @@ def why_no_gpu() -> str:
 
     try:
         jax.devices("cuda")
-        return ""
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} puts the CPU first: unset it"
     except RuntimeError as error:
         says = str(error).splitlines()[0]
     facts = gather_facts(Trial({"platform": "cpu"}, {}, says, says))

@@ -81,7 +81,8 @@ class ProgressLine:
     def show(self, step: int, loss: float, running: float, rate: float, norm: float) -> float:
         """Shows that a step is done; returns its speed in tokens a second (0: not known yet).
 
-        What is shown is the speed over the last minute or so, what is returned that of this step.
+        It shows the speed over the last minute or so, and returns that of this step alone, with the
+        time in which a checkpoint or a .pth held it up.
 
         Args:
             running: mean loss of the miniepoch so far.

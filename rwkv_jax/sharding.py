@@ -88,8 +88,8 @@ def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:
                 f" in each of {processes} processes on {nodes} machines" if processes > 1 else ""
             )
             raise UserError(
-                f"--devices {devices}: jax sees {seen}{where}: leave it out to use all that there "
-                "are; python -m rwkv_jax.doctor says what hides others"
+                f"--devices {devices}: jax sees {seen}{where}: leave it out to use all devices; "
+                "python -m rwkv_jax.doctor says what hides others"
             )
         there = [device for some in own.values() for device in some[:each]]
     return mesh_of(there, groups(shape, len(there)))

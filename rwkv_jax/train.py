@@ -340,7 +340,7 @@ def main() -> None:
     config, notes = parse_train_options(sys.argv[1:])
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
-    prepare_jax(deterministic=config.deterministic == 1)
+    prepare_jax(deterministic=bool(config.deterministic))
     with distributed.joined(config):
         train(config)
 

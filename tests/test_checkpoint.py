@@ -551,7 +551,7 @@ def test_an_older_orbax_is_refused_by_name(monkeypatch):
         monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
         with pytest.raises(UserError, match=f"^orbax-checkpoint {version} is installed.*>=0.12'$"):
             checkpoint.require_orbax()
-    for version in ("0.12.0rc1", "0.12.8", "1.0"):
+    for version in ("0.12rc1", "0.12.8", "1.0"):
         monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
         checkpoint.require_orbax()
 

@@ -110,7 +110,7 @@ def test_each_trouble_is_said_in_one_line(facts, words):
 
 
 def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
-    """What is said before a training that a GPU was there for."""
+    """The line before a training on the CPU of a machine that has a GPU."""
     installed = dict(CUDA12)
 
     def packages(name):
@@ -128,6 +128,11 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
     assert doctor.why_no_gpu().startswith("CUDA_VISIBLE_DEVICES='' hides every GPU")
     del installed["jax-cuda12-plugin"]
     assert "jax has no CUDA and runs on the CPU: pip install" in doctor.why_no_gpu()
+
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cpu,cuda")
+        patch.setattr(jax, "devices", lambda platform: ["a GPU"])
+        assert doctor.why_no_gpu().startswith("JAX_PLATFORMS=cpu,cuda puts the CPU first")
 
     train._choose_devices(TrainConfig())
     [line] = capsys.readouterr().err.splitlines()
