@@ -140,8 +140,19 @@ def profile(kit: Kit) -> list[str]:
 
 
 def rivals(kit: Kit) -> list[str]:
-    official = ["--official", str(kit.rivals)] if kit.rivals else []
-    return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *official)
+    options = ["--official", str(kit.rivals)] if kit.rivals else []
+    if kit.rehearse:
+        options += [
+            "--shapes",
+            "1,32,1,16",
+            "--size",
+            "tiny",
+            "--ctx_len",
+            "32",
+            "--micro_bsz",
+            "1",
+        ]
+    return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,8 @@ def test_everything_that_a_gpu_is_asked_is_rehearsed(clone, tmp_path):
     variables = {"HOME": str(home), "PATH": os.environ["PATH"], "PIP_NO_INDEX": "1"}
     done = subprocess.run(["make", *target], cwd=clone, env=variables, capture_output=True)
     said = done.stdout.decode() + done.stderr.decode()
-    assert done.returncode == 0, said + (out / "log.txt").read_text("utf-8", "replace")
+    logs = [path.read_text("utf-8", "replace") for path in out.glob("log.txt")]
+    assert done.returncode == 0, "\n".join([said, *logs])
     assert {path.name for path in out.iterdir()} == {
         "log.txt",
         "summary.json",
