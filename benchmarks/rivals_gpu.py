@@ -726,7 +726,8 @@ def main() -> None:
     shapes = dict(map(gpu_inputs.shape, options.shapes))
     step = StepOptions(options.size, options.ctx_len, options.micro_bsz, options.grad_cp)
     step.config().model_config()  # an unknown size is refused here
-    source = options.official and options.official.absolute() / "RWKV-v7/train_temp/src/model.py"
+    folder = options.official and options.official.absolute()
+    source = folder and folder / "RWKV-v7" / "train_temp" / "src" / "model.py"
     if source and not source.is_file():
         raise UserError(f"--official {options.official}: has no RWKV-v7/train_temp/src/model.py")
 
@@ -745,16 +746,18 @@ def main() -> None:
     ):
         write_inputs(scratch, shapes, step)
 
-        def run(what: str, name: str, function: Callable[..., None], *arguments: Any) -> bool:
+        def add(found: list[Row], what: str, name: str) -> bool:
             """Adds the rows of an implementation; whether there is no error among them."""
             ours = [row for row in rows if row["implementation"] == "ours"]
-            found = rows_of(function, arguments, scratch, options.limit)
             for row in found:
                 row = {"what": what, **row, "implementation": name}
                 rows.append(row if name == "ours" else judged(row, ours))
                 print(outcome(rows[-1]), flush=True)
             machine.write(options.json, result)
             return all("error" not in row for row in found)
+
+        def run(what: str, name: str, function: Callable[..., None], *arguments: Any) -> bool:
+            return add(rows_of(function, arguments, scratch, options.limit), what, name)
 
         names = list(shapes)
         run("wkv7", "ours", ours_wkv7, scratch, names)
@@ -766,17 +769,22 @@ def main() -> None:
             for row in rows_of(fla_build, (shapes[names[0]],), scratch, options.limit):
                 print(f"fla's kernels were not all compiled beforehand: {row['error']}", flush=True)
         run("wkv7", "fla", fla, scratch, names)
-        folder = options.official and options.official.absolute()
-        if not folder:
-            for what, name in (("wkv7", "official_cuda"), ("step", "official_trainer")):
-                reason = "--official names no checkout of RWKV-LM"
-                rows.append({"what": what, "implementation": name, "error": reason})
-                print(outcome(rows[-1]))
-        elif run("wkv7", "official_cuda", official_build, folder):
+
+        lacking = ""
+        if not source:
+            lacking = "--official names no checkout of RWKV-LM"
+        elif built := rows_of(official_build, (folder,), scratch, options.limit):
+            lacking = built[-1]["error"]
+        if lacking:
+            add([{"error": lacking}], "wkv7", "official_cuda")
+            add([{"error": lacking}], "step", "official_trainer")
+        else:
             run("wkv7", "official_cuda", official_cuda, scratch, names, folder)
-            run("step", "ours", ours_step, scratch, step)
-            run("step", "official_trainer", official_trainer, scratch, step, folder)
-        machine.write(options.json, result)
+            if run("step", "ours", ours_step, scratch, step):
+                run("step", "official_trainer", official_trainer, scratch, step, folder)
+            else:
+                reason = "there is no time of ours beside it"
+                add([{"error": reason}], "step", "official_trainer")
     print(f"wrote {options.json}")
 
 

@@ -193,6 +193,31 @@ def test_what_is_not_there_has_a_line(tmp_path, monkeypatch, capsys):
         assert f"{name}: {reason}" in printed
 
 
+@pytest.mark.parametrize("failing", ["official_build", "ours_step"])
+def test_what_cannot_be_compiled_or_compared_has_a_line(tmp_path, monkeypatch, failing):
+    (tmp_path / "RWKV-v7" / "train_temp" / "src").mkdir(parents=True)
+    (tmp_path / "RWKV-v7" / "train_temp" / "src" / "model.py").touch()
+    called = []
+
+    def rows_of(function, *_):
+        called.append(function.__name__)
+        return [{"error": "no memory"}] if function.__name__ == failing else []
+
+    monkeypatch.setattr(rivals_gpu, "rows_of", rows_of)
+    path = tmp_path / "rivals.json"
+    arguments = ["--json", str(path), "--official", str(tmp_path), "--shapes", SHAPES[0], *SIZES]
+    monkeypatch.setattr("sys.argv", ["rivals_gpu", *arguments])
+    rivals_gpu.main()
+    rows = json.loads(path.read_text())["rows"]
+    errors = {row["implementation"]: row["error"] for row in rows}
+    if failing == "official_build":
+        assert errors == {"official_cuda": "no memory", "official_trainer": "no memory"}
+    else:
+        reason = "there is no time of ours beside it"
+        assert errors == {"ours": "no memory", "official_trainer": reason}
+    assert "official_trainer" not in called
+
+
 OURS = {
     "what": "wkv7", "shape": "s", "batch": 1, "time": 16, "head": 1, "size": 64, "pass": "forward",
     "card": "H", "inputs_sha256": "0", "ms": 2.0,
