@@ -32,8 +32,8 @@ train: $(INSTALLED)
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# On a machine with a GPU, each stage under a limit, with what was found in OUT whatever happens: the
-# kernels' suite and their benchmark; all that a GPU is asked, in nine minutes.
+# On a machine with a GPU, each stage under a limit, the results in OUT whatever happens: the kernels'
+# suite and their benchmark in eight minutes; those, the training step and its profile in nine.
 gpu-test: $(SET_UP)
 	$(PY) -m benchmarks.gpu_report --stages suite wkv7 --limit 480 --output $(OUT) $(ARGS)
 

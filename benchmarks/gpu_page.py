@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_page [--results benchmarks/results] [--output docs/gpu.md]
 
-Records are the NAME_<card>.json that `make gpu-report` leaves, NAME one of `SECTIONS`. One that
-lacks a key, or has something else there, is refused, and so is one of another card than its file's
-name says, or of a CPU.
+Records are the NAME_<card>.json that `make gpu-report` leaves, NAME one of `SECTIONS`. A record
+with a missing key or a value of the wrong type is refused, as is one of a CPU, or of another card
+than its file name says.
 """
 
 import json
@@ -41,7 +41,7 @@ On a machine with an NVIDIA GPU, in a checkout:
 
 ```sh
 make gpu-report
-cp out/gpu/*_*.json benchmarks/results/
+cp out/gpu/*_nvidia_*.json benchmarks/results/
 python -m benchmarks.gpu_page
 ```
 
@@ -49,10 +49,9 @@ The first line runs, each under a limit, the kernels' suite, their benchmark, th
 its profile, in nine minutes, and leaves a record of each in `out/gpu`. The last line writes this
 page.
 
-`ARGS="--rivals RWKV-LM"` names a checkout of RWKV-LM. Then its CUDA operator and its trainer's step
-are timed beside ours, on the same inputs, and so is flash-linear-attention's operator, where it is
-installed. That takes torch with CUDA, nvcc and ninja, and is `python -m benchmarks.rivals_gpu` by
-itself.
+`make gpu-report OUT=out/rivals ARGS="--stages page --rivals RWKV-LM"` names a checkout of RWKV-LM.
+Its CUDA operator and its trainer's step are timed beside ours, on the same inputs, and so is
+flash-linear-attention's operator if it is installed. This needs torch with CUDA, nvcc and ninja.
 """
 
 MEANING = """\

@@ -1,13 +1,13 @@
-"""Everything that a GPU is asked, in one call: does it run, is it right, how fast, where time goes.
+"""Tests and times everything on a GPU, in one call, and keeps the results whatever happens.
 
     make gpu-report [OUT=out/gpu] [ARGS=--rehearse]
     python -m benchmarks.gpu_report [--output out/gpu] [--stages suite wkv7] [--wheels DIR]
 
 Runs the stages of `STAGES` one after the other, each under a limit of its own and all under
 --limit, and needs no network. What a stage prints is appended to log.txt; records are
-NAME_<card>.json, written row by row; summary.json and the summary on the screen are there at every
-end: when a stage fails or overruns, and when the whole is interrupted. Exits with 0 if all stages
-passed. At most eight files are left in --output.
+NAME_<card>.json, written row by row, and gpu.md shows them; summary.json and the summary on the
+screen are there at every end: when a stage fails or overruns, and when the whole is interrupted.
+Exits with 0 if all stages passed. At most eight files are left in --output.
 
 Packages that pyproject.toml asks for, and that are missing or too old, are taken from wheels in
 --wheels (default .whl), into a scratch folder.
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from benchmarks import machine
 from rwkv_jax.errors import CommandParser, UserError, run_command, signals_raise
@@ -39,9 +40,11 @@ from rwkv_jax.files import reporting_os_errors
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 540  # seconds, of the whole
+GONE = 5.0  # for what is ended by force to be gone; where nothing reaps orphans, it never is
 GRACE = 15.0  # from an interrupt to the end by force; xdist gives its workers ten seconds
 LEAST = 3.0  # with less, a stage is not begun
-LOG, SUMMARY, TRACE = "log.txt", "summary.json", "trace.xplane.pb.gz"
+RECORDS = ("wkv7", "train_step", "profile", "rivals")
+LOG, SUMMARY, TRACE, PAGE = "log.txt", "summary.json", "trace.xplane.pb.gz", "gpu.md"
 
 # Without recomputation micro_bsz 16 is planned at 81 GiB: more than an H100 has.
 RUNS = ["8/1", "16/1", "8/0", "16/2"]
@@ -59,6 +62,10 @@ class Kit:
     rehearse: bool
     rivals: Path | None = None
     described: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the stage `machine`
+
+    def xla_flags(self, stage: "Stage") -> str:
+        """Those of the environment, which may say where CUDA is, and the stage's."""
+        return f"{self.environment.get('XLA_FLAGS', '')} {stage.xla_flags}".strip()
 
     def record(self, name: str) -> str:
         card = machine.card(self.described.get("device_kind", "unknown"))
@@ -112,9 +119,10 @@ def compile_steps(kit: Kit) -> list[str]:
 
 
 def suite(kit: Kit) -> list[str]:
-    # Other plugins of an environment that is not ours stay out: they warn, and warnings are errors
-    # here. The test that needs torch is of the recurrence on a CPU.
+    # Of an environment that is not ours, plugins stay out, and warnings are not errors. The test
+    # that needs torch is of the recurrence on a CPU.
     options = ["-p", "xdist", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "not torch"]
+    options += ["-W", "default"]
     workers = min(10, max(4, len(os.sched_getaffinity(0)) - 4))
     if kit.rehearse:
         workers = 1
@@ -155,6 +163,11 @@ def rivals(kit: Kit) -> list[str]:
     return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *options)
 
 
+def page(kit: Kit) -> list[str]:
+    folder = str(kit.output)
+    return module("benchmarks.gpu_page", "--results", folder, "--output", f"{folder}/{PAGE}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One process, in a group of its own.
@@ -173,23 +186,26 @@ class Stage:
     beside: bool = False
     tail: int = 1
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    xla_flags: str = ""
 
 
 # Two programs on one GPU: neither may take its memory whole.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-# The suite's many programs run once: XLA need not search for the fastest of their products.
-ONCE = SHARED | {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+# For programs that run once: XLA need not search for the fastest of their products.
+ONCE = "--xla_gpu_autotune_level=0"
 
 STAGES = [
-    Stage("machine", check_machine, 60),
+    Stage("machine", check_machine, 150),
     Stage("weights", make_weights, 100, beside=True, environment={"JAX_PLATFORMS": "cpu"}),
-    Stage("doctor", doctor, 80),
+    Stage("doctor", doctor, 120),
     Stage("compile", compile_steps, 180, beside=True, environment=SHARED),
-    Stage("suite", suite, 150, tail=8, environment=ONCE),
+    Stage("suite", suite, 150, tail=8, environment=SHARED | NO_PLUGINS, xla_flags=ONCE),
     Stage("wkv7", wkv7, 110, needs=60, tail=23),
     Stage("train_step", train_step, 150, needs=100, tail=6),
     Stage("profile", profile, 60, needs=55, tail=39),
     Stage("rivals", rivals, 300, tail=30),
+    Stage("page", page, 20, needs=20),
 ]
 
 
@@ -221,11 +237,11 @@ class Running:
             self._process = subprocess.Popen(
                 stage.command(kit),
                 cwd=ROOT,
-                env=kit.environment | stage.environment,
+                env=kit.environment | stage.environment | {"XLA_FLAGS": kit.xla_flags(stage)},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                start_new_session=True,
+                process_group=0,  # no session of its own, which would outlive this program's
             )
 
     def finish(self) -> None:
@@ -248,6 +264,12 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.status = self._process.wait()
+        # Until its children are gone, too: they may hold memory of the GPU.
+        end = time.monotonic() + GONE
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.02)
         self.seconds = time.monotonic() - self.began
 
     def text(self) -> str:
@@ -257,7 +279,7 @@ class Running:
 
 
 class Report:
-    """Runs stages and keeps what became of them, after each in summary.json as well."""
+    """Runs stages and writes the outcome of each to summary.json."""
 
     def __init__(self, kit: Kit, stages: list[Stage], limit: float):
         self.kit, self.stages = kit, stages
@@ -443,22 +465,30 @@ def install(wheels: Path, target: Path) -> None:
     """Puts what is unsatisfied into a folder, from the wheels of another; says what it cannot."""
     for requirement in unsatisfied():
         name = re.sub(r"[-_.]+", "_", requirement.name).lower()
-        fitting = [x for x in sorted(wheels.rglob("*.whl")) if wheel_name(x) == name]
+        found = {wheel_version(x): x for x in wheels.rglob("*.whl") if wheel_name(x) == name}
+        fitting = [x for x in found if requirement.specifier.contains(x, prereleases=True)]
         if not fitting:
-            print(f"note: {requirement} is not satisfied, and {wheels} has no wheel of it")
+            print(f"note: {requirement} is not satisfied, and {wheels} has no such wheel")
             continue
+        wheel = found[max(fitting)]
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade"]
         command = module("pip", "install", "--quiet", *options, "--target", str(target))
-        done = subprocess.run([*command, str(fitting[-1])], capture_output=True, text=True)
+        done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip fails"])[-1]
-            print(f"note: {requirement} is not satisfied: {fitting[-1]}: {reason}")
+            print(f"note: {requirement} is not satisfied: {wheel}: {reason}")
         else:
-            print(f"took {fitting[-1].name}")
+            print(f"took {wheel.name}")
 
 
 def wheel_name(path: Path) -> str:
     return re.sub(r"[-_.]+", "_", path.name.split("-")[0]).lower()
+
+
+def wheel_version(path: Path) -> Version:
+    with contextlib.suppress(InvalidVersion, IndexError):
+        return Version(path.name.split("-")[1])
+    return Version("0")
 
 
 def environment(scratch: Path, rehearse: bool) -> dict[str, str]:
@@ -467,7 +497,6 @@ def environment(scratch: Path, rehearse: bool) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR",
         "PYTEST_ADDOPTS",
         "XLA_CLIENT_MEM_FRACTION",
-        "XLA_FLAGS",
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
     )
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
@@ -479,6 +508,8 @@ def environment(scratch: Path, rehearse: bool) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             "XDG_CACHE_HOME": str(scratch / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            # Choices among kernels that were timed beside the suite stay with their own program.
+            "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
             # Call stacks are part of a Pallas kernel's program, and so of its key on disk.
             "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         }
@@ -527,12 +558,14 @@ def main() -> None:
     output = options.output.absolute()
     with reporting_os_errors(output, "write"):
         output.mkdir(parents=True, exist_ok=True)
-        for name in (LOG, SUMMARY, TRACE):
-            (output / name).unlink(missing_ok=True)
+        records = [path for name in RECORDS for path in output.glob(f"{name}_*.json")]
+        for path in (output / LOG, output / SUMMARY, output / TRACE, output / PAGE, *records):
+            path.unlink(missing_ok=True)  # of a report before: it would pass for this one's
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, signals_raise():
         scratch = Path(folder)
         install(options.wheels, scratch / "site")
+        sys.path.insert(0, str(scratch / "site"))  # what the record names is what stages take
         rivals = options.rivals and options.rivals.absolute()
         kit = Kit(output, scratch, environment(scratch, options.rehearse), options.rehearse, rivals)
         report = Report(kit, stages, options.limit)

@@ -22,7 +22,7 @@ from rwkv_jax.nvidia import ask_nvidia_smi
 
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint",
-    "numpy", "torch", "triton", "rwkv", "pytest", "pytest-xdist",
+    "tensorstore", "ml_dtypes", "numpy", "torch", "triton", "rwkv", "pytest", "pytest-xdist",
 )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.profile_gpu --size 0.1b --ctx_len 4096 --micro_bsz 8 [--json PATH]
 
 Five steps, after a warm-up, under jax's profiler. The step is that of `train_step_gpu`; all other
-options are those of `python -m rwkv_jax.train`. Parts (`PARTS`) are told apart by the named scope
-of what a kernel computes, which the compiled program has for each of its instructions, else by the
+options are those of `python -m rwkv_jax.train`. A kernel's part (`PARTS`) follows from the named
+scope of what a kernel computes, which the compiled program has for each of its instructions, else by the
 kernel's name: of a product in a CUDA graph the profiler may not say what it is part of.
 Milliseconds are a step's; kernels that overlap count in full.
 
@@ -214,7 +214,7 @@ def main() -> None:
     options, arguments = parser.parse_known_args()
     arguments += ["--my_exit_tokens", str(EXIT_TOKENS)]
     config, _ = parse_train_options(arguments)
-    prepare_jax()
+    prepare_jax(bool(config.deterministic))
     device = jax.devices()[0]
     if device.platform == "cpu":
         print("no GPU: a rehearsal on a CPU, whose times mean nothing", flush=True)

@@ -600,7 +600,7 @@ def _why(error: BaseException) -> str:
 
 def _child(path: Path, function: Callable[..., None], arguments: tuple) -> None:
     """Runs function(report, *arguments), whose rows, or why there are no more, go to a file."""
-    os.setsid()  # so that what it starts, compilers, can be ended with it
+    os.setpgid(0, 0)  # so that what it starts, compilers, can be ended with it
     with path.open("a", encoding="utf-8") as file:
 
         def report(row: Row) -> None:

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
-from benchmarks import machine
+from benchmarks import gpu_inputs, machine
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax import cost, distributed, sharding
 from rwkv_jax.build import build_step, decide, prepare_jax
@@ -85,6 +85,8 @@ def prepare(arguments: list[str]) -> Prepared:
         UserError: it is none that can be compiled as one program.
     """
     config, _ = parse_train_options(arguments)
+    if config.accumulate_grad_batches > 1:
+        raise UserError("--accumulate_grad_batches: a step is one micro batch here; leave it out")
     on_gpu = jax.default_backend() == "gpu"
     config = decide(config, on_gpu, current_compute_capability() if on_gpu else None)
     model, mesh = config.model_config(), sharding.make_mesh(1)
@@ -92,9 +94,7 @@ def prepare(arguments: list[str]) -> Prepared:
     rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
     optimizer = make_optimizer(config, rate)
     abstract = abstract_state(mesh, model, optimizer)
-    tokens = np.random.default_rng(1).integers(
-        0, model.vocab_size, (1, config.micro_bsz, config.ctx_len + 1), np.int32
-    )
+    tokens = gpu_inputs.tokens(1, config.micro_bsz, config.ctx_len, model.vocab_size)[None]
     where = sharding.batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=where)
     if sharding.STRATEGIES[config.strategy].offload:
@@ -165,13 +165,13 @@ def speed(
     return {"ms": 1e3 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
-def in_this_process(pipe: Connection, *arguments: Any) -> None:
+def in_this_process(pipe: Connection, arguments: list[str], *more: Any) -> None:
     """Sends the row of `measure`, with the device's name, or with what went wrong."""
     row: dict[str, Any] = {}
     try:
-        prepare_jax()
+        prepare_jax(bool(parse_train_options(arguments)[0].deterministic))
         row["device_kind"] = jax.devices()[0].device_kind
-        row |= measure(*arguments)
+        row |= measure(arguments, *more)
     except Exception as error:
         row["error"] = one_line(last_words(error)[0].removeprefix("error: "))
     pipe.send(row)
@@ -286,6 +286,8 @@ def main() -> None:
     config = parse_train_options(runs[0])[0]
 
     result = machine.record("train_step") | {"rows": []}
+    if gpu := result["machine"].get("gpu"):  # known even if no row gets as far as its name
+        result |= {"device_kind": gpu["name"], "on_gpu": True}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         weights: list[str] = []
         if not (config.load_model or options.compile_only):
@@ -293,7 +295,8 @@ def main() -> None:
 
         def add(row: dict[str, Any]) -> None:
             print(outcome(row), flush=True)
-            if (kind := row.pop("device_kind", None)) and "device_kind" not in result:
+            kind = row.pop("device_kind", None)
+            if kind and kind != result.get("device_kind"):
                 result.update(device_kind=kind, on_gpu=kind.lower() != "cpu")
                 if kind == "cpu":
                     print("no GPU: a rehearsal on a CPU, whose times mean nothing", flush=True)
@@ -308,12 +311,15 @@ def main() -> None:
             row = in_its_own_process([*run, *weights], options.steps, options.compile_only)
             return describe_run(run) | row
 
-        # Only what is not timed may share the machine.
-        with ThreadPoolExecutor(len(runs) if options.compile_only else 1) as pool:
-            for row in pool.map(measured, runs):
-                add(row)
-        if options.command:
-            add(run_the_command([*runs[0], *weights], options.steps, Path(folder, "run")))
+        if options.compile_only:  # what is timed does not share the machine
+            with ThreadPoolExecutor(len(runs)) as pool:
+                for row in pool.map(measured, runs):
+                    add(row)
+        else:
+            for number, run in enumerate(runs):
+                add(measured(run))
+                if options.command and not number:
+                    add(run_the_command([*run, *weights], options.steps, Path(folder, "run")))
     if all("error" in row for row in result["rows"]):
         raise UserError("none of --runs could be timed")
 

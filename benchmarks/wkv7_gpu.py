@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine
-from pallas_kernels.wkv7.api import HEAD_SIZES, IMPLEMENTATIONS, wkv7
+from benchmarks import gpu_inputs, machine
+from pallas_kernels.wkv7.api import IMPLEMENTATIONS, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax.build import prepare_jax
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import CommandParser, run_command
 
 # Bytes that any chunked kernel with nothing saved must move, in units of one [B,T,H,N] array:
 # six in and one out; seven in (dy) and six out.
@@ -189,20 +189,6 @@ def outcome(row: dict[str, Any]) -> str:
     return f"{row['ms']:.3f} ms, {bound}"
 
 
-def shape(text: str) -> tuple[str, ArgSpec]:
-    """A name in `ARG_SPECS`, or B,T,H,N."""
-    if text in ARG_SPECS:
-        return text, ARG_SPECS[text]
-    words = text.split(",")
-    if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
-        known = ", ".join(ARG_SPECS)
-        raise UserError(f"--shapes {text}: is neither B,T,H,N nor one of {known}")
-    spec = ArgSpec(*map(int, words))
-    if spec.size not in HEAD_SIZES:
-        raise UserError(f"--shapes {text}: heads are of {', '.join(map(str, HEAD_SIZES))}")
-    return text, spec
-
-
 def main() -> None:
     parser = CommandParser(
         prog="python -m benchmarks.wkv7_gpu", description=__doc__.splitlines()[0]
@@ -222,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="written after each row")
     options = parser.parse_args()
-    shapes = dict(map(shape, options.shapes))
+    shapes = dict(map(gpu_inputs.shape, options.shapes))
     prepare_jax()
     if not on_gpu():
         print("no GPU: this rehearses the benchmark on a CPU, and its times mean nothing")

@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import wkv7_gpu
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
-from rwkv_jax.errors import UserError
 
 SPEC = ArgSpec(1, 16, 1, 16)
 
@@ -111,9 +110,3 @@ def test_clocks_are_up_when_a_product_gets_no_faster(monkeypatch):
 
 def test_the_shape_that_others_publish_is_the_first():
     assert next(iter(ARG_SPECS.values())) == (8, 4096, 64, 64)
-
-
-@pytest.mark.parametrize("text", ["1,2,3", "0,16,1,16", "1,16,1,17", "none"])
-def test_refuses_what_is_no_shape(text):
-    with pytest.raises(UserError, match=f"--shapes {text}"):
-        wkv7_gpu.shape(text)
