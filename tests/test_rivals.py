@@ -162,6 +162,7 @@ def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     assert theirs["grad_norms"] == pytest.approx(ours["grad_norms"], rel=5e-3)
     assert theirs["losses"][0] - theirs["losses"][2] > 0.1  # they learn, and the same
     assert theirs["batch_sha256"] == gpu_inputs.sha256([gpu_inputs.tokens(1, 2, 16, 65536)])
+    assert theirs["scripted"] is True
     assert theirs["optimizer"] == "torch.optim.AdamW(fused=True)"
 
 
@@ -317,7 +318,29 @@ def test_extensions_are_those_that_the_source_loads(tmp_path):
     ]
     after = cpp_extension.load, torch.library.register_autograd, torch.jit.script, list(sys.path)
     assert after == before and "RWKV_HEAD_SIZE" not in os.environ
-    assert "src.model" not in sys.modules and "deepspeed" not in sys.modules
+    assert "deepspeed" not in sys.modules
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")
+def test_a_model_that_torch_cannot_script_is_taken_as_it_is(tmp_path):
+    sources = tmp_path / "RWKV-v7" / "train_temp"
+    (sources / "src").mkdir(parents=True)
+    (sources / "src" / "model.py").write_text(
+        "import torch\n"
+        "class TMix(torch.jit.ScriptModule):\n"
+        "    @torch.jit.script_method\n"
+        "    def forward(self, x):\n"
+        "        return x\n"
+        "class RWKV:\n"
+        "    def __init__(self, args):\n"
+        "        self.scripted = isinstance(TMix(), torch.jit.ScriptModule)\n"
+        "        if self.scripted and args.new:\n"
+        "            raise RuntimeError('not supported in Torchscript')\n"
+    )
+    for new in (False, True):
+        model, scripted = rivals_gpu.official_rwkv(tmp_path, types.SimpleNamespace(new=new))
+        assert model.scripted == scripted == (not new)
 
 
 @needs_torch
