@@ -40,7 +40,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -396,9 +396,8 @@ def try_forms(spec: ArgSpec, parts: int, part: int) -> None:
 
 
 def official_cuda(report: Report, scratch: Path, shapes: list[str], folder: Path) -> None:
-    with official_model(folder) as model:
-        run = model.RWKV7_CLAMPW_CUDA_OP.apply
-        time_operator(report, scratch, shapes, Operator(run, takes_log_decay=False))
+    run = official_model(folder).RWKV7_CLAMPW_CUDA_OP.apply
+    time_operator(report, scratch, shapes, Operator(run, takes_log_decay=False))
 
 
 def official_trainer(report: Report, scratch: Path, options: StepOptions, folder: Path) -> None:
@@ -412,74 +411,81 @@ def official_trainer(report: Report, scratch: Path, options: StepOptions, folder
     tokens = torch.from_numpy(batch).long().to(device)
     config = options.config()
     shape = config.model_config()
-    with official_model(folder) as source:
-        model = source.RWKV(
-            types.SimpleNamespace(
-                n_layer=shape.n_layer,
-                n_embd=shape.n_embd,
-                dim_att=shape.n_embd,
-                dim_ffn=shape.dim_ffn,
-                head_size=shape.head_size,
-                vocab_size=shape.vocab_size,
-                ctx_len=options.ctx_len,
-                grad_cp=options.grad_cp,
-                my_testing="x070",
-                weight_decay=config.weight_decay,
-                lr_init=0.0,  # each step sets it
-                betas=(config.beta1, config.beta2),
-                adam_eps=config.adam_eps,
-            )
-        )
-        model.load_state_dict(tensors)
-        model.to(device, torch.bfloat16)
-        model.trainer = types.SimpleNamespace(is_global_zero=False, strategy=None)
-        adam = model.configure_optimizers()
-        params = [p for group in adam.param_groups for p in group["params"]]
-        masters = [p.detach().float() for p in params]
-        rest = iter(masters)
+    model, scripted = official_rwkv(
+        folder,
+        types.SimpleNamespace(
+            n_layer=shape.n_layer,
+            n_embd=shape.n_embd,
+            dim_att=shape.n_embd,
+            dim_ffn=shape.dim_ffn,
+            head_size=shape.head_size,
+            vocab_size=shape.vocab_size,
+            ctx_len=options.ctx_len,
+            grad_cp=options.grad_cp,
+            my_testing="x070",
+            weight_decay=config.weight_decay,
+            lr_init=0.0,  # each step sets it
+            betas=(config.beta1, config.beta2),
+            adam_eps=config.adam_eps,
+        ),
+    )
+    model.load_state_dict(tensors)
+    model.to(device, torch.bfloat16)
+    model.trainer = types.SimpleNamespace(is_global_zero=False, strategy=None)
+    adam = model.configure_optimizers()
+    params = [p for group in adam.param_groups for p in group["params"]]
+    masters = [p.detach().float() for p in params]
+    rest = iter(masters)
+    for group in adam.param_groups:
+        group["params"] = [next(rest) for _ in group["params"]]
+
+    def step() -> tuple[float, float]:
+        loss = model.training_step((tokens[:, :-1], tokens[:, 1:]), 0)
+        loss.backward()
+        used = [(p, m) for p, m in zip(params, masters, strict=True) if p.grad is not None]
+        for p, m in used:
+            m.grad = p.grad.float()
+            p.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(masters, config.grad_clip)
+        rate = next(rates)
         for group in adam.param_groups:
-            group["params"] = [next(rest) for _ in group["params"]]
+            group["lr"] = rate * group["my_lr_scale"]
+        adam.step()
+        with torch.no_grad():
+            torch._foreach_copy_(params, masters)
+        return loss.item(), norm.item()
 
-        def step() -> tuple[float, float]:
-            loss = model.training_step((tokens[:, :-1], tokens[:, 1:]), 0)
-            loss.backward()
-            used = [(p, m) for p, m in zip(params, masters, strict=True) if p.grad is not None]
-            for p, m in used:
-                m.grad = p.grad.float()
-                p.grad = None
-            norm = torch.nn.utils.clip_grad_norm_(masters, config.grad_clip)
-            rate = next(rates)
-            for group in adam.param_groups:
-                group["lr"] = rate * group["my_lr_scale"]
-            adam.step()
-            with torch.no_grad():
-                torch._foreach_copy_(params, masters)
-            return loss.item(), norm.item()
+    def compare_gradient() -> Row:
+        mu = torch.load(scratch / "mu.pth", weights_only=True)
+        names = {p: name for name, p in model.named_parameters()}
+        errors = {}
+        for p, m in zip(params, masters, strict=True):
+            ours = mu.pop(names[p]).to(device)
+            theirs = adam.state[m]["exp_avg"] if m in adam.state else torch.zeros_like(ours)
+            # What no gradient reaches, as layer 0's value residual, is zero in both.
+            errors[names[p]] = float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))
+        worst = sorted(errors, key=lambda name: -errors[name])[:LISTED]
+        return {"errors": {name: errors[name] for name in worst}}
 
-        def compare_gradient() -> Row:
-            mu = torch.load(scratch / "mu.pth", weights_only=True)
-            names = {p: name for name, p in model.named_parameters()}
-            errors = {}
-            for p, m in zip(params, masters, strict=True):
-                ours = mu.pop(names[p]).to(device)
-                theirs = adam.state[m]["exp_avg"] if m in adam.state else torch.zeros_like(ours)
-                # What no gradient reaches, as layer 0's value residual, is zero in both.
-                errors[names[p]] = float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))
-            worst = sorted(errors, key=lambda name: -errors[name])[:LISTED]
-            return {"errors": {name: errors[name] for name in worst}}
-
-        row = step_row(options, batch, scratch / "init.pth")
-        row |= time_steps(options, step, compare_gradient)
+    row = step_row(options, batch, scratch / "init.pth")
+    row |= time_steps(options, step, compare_gradient)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    report(row | {"card": card, "peak_bytes": peak, "optimizer": "torch.optim.AdamW(fused=True)"})
+    row |= {"scripted": scripted, "optimizer": "torch.optim.AdamW(fused=True)"}
+    report(row | {"card": card, "peak_bytes": peak})
 
 
 # ----------------------------------------------------------------------------- the official sources
 
 
-@contextlib.contextmanager
-def official_model(folder: Path) -> Iterator[Any]:
-    """RWKV-LM's src/model.py as a module, in its folder and with the settings of its demo."""
+def official_model(folder: Path, scripted: bool = True) -> types.ModuleType:
+    """RWKV-LM's src/model.py as a module, imported with the settings of its demo.
+
+    Args:
+        scripted: whether TorchScript compiles its time mix, as in the demo. RWKV_JIT_ON=0 is no
+            way to do without: the source's functions for that hide each other.
+    """
+    import torch
+
     sources = folder / "RWKV-v7" / "train_temp"
     settings = {
         "RWKV_MY_TESTING": "x070",
@@ -490,17 +496,36 @@ def official_model(folder: Path) -> Iterator[Any]:
         "RWKV_JIT_ON": "1",
     }
     modules = stand_ins()
+    unscripted = {} if scripted else {"ScriptModule": torch.nn.Module, "script_method": _same}
     with (
+        mock.patch.multiple(torch.jit, **unscripted) if unscripted else contextlib.nullcontext(),
         mock.patch.dict(os.environ, settings),
         mock.patch.object(sys, "path", [str(sources), *sys.path]),
         contextlib.chdir(sources),
     ):
+        for name in ("src", "src.model"):
+            sys.modules.pop(name, None)
         sys.modules.update(modules)
         try:
-            yield importlib.import_module("src.model")
+            return importlib.import_module("src.model")  # which stays: scripting looks it up
         finally:
-            for name in (*modules, "src", "src.model"):
+            for name in modules:
                 sys.modules.pop(name, None)
+
+
+def _same(function: Any) -> Any:
+    return function
+
+
+def official_rwkv(folder: Path, arguments: types.SimpleNamespace) -> tuple[Any, bool]:
+    """The model of src/model.py, and whether it is scripted, as by its trainer.
+
+    Some torch cannot script it, as 2.14 on Python 3.12: no autograd.Function is called there.
+    """
+    try:
+        return official_model(folder).RWKV(arguments), True
+    except RuntimeError:
+        return official_model(folder, scripted=False).RWKV(arguments), False
 
 
 def stand_ins() -> dict[str, types.ModuleType]:
@@ -578,16 +603,13 @@ def extensions(folder: Path) -> list[Row]:
 
     calls: list[Row] = []
 
-    def ignored(function: Any = None, **_: Any) -> Any:
-        return function
-
     with (
         mock.patch.object(cpp_extension, "load", lambda **call: calls.append(call)),
         mock.patch.object(torch.library, "register_autograd", lambda *_, **__: None),
-        mock.patch.object(torch.jit, "script", ignored),
-        official_model(folder),
+        mock.patch.object(torch.jit, "script", _same),
     ):
-        return calls
+        official_model(folder)
+    return calls
 
 
 # ---------------------------------------------------------------------------------------- processes
