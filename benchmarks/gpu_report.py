@@ -285,8 +285,6 @@ class Report:
         self.kit, self.stages = kit, stages
         self.began = time.monotonic()
         self.end = self.began + limit
-        # Where there is more time than the stages may take, each has its part of that.
-        self.scale = max(1.0, limit / sum(stage.limit for stage in stages if not stage.beside))
         self.log = kit.output / LOG
         self.summary = machine.record("gpu_report") | {"rehearsal": kit.rehearse}
         self.rows: dict[str, dict[str, Any]] = {
@@ -311,9 +309,11 @@ class Report:
         under_way: list[Running] = []
         try:
             for index, stage in enumerate(self.stages):
+                left = self.end - GRACE - time.monotonic()
                 kept = sum(later.needs for later in self.stages[index + 1 :])
-                left = self.end - GRACE - time.monotonic() - kept
-                limit = min(self.scale * stage.limit, left)
+                # If more time is left than the stages may take, each gets its share of it.
+                wanted = sum(x.limit for x in self.stages[index:] if x is stage or not x.beside)
+                limit = min(max(1.0, left / wanted) * stage.limit, left - kept)
                 if limit < LEAST:
                     self.say(f"{stage.name}: no time is left for it")
                     continue

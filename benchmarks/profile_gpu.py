@@ -4,9 +4,9 @@
 
 Five steps, after a warm-up, under jax's profiler. The step is that of `train_step_gpu`; all other
 options are those of `python -m rwkv_jax.train`. A kernel's part (`PARTS`) follows from the named
-scope of what a kernel computes, which the compiled program has for each of its instructions, else by the
-kernel's name: of a product in a CUDA graph the profiler may not say what it is part of.
-Milliseconds are a step's; kernels that overlap count in full.
+scope of its instruction in the compiled program, or else from the kernel's name: for a product in a
+CUDA graph the profiler may not name the instruction. Milliseconds are of one step; kernels that
+overlap count in full.
 
 On a CPU everything runs in the same way, with the operations on the host as kernels.
 """

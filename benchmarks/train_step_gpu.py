@@ -17,7 +17,6 @@ find them on disk. All other options are those of `python -m rwkv_jax.train`.
 On a CPU everything runs in the same way; its times mean nothing.
 """
 
-import hashlib
 import multiprocessing
 import signal
 import statistics
@@ -94,7 +93,7 @@ def prepare(arguments: list[str]) -> Prepared:
     rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
     optimizer = make_optimizer(config, rate)
     abstract = abstract_state(mesh, model, optimizer)
-    tokens = gpu_inputs.tokens(1, config.micro_bsz, config.ctx_len, model.vocab_size)[None]
+    tokens = gpu_inputs.tokens(0, config.micro_bsz, config.ctx_len, model.vocab_size)[None]
     where = sharding.batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=where)
     if sharding.STRATEGIES[config.strategy].offload:
@@ -150,7 +149,7 @@ def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, A
         **speed(config, model, device.device_kind, statistics.median(seconds)),
         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "batch_sha256": hashlib.sha256(prepared.batch.tobytes()).hexdigest(),
+        "batch_sha256": gpu_inputs.sha256(prepared.batch),
         "loss": loss,
     }
 
