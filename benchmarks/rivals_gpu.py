@@ -37,6 +37,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -54,8 +55,8 @@ from benchmarks import gpu_inputs, machine
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax import pth, weights
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.errors import CommandParser, UserError, one_line, run_command
-from rwkv_jax.files import reporting_os_errors, scratch_folder
+from rwkv_jax.errors import CommandParser, UserError, one_line, run_command, signals_raise
+from rwkv_jax.files import reporting_os_errors
 
 INPUTS = ("r", "w", "k", "v", "a", "b")
 PASSES = ("forward", "forward_backward")
@@ -647,7 +648,7 @@ def rows_of(
     )
     process.start()
     try:
-        process.join(limit)
+        _wait(process, limit)
         late = process.exitcode is None
     finally:
         _end(process)
@@ -659,6 +660,10 @@ def rows_of(
     elif process.exitcode:
         rows.append({"error": f"its process ended with status {process.exitcode}"})
     return rows
+
+
+def _wait(process: BaseProcess, limit: int) -> None:
+    process.join(limit)
 
 
 def _end(process: BaseProcess) -> None:
@@ -763,9 +768,12 @@ def main() -> None:
     with reporting_os_errors(options.json, "write"):
         options.json.parent.mkdir(parents=True, exist_ok=True)
     with (
-        scratch_folder(options.json) as scratch,
-        mock.patch.dict(os.environ, compiler_environment(scratch)),
+        signals_raise(),
+        # Gigabytes, which do not belong beside the results if this process is killed.
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary,
+        mock.patch.dict(os.environ, compiler_environment(Path(temporary))),
     ):
+        scratch = Path(temporary)
         write_inputs(scratch, shapes, step)
 
         def add(found: list[Row], what: str, name: str) -> bool:

@@ -274,14 +274,21 @@ def fails(report) -> None:
     raise ValueError("of two\nlines")
 
 
-def test_a_process_that_is_late_is_ended_with_what_it_started(tmp_path):
-    marker = tmp_path / "marker"
-    rows = rows_of(hangs, (marker,), tmp_path, 3)
-    assert rows == [{"ms": 1.0}, {"error": "it was ended after its limit of 3 s"}]
+def test_a_process_that_is_late_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    marker, reported = tmp_path / "marker", tmp_path / "hangs.jsonl"
 
     def living() -> list[str]:
         lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
         return [line for line in lines if bytes(marker) in line]
+
+    def until_all_has_begun(process, limit):
+        while not (reported.exists() and reported.read_text() and living()):
+            assert process.exitcode is None
+            time.sleep(0.05)
+
+    monkeypatch.setattr(rivals_gpu, "_wait", until_all_has_begun)
+    rows = rows_of(hangs, (marker,), tmp_path, 3)
+    assert rows == [{"ms": 1.0}, {"error": "it was ended after its limit of 3 s"}]
 
     end = time.monotonic() + 10
     while living() and time.monotonic() < end:
