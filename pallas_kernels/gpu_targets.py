@@ -6,7 +6,6 @@ absl-py`, or jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc, and JAX_PL
 `tests/test_gpu_compile.py` checks the kernels with it.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,11 @@ class GpuTarget:
         """The name ptxas knows the card by; Hopper's wgmma needs the `a`."""
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major in (9, 10, 12) else "")
+
+    @property
+    def compiled_as(self) -> str:
+        """Its name, or of another card of its compute capability, which Pallas knows."""
+        return STAND_INS.get(self.compute_capability, self.device_kind)
 
     def text(self) -> str:
         """XLA's GpuTargetConfigProto, in protobuf's text form."""
@@ -78,7 +82,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{self.device_kind}"
+device_description_str: "{self.compiled_as}"
 """
 
 
@@ -111,16 +115,9 @@ GPU_TARGETS = {
 }
 # fmt: on
 
-# Pallas knows a GPU that is not there by jax's list of names, and asks for nothing but its compute
-# capability. The list lacks many cards: one of each compute capability stands for all.
-LOWERED_AS = {
-    (7, 5): "Tesla T4",
-    (8, 0): "NVIDIA A100",
-    (8, 6): "NVIDIA A10",
-    (8, 9): "NVIDIA L4",
-    (9, 0): "NVIDIA H100",
-    (12, 0): "NVIDIA RTX PRO 6000",
-}
+# Pallas looks a GPU that is not there up in a list of names, for its compute capability. Where the
+# list lacks a card of the table, all of its compute capability are compiled under this name.
+STAND_INS = {(8, 6): "NVIDIA A10", (12, 0): "NVIDIA RTX PRO 6000 Blackwell"}
 # The plugins of jax that compile for CUDA, and where in the package `nvidia` their ptxas lies.
 PLUGINS = {"jax_cuda13_plugin": "cu13", "jax_cuda12_plugin": "cuda_nvcc"}
 
@@ -135,7 +132,7 @@ def current_compute_capability() -> tuple[int, int] | None:
         if device.platform != "gpu":
             return None
         kinds = {target.device_kind: target.compute_capability for target in GPU_TARGETS.values()}
-        kinds |= {kind: capability for capability, kind in LOWERED_AS.items()}
+        kinds |= {kind: capability for capability, kind in STAND_INS.items()}
         if device.device_kind in kinds:
             return kinds[device.device_kind]
     # A mesh of devices that are there names one as well, and it may be any.
@@ -147,7 +144,7 @@ def current_compute_capability() -> tuple[int, int] | None:
 
 def can_compile() -> bool:
     """Whether the packages that the module docstring names are installed."""
-    return bool(_plugins() and importlib.util.find_spec("absl") and _ptxas())
+    return bool(_plugins() and importlib.util.find_spec("absl") and ptxas())
 
 
 def _plugins() -> list[str]:
@@ -155,28 +152,17 @@ def _plugins() -> list[str]:
 
 
 def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "data") -> Mesh:
-    """A mesh of `count` GPUs that are not there, over `hosts` processes, to lower for."""
+    """A mesh of `count` GPUs that are not there, over `hosts` processes.
+
+    Inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, functions are traced and lowered as
+    on such GPUs.
+    """
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=target.text(),
         topology=f"1x{hosts}x{count // hosts}",
     )
     return Mesh(np.array(topology.devices), (axis,), axis_types=(AxisType.Auto,))
-
-
-@contextlib.contextmanager
-def lowering_for(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
-    """Inside, functions are traced and lowered as on such GPUs: Pallas asks for the device."""
-    device = AbstractDevice(
-        device_kind=LOWERED_AS[target.compute_capability],
-        num_cores=target.core_count,
-        platform="gpu",
-    )
-    abstract = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
-    )
-    with jax.sharding.use_abstract_mesh(abstract):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +204,7 @@ def compile_for(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arguments
         )
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    with lowering_for(target, mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jitted.lower(*arguments)
     with tempfile.TemporaryDirectory() as folder:
         _put_recording_assembler(Path(folder))
@@ -246,7 +232,8 @@ def compile_for(
     return Compiled(executable, kernels, [ptx for ptx, _ in records])
 
 
-def _ptxas() -> str | None:
+def ptxas() -> str | None:
+    """The assembler's path, of the packages that the module docstring names or else of the PATH."""
     try:
         import nvidia
     except ImportError:
@@ -257,7 +244,7 @@ def _ptxas() -> str | None:
 
 def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
     """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
-    assembler = _ptxas()
+    assembler = ptxas()
     assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
     command = [assembler, "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
@@ -268,7 +255,7 @@ def _put_recording_assembler(folder: Path) -> None:
 
     XLA's own dump has the PTX of Triton kernels up to jax 0.10 alone.
     """
-    assembler = _ptxas()
+    assembler = ptxas()
     assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
     recording = folder / "bin" / "ptxas"
     recording.parent.mkdir()
