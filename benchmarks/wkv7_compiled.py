@@ -2,21 +2,22 @@
 
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
 
-Compiles forward and backward for every row of `ROWS` and writes the table into its place in
-docs/wkv7-kernel.md; tests/test_gpu_compile.py fails when the two differ. About ten seconds a row.
-Needs the packages of `pallas_kernels.gpu_targets`, and jax 0.10: newer jax compiles Triton kernels
-while it lowers, for the GPU at hand or else for compute capability 9.0.
+Compiles forward and backward for every row of `ROWS` and writes the table of this jax and this
+assembler into its place in docs/wkv7-kernel.md; tests/test_gpu_compile.py fails when the two
+differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools
 import itertools
+import re
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu_targets import GPU_TARGETS, Compiled, compile_for
+from pallas_kernels.gpu_targets import GPU_TARGETS, Compiled, compile_for, ptxas
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
 from rwkv_jax.files import written_whole
@@ -66,6 +67,14 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@functools.cache
+def table_name() -> str:
+    """Of this jax and this assembler: other versions allocate registers in other ways."""
+    words = subprocess.run([str(ptxas()), "--version"], capture_output=True, text=True).stdout
+    (release,) = re.findall(r"release (\S+),", words)
+    return f"compiled by jax {jax.__version__}, ptxas {release}"
+
+
 def replace(path: Path, name: str, text: str) -> None:
     """Puts text between the markers of this name in a Markdown file."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
@@ -79,7 +88,7 @@ def main() -> None:
     for row in ROWS:
         lines.append(line(row))
         print(lines[-1], flush=True)
-    replace(DOCS, "compiled", "\n".join(lines))
+    replace(DOCS, table_name(), "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own
 packages, in jax's version: `pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
-absl-py` and JAX_PLATFORMS=cpu. `tests/test_gpu_compile.py` checks the kernels with it.
+absl-py`, or jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc, and JAX_PLATFORMS=cpu.
+`tests/test_gpu_compile.py` checks the kernels with it.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ class GpuTarget:
         """The name ptxas knows the card by; Hopper's wgmma needs the `a`."""
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major in (9, 10, 12) else "")
+
+    @property
+    def compiled_as(self) -> str:
+        """Its name, or of another card of its compute capability, which Pallas knows."""
+        return STAND_INS.get(self.compute_capability, self.device_kind)
 
     def text(self) -> str:
         """XLA's GpuTargetConfigProto, in protobuf's text form."""
@@ -75,7 +82,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{self.device_kind}"
+device_description_str: "{self.compiled_as}"
 """
 
 
@@ -108,6 +115,12 @@ GPU_TARGETS = {
 }
 # fmt: on
 
+# Pallas looks a GPU that is not there up in a list of names, for its compute capability. Where the
+# list lacks a card of the table, all of its compute capability are compiled under this name.
+STAND_INS = {(8, 6): "NVIDIA A10", (12, 0): "NVIDIA RTX PRO 6000 Blackwell"}
+# The plugins of jax that compile for CUDA, and where in the package `nvidia` their ptxas lies.
+PLUGINS = {"jax_cuda13_plugin": "cu13", "jax_cuda12_plugin": "cuda_nvcc"}
+
 
 def current_compute_capability() -> tuple[int, int] | None:
     """Of the NVIDIA GPU that a function traced now will run on; None when it is another device.
@@ -119,6 +132,7 @@ def current_compute_capability() -> tuple[int, int] | None:
         if device.platform != "gpu":
             return None
         kinds = {target.device_kind: target.compute_capability for target in GPU_TARGETS.values()}
+        kinds |= {kind: capability for capability, kind in STAND_INS.items()}
         if device.device_kind in kinds:
             return kinds[device.device_kind]
     # A mesh of devices that are there names one as well, and it may be any.
@@ -130,32 +144,25 @@ def current_compute_capability() -> tuple[int, int] | None:
 
 def can_compile() -> bool:
     """Whether the packages that the module docstring names are installed."""
-    return all(importlib.util.find_spec(x) for x in ("jax_cuda12_plugin", "absl")) and bool(
-        _ptxas()
-    )
+    return bool(_plugins() and importlib.util.find_spec("absl") and ptxas())
+
+
+def _plugins() -> list[str]:
+    return [name for name in PLUGINS if importlib.util.find_spec(name)]
 
 
 def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "data") -> Mesh:
-    """A mesh of `count` GPUs that are not there, over `hosts` processes, to lower for."""
+    """A mesh of `count` GPUs that are not there, over `hosts` processes.
+
+    Inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, functions are traced and lowered as
+    on such GPUs.
+    """
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=target.text(),
         topology=f"1x{hosts}x{count // hosts}",
     )
     return Mesh(np.array(topology.devices), (axis,), axis_types=(AxisType.Auto,))
-
-
-@contextlib.contextmanager
-def lowering_for(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
-    """Inside, functions are traced and lowered as on such GPUs: Pallas asks for the device."""
-    device = AbstractDevice(
-        device_kind=target.device_kind, num_cores=target.core_count, platform="gpu"
-    )
-    abstract = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
-    )
-    with jax.sharding.use_abstract_mesh(abstract):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,39 +204,74 @@ def compile_for(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arguments
         )
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    with lowering_for(target, mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jitted.lower(*arguments)
-    with tempfile.TemporaryDirectory() as dump:
-        executable = lowered.compile(compiler_options={"xla_dump_to": dump})
-        ptx = [x.read_text() for x in Path(dump).glob("*.ptx") if x.stat().st_size]
-        launches = "".join(x.read_text() for x in Path(dump).glob("*.thunk_sequence.txt"))
+    with tempfile.TemporaryDirectory() as folder:
+        _put_recording_assembler(Path(folder))
+        executable = lowered.compile(
+            compiler_options={
+                "xla_dump_to": folder,
+                "xla_gpu_cuda_data_dir": folder,
+                # The assembler of that folder, not one in the process.
+                "xla_gpu_enable_libnvptxcompiler": False,
+                "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED",
+            }
+        )
+        launches = "".join(x.read_text() for x in Path(folder).glob("*.thunk_sequence.txt"))
+        records = [
+            (x.read_text(), x.with_suffix(".report").read_text())
+            for x in Path(folder, "bin").glob("*.ptx")
+        ]
     shared = {
         name: int(size)
         for name, size in re.findall(r"(\S+) grid: .* shared_memory: (\d+) bytes", launches)
     }
-    kernels = {kernel.name: kernel for x in ptx for kernel in _kernels(target, x, shared)}
-    return Compiled(executable, kernels, ptx)
+    kernels = {
+        kernel.name: kernel for ptx, report in records for kernel in _kernels(ptx, report, shared)
+    }
+    return Compiled(executable, kernels, [ptx for ptx, _ in records])
 
 
-def _ptxas() -> str | None:
+def ptxas() -> str | None:
+    """The assembler's path, of the packages that the module docstring names or else of the PATH."""
     try:
-        import nvidia.cuda_nvcc as nvcc
+        import nvidia
     except ImportError:
         return shutil.which("ptxas")
-    return shutil.which("ptxas", path=Path(list(nvcc.__path__)[0]) / "bin")
+    folders = [Path(x) / PLUGINS[name] / "bin" for name in _plugins() for x in nvidia.__path__]
+    return shutil.which("ptxas", path=os.pathsep.join(map(str, folders))) or shutil.which("ptxas")
 
 
 def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
     """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
-    assembler = _ptxas()
+    assembler = ptxas()
     assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
     command = [assembler, "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
 
 
-def _kernels(target: GpuTarget, ptx: str, shared: dict[str, int]) -> Iterator[Kernel]:
-    with tempfile.TemporaryDirectory() as folder:
-        report = assemble(target, ptx, Path(folder) / "kernels.cubin")
+def _put_recording_assembler(folder: Path) -> None:
+    """Makes `bin/ptxas`, which keeps the PTX it is given and what it says, both beside itself.
+
+    XLA's own dump has the PTX of Triton kernels up to jax 0.10 alone.
+    """
+    assembler = ptxas()
+    assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
+    recording = folder / "bin" / "ptxas"
+    recording.parent.mkdir()
+    recording.write_text(f"""#!/bin/sh
+[ -f "$1" ] || exec {shlex.quote(assembler)} "$@"
+record={shlex.quote(str(recording.parent))}/$$
+cp "$1" "$record.ptx"
+{shlex.quote(assembler)} -v "$@" 2> "$record.report"
+status=$?
+cat "$record.report" >&2
+exit $status
+""")
+    recording.chmod(0o755)
+
+
+def _kernels(ptx: str, report: str, shared: dict[str, int]) -> Iterator[Kernel]:
     for block in report.split("Compiling entry function ")[1:]:
         name = block.split("'")[1]
         body = ptx[ptx.index(f".entry {name}(") :]

@@ -143,13 +143,16 @@ def _traffic(computations: dict[str, Computation], name: str) -> int:
 
     total = 0
     for x in computation.values():
-        called = inside(x, r"body=%([^\s,]+)", r"to_apply=%([^\s,]+)", r"calls=%([^\s,]+)")
-        if x.opcode in _NO_TRAFFIC or x.opcode.endswith("-done"):
+        if x.opcode in _NO_TRAFFIC or x.opcode.endswith("-start"):
             continue
+        if x.opcode.endswith("-done"):  # its start has the operands, beside other things a result
+            start = computation[x.operands[0]]
+            x = start._replace(opcode=start.opcode.removesuffix("-start"), shape=x.shape)
+        called = inside(x, r"body=%([^\s,]+)", r"to_apply=%([^\s,]+)", r"calls=%([^\s,]+)")
         if x.opcode == "while":
             trips = inside(x, r'"known_trip_count":\{"n":"(\d+)"')
             total += int(trips[0] if trips else 1) * _traffic(computations, called[0])
-        elif x.opcode in ("call", "async-start"):
+        elif x.opcode in ("call", "async"):
             total += _traffic(computations, called[0])
         elif x.opcode == "conditional":
             branches = re.findall(r"computations?=\{?(%[^}\s]+(?:, %[^}\s]+)*)", x.text)

@@ -7,6 +7,7 @@ own plan of its memory is read. That takes no GPU, only the compiler: the extra 
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import resource
@@ -31,7 +32,6 @@ from pallas_kernels.gpu_targets import (
     GpuTarget,
     can_compile,
     device_mesh,
-    lowering_for,
 )
 from rwkv_jax import cost, pth, sharding, weights
 from rwkv_jax.build import (
@@ -95,7 +95,7 @@ def measure(
     """Compiles the step of decided options and reads what it needs.
 
     Says on standard error what is being compiled. What was found for a `target` is kept on disk,
-    under a hash of the program.
+    under a hash of the program and of what counts.
 
     Args:
         config: of `build.decide`.
@@ -111,7 +111,8 @@ def measure(
     shape = config.accumulate_grad_batches, mesh.size * config.micro_bsz, config.ctx_len + 1
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     began, cpu_began = time.monotonic(), _cpu_seconds()
-    with lowering_for(target, mesh) if target else contextlib.nullcontext():
+    as_on_the_target = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with as_on_the_target if target else contextlib.nullcontext():
         parts = programs(build_step(config, model, mesh, optimizer), state, batch)
         traced = [part.function.trace(*part.arguments) for part in parts]
         lowered = [each.lower() for each in traced]
@@ -120,12 +121,13 @@ def measure(
         texts = [
             f"{each.as_text()}{part.beside}" for each, part in zip(lowered, parts, strict=True)
         ]
-        program = "\n".join((*texts, target.text(), jax.__version__))
+        counted_by = inspect.getsource(cost)
+        program = "\n".join((*texts, target.text(), jax.__version__, counted_by))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or not as we wrote it
             return Need(**json.loads(kept.read_text(encoding="utf-8")))
 
-    kind = mesh.devices.flat[0].device_kind
+    kind = target.device_kind if target else mesh.devices.flat[0].device_kind
     what = f"compiling for {kind}, micro_bsz {config.micro_bsz}{progress} … "
     print(what, end="", file=sys.stderr, flush=True)
     with _without_the_compilers_words():

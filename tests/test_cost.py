@@ -125,3 +125,40 @@ ENTRY %main (x: f32[10,256], y: bf16[10,256]) -> bf16[10,256] {
 def test_memory_traffic_of_slices_in_a_loop():
     row, index = 4 * 256, 4
     assert cost.memory_traffic(HLO) == 10 * (row + row + index + row + row // 2 + index)
+
+
+ASYNCHRONOUS = """
+HloModule m
+
+%doubled (p: f32[256]) -> f32[256] {
+  %p = f32[256]{0} parameter(0)
+  ROOT %n = f32[256]{0} add(%p, %p)
+}
+
+%row (p0: f32[10,256], p1: s32[]) -> f32[1,256] {
+  %p0 = f32[10,256]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %s = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,256}
+}
+
+ENTRY %main (x: f32[10,256], i: s32[], y: f32[256]) -> f32[1024] {
+  %x = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[256]{0} parameter(2)
+  %fusion-start = ((f32[10,256]{1,0}, s32[]), f32[1,256]{1,0}, u32[]) fusion-start(%x, %i), kind=kLoop, calls=%row
+  %fusion-done = f32[1,256]{1,0} fusion-done(%fusion-start)
+  %copy-start = (f32[256]{0}, f32[256]{0}, u32[]) copy-start(%y)
+  %copy-done = f32[256]{0} copy-done(%copy-start)
+  %async-start = ((f32[256]{0}), f32[256]{0}, u32[]) async-start(%y), calls=%doubled
+  %async-done = f32[256]{0} async-done(%async-start)
+  %all-gather-start = (f32[256]{0}, f32[1024]{0}) all-gather-start(%y), dimensions={0}
+  ROOT %all-gather-done = f32[1024]{0} all-gather-done(%all-gather-start)
+}
+"""  # noqa: E501
+
+
+def test_memory_traffic_of_asynchronous_operations():
+    """As if they were done at once: a slice, a copy, a sum of a value with itself, a collective."""
+    row, index = 4 * 256, 4
+    each = {"slice": 2 * row + index, "copy": 2 * row, "sum": 3 * row, "gathered": (1 + 4) * row}
+    assert cost.memory_traffic(ASYNCHRONOUS) == sum(each.values())

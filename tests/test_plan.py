@@ -4,11 +4,13 @@ What it compiles for real GPUs is in test_gpu_compile.py.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import random
 import sys
+import types
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from benchmarks import plan_table
+from pallas_kernels import gpu_targets
 from pallas_kernels.gpu_targets import GPU_TARGETS, current_compute_capability
 from rwkv_jax import plan, sharding
 from rwkv_jax.build import decide
@@ -49,6 +52,36 @@ def test_cards_are_told_apart_by_their_device_kind():
         mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             assert current_compute_capability() == capability
+
+
+@pytest.mark.parametrize("name", GPU_TARGETS)
+def test_a_card_is_compiled_under_a_name_of_its_compute_capability(name):
+    target = GPU_TARGETS[name]
+    assert f'device_description_str: "{target.compiled_as}"' in target.text()
+    device = AbstractDevice(target.compiled_as, num_cores=target.core_count, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert current_compute_capability() == target.compute_capability
+
+
+@pytest.mark.parametrize(("plugin", "folder"), gpu_targets.PLUGINS.items())
+def test_the_plugin_of_either_cuda_compiles(plugin, folder, monkeypatch, tmp_path):
+    """With its own assembler, though that of the other is installed as well, or none."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: find_spec("json" if name in (plugin, "absl") else "no" + name),
+    )
+    monkeypatch.setitem(sys.modules, "nvidia", types.SimpleNamespace(__path__=[str(tmp_path)]))
+    monkeypatch.setenv("PATH", "")
+    assert not gpu_targets.can_compile()
+    for each in gpu_targets.PLUGINS.values():
+        assembler = tmp_path / each / "bin" / "ptxas"
+        assembler.parent.mkdir(parents=True)
+        assembler.touch(0o755)
+    assert gpu_targets.can_compile()
+    assert gpu_targets.ptxas() == str(tmp_path / folder / "bin" / "ptxas")
 
 
 def test_a_card_that_is_there_need_not_be_in_the_table(monkeypatch):
