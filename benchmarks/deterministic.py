@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import machine
-from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for, device_mesh, lowering_for
+from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for, device_mesh
 from rwkv_jax import cost, sharding
 from rwkv_jax.build import DETERMINISTIC, build_step, decide
 from rwkv_jax.config import TrainConfig
@@ -53,7 +53,7 @@ def step(options: TrainConfig) -> str:
     state = abstract_state(mesh, model, optimizer)
     shape = config.accumulate_grad_batches, config.micro_bsz, config.ctx_len + 1
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    with lowering_for(TARGET, mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         [part] = programs(build_step(config, model, mesh, optimizer), state, batch)
         lowered = part.function.lower(*part.arguments)
     return lowered.compile().as_text()
