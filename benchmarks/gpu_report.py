@@ -43,6 +43,7 @@ LIMIT = 540  # seconds, of the whole
 GONE = 5.0  # for what is ended by force to be gone; where nothing reaps orphans, it never is
 GRACE = 15.0  # from an interrupt to the end by force; xdist gives its workers ten seconds
 LEAST = 3.0  # with less, a stage is not begun
+LOG_END = 4 * 2**20  # bytes that are kept of each end of the log
 RECORDS = ("wkv7", "train_step", "profile", "rivals")
 LOG, SUMMARY, TRACE, PAGE = "log.txt", "summary.json", "trace.xplane.pb.gz", "gpu.md"
 
@@ -376,8 +377,11 @@ class Report:
         print(*(f"    {line[:150]}" for line in tail), sep="\n", flush=True)
 
     def close(self) -> None:
-        """Prints the summary, and writes it: what was found by then."""
+        """Prints the summary and writes it, and cuts the middle out of a very long log."""
         self.write()
+        if self.log.exists() and self.log.stat().st_size > 2 * LOG_END:
+            text = self.log.read_bytes()
+            self.log.write_bytes(text[:LOG_END] + b"\n[...]\n" + text[-LOG_END:])
         print(f"\n{self.summary.get('device_kind', 'no device')}, {self.summary['date']}")
         for row in self.rows.values():
             print(f"  {row['stage']:>10}  {row['status']}")

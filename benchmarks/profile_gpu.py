@@ -123,13 +123,14 @@ def summarise(
     """
     time_of: dict[tuple[str, str], float] = collections.defaultdict(float)
     calls: dict[tuple[str, str], int] = collections.defaultdict(int)
-    spans = []
+    spans, scoped = [], 0.0
     for line in lines_of(data, on_gpu):
         for event, own in own_times(line):
             name = event.name.strip()
             scope = scope_of.get(event.hlo_op) or scope_of.get(name, "")
             key = name, part_of(name, scope)
             time_of[key] += own
+            scoped += own if scope else 0.0
             calls[key] += 1
             spans.append((event.start, event.end))
     total = sum(time_of.values())
@@ -146,6 +147,7 @@ def summarise(
     return {
         "steps": steps,
         "busy_share": busy / (end - min(spans)[0]),
+        "scoped_share": scoped / total,
         "parts": parts,
         "kernels": [
             {
@@ -239,6 +241,7 @@ def main() -> None:
     if options.json:
         machine.write(options.json, result)
     print(f"{result['step_ms']:.2f} ms a step, the device busy for {summary['busy_share']:.0%}")
+    print(f"the scope is known of {summary['scoped_share']:.0%} of its time, else the name decides")
     total = sum(summary["parts"].values())
     for part, ms in summary["parts"].items():
         print(f"{ms:10.3f} ms {ms / total:6.1%}  {part}")

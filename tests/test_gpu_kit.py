@@ -187,6 +187,18 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
     assert re.search(r"bad: failed with status 3 after \d+ s\n    7\n", said)
 
 
+def test_a_very_long_log_keeps_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "LOG_END", 20)
+    report = gpu_report.Report(gpu_report.Kit(tmp_path, tmp_path, {}, False), [], 1)
+    for text, kept in (
+        ("a" * 40, "a" * 40),
+        ("a" * 30 + "b" * 30, f"{'a' * 20}\n[...]\n{'b' * 20}"),
+    ):
+        report.log.write_text(text)
+        report.close()
+        assert report.log.read_text() == kept
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_found_is_there_after_a_signal(tmp_path, number):
     stages = (
@@ -508,6 +520,7 @@ def test_the_part_of_a_gpus_kernel_is_what_it_computes():
         "elementwise": 15,
     }
     assert found["busy_share"] == pytest.approx(0.95)  # of 100 µs, 35 to 40 are idle
+    assert found["scoped_share"] == pytest.approx(0.5)  # not of wkv7_forward and the copy
     assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
     longest = found["kernels"][0]
     assert longest["name"] == "wkv7_forward" and longest["calls"] == 1 / 5
