@@ -84,6 +84,8 @@ def replace(path: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
+    if f"<!-- {table_name()}: begin -->" not in DOCS.read_text("utf-8"):
+        raise SystemExit(f"add <!-- {table_name()}: begin --> and … end --> to {DOCS}")
     lines = [f"| card | N | {' | '.join(KERNELS)} |", "|---" * (2 + len(KERNELS)) + "|"]
     for row in ROWS:
         lines.append(line(row))

@@ -49,8 +49,8 @@ class GpuTarget:
 
     @property
     def compiled_as(self) -> str:
-        """Its name, or of another card of its compute capability, which Pallas knows."""
-        return STAND_INS.get(self.compute_capability, self.device_kind)
+        """The name that it is compiled under: of its compute capability, and known to Pallas."""
+        return STAND_INS[self.compute_capability]
 
     def text(self) -> str:
         """XLA's GpuTargetConfigProto, in protobuf's text form."""
@@ -115,9 +115,16 @@ GPU_TARGETS = {
 }
 # fmt: on
 
-# Pallas looks a GPU that is not there up in a list of names, for its compute capability. Where the
-# list lacks a card of the table, all of its compute capability are compiled under this name.
-STAND_INS = {(8, 6): "NVIDIA A10", (12, 0): "NVIDIA RTX PRO 6000 Blackwell"}
+# For a GPU that is absent, Pallas looks up the compute capability by name, in a list that lacks
+# many cards. Here is one name of each compute capability.
+STAND_INS = {
+    (7, 5): "Tesla T4",
+    (8, 0): "NVIDIA A100-SXM4-80GB",
+    (8, 6): "NVIDIA A10",
+    (8, 9): "NVIDIA L4",
+    (9, 0): "NVIDIA H100 80GB HBM3",
+    (12, 0): "NVIDIA RTX PRO 6000 Blackwell",
+}
 # The plugins of jax that compile for CUDA, and where in the package `nvidia` their ptxas lies.
 PLUGINS = {"jax_cuda13_plugin": "cu13", "jax_cuda12_plugin": "cuda_nvcc"}
 
@@ -145,6 +152,11 @@ def current_compute_capability() -> tuple[int, int] | None:
 def can_compile() -> bool:
     """Whether the packages that the module docstring names are installed."""
     return bool(_plugins() and importlib.util.find_spec("absl") and ptxas())
+
+
+def compiler() -> str:
+    """jax's plugins that compile for CUDA, with the path of the assembler."""
+    return f"{_plugins()} {ptxas()}"
 
 
 def _plugins() -> list[str]:
@@ -226,6 +238,11 @@ def compile_for(
         name: int(size)
         for name, size in re.findall(r"(\S+) grid: .* shared_memory: (\d+) bytes", launches)
     }
+    if shared and not records:
+        raise RuntimeError(
+            f"XLA did not run the assembler in {folder}: is TMPDIR on a file system that is "
+            "mounted with noexec?"
+        )
     kernels = {
         kernel.name: kernel for ptx, report in records for kernel in _kernels(ptx, report, shared)
     }
@@ -242,11 +259,16 @@ def ptxas() -> str | None:
     return shutil.which("ptxas", path=os.pathsep.join(map(str, folders))) or shutil.which("ptxas")
 
 
+def _assembler() -> str:
+    path = ptxas()
+    if path is None:
+        raise RuntimeError("there is no ptxas: install the packages that gpu_targets.py names")
+    return path
+
+
 def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
     """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
-    assembler = ptxas()
-    assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
-    command = [assembler, "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
+    command = [_assembler(), "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
 
 
@@ -255,13 +277,12 @@ def _put_recording_assembler(folder: Path) -> None:
 
     XLA's own dump has the PTX of Triton kernels up to jax 0.10 alone.
     """
-    assembler = ptxas()
-    assert assembler, "ptxas is not installed: pip install nvidia-cuda-nvcc-cu12"
+    assembler = _assembler()
     recording = folder / "bin" / "ptxas"
     recording.parent.mkdir()
     recording.write_text(f"""#!/bin/sh
 [ -f "$1" ] || exec {shlex.quote(assembler)} "$@"
-record={shlex.quote(str(recording.parent))}/$$
+record=$(mktemp -u {shlex.quote(str(recording.parent))}/XXXXXXXXXX)
 cp "$1" "$record.ptx"
 {shlex.quote(assembler)} -v "$@" 2> "$record.report"
 status=$?

@@ -83,8 +83,11 @@ Computation = dict[str, _Instruction]
 
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier",
+    "replica-id", "opt-barrier", "async-update",
 }  # fmt: skip
+
+
+COUNTED = 2  # raise it when `flops` or `memory_traffic` count the same program differently
 
 
 def memory_traffic(hlo: str) -> int:
@@ -145,8 +148,12 @@ def _traffic(computations: dict[str, Computation], name: str) -> int:
     for x in computation.values():
         if x.opcode in _NO_TRAFFIC or x.opcode.endswith("-start"):
             continue
-        if x.opcode.endswith("-done"):  # its start has the operands, beside other things a result
+        if x.opcode.endswith("-done"):  # the start has the operands; its result holds more
             start = computation[x.operands[0]]
+            while start.opcode == "async-update":
+                start = computation[start.operands[0]]
+            if not start.opcode.endswith("-start"):  # recv-done, send-done: counted already
+                continue
             x = start._replace(opcode=start.opcode.removesuffix("-start"), shape=x.shape)
         called = inside(x, r"body=%([^\s,]+)", r"to_apply=%([^\s,]+)", r"calls=%([^\s,]+)")
         if x.opcode == "while":

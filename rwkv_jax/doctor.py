@@ -165,9 +165,9 @@ def problems(facts: Facts) -> Iterator[str]:
             )
     if len(facts.plugins) == 2:
         yield (
-            "jax's plugins for CUDA 12 and for CUDA 13 are both installed: jax loads one, and "
-            "reports the other as an error whenever it starts; either compiles for "
-            "rwkv_jax.plan: pip uninstall " + " ".join(x for x in PLUGINS if wanted not in x)
+            "jax's plugins for CUDA 12 and for CUDA 13 are both installed: jax loads one, not "
+            "always the same, and reports the other as an error; rwkv_jax.plan works with either: "
+            "pip uninstall " + " ".join(x for x in PLUGINS if wanted not in x)
         )
     if not facts.platform and "JAX_PLATFORMS" in facts.variables:
         yield (

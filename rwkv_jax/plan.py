@@ -7,9 +7,9 @@ own plan of its memory is read. That takes no GPU, only the compiler: the extra 
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
+import os
 import resource
 import shlex
 import sys
@@ -31,6 +31,7 @@ from pallas_kernels.gpu_targets import (
     GPU_TARGETS,
     GpuTarget,
     can_compile,
+    compiler,
     device_mesh,
 )
 from rwkv_jax import cost, pth, sharding, weights
@@ -95,7 +96,7 @@ def measure(
     """Compiles the step of decided options and reads what it needs.
 
     Says on standard error what is being compiled. What was found for a `target` is kept on disk,
-    under a hash of the program and of what counts.
+    under a hash of the program and of what compiled and counted it.
 
     Args:
         config: of `build.decide`.
@@ -121,8 +122,8 @@ def measure(
         texts = [
             f"{each.as_text()}{part.beside}" for each, part in zip(lowered, parts, strict=True)
         ]
-        counted_by = inspect.getsource(cost)
-        program = "\n".join((*texts, target.text(), jax.__version__, counted_by))
+        made_by = f"{jax.__version__} {compiler()} {os.environ.get('XLA_FLAGS')} {cost.COUNTED}"
+        program = "\n".join((*texts, target.text(), made_by))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or not as we wrote it
             return Need(**json.loads(kept.read_text(encoding="utf-8")))
@@ -357,7 +358,8 @@ def find_target(gpu: str) -> GpuTarget:
         raise UserError(f"{what}: give one of {', '.join(GPU_TARGETS)}")
     if not can_compile():
         raise UserError(
-            "the compiler for GPUs is not installed: pip install -e '.[plan]', or 'rwkv-jax[plan]'"
+            "the compiler for GPUs is not installed: pip install -e '.[plan]', or "
+            "'rwkv-jax[plan]'; beside jax's plugin for CUDA 13, nvidia-cuda-nvcc and absl-py"
         )
     return GPU_TARGETS[gpu]
 

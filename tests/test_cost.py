@@ -150,7 +150,13 @@ ENTRY %main (x: f32[10,256], i: s32[], y: f32[256]) -> f32[1024] {
   %copy-start = (f32[256]{0}, f32[256]{0}, u32[]) copy-start(%y)
   %copy-done = f32[256]{0} copy-done(%copy-start)
   %async-start = ((f32[256]{0}), f32[256]{0}, u32[]) async-start(%y), calls=%doubled
-  %async-done = f32[256]{0} async-done(%async-start)
+  %async-update = ((f32[256]{0}), f32[256]{0}, u32[]) async-update(%async-start)
+  %async-done = f32[256]{0} async-done(%async-update)
+  %token = token[] after-all()
+  %recv = (f32[256]{0}, u32[], token[]) recv(%token), channel_id=1
+  %carried = (s32[], (f32[256]{0}, u32[], token[])) tuple(%i, %recv)
+  %carry = (f32[256]{0}, u32[], token[]) get-tuple-element(%carried), index=1
+  %recv-done = (f32[256]{0}, token[]) recv-done(%carry), channel_id=1
   %all-gather-start = (f32[256]{0}, f32[1024]{0}) all-gather-start(%y), dimensions={0}
   ROOT %all-gather-done = f32[1024]{0} all-gather-done(%all-gather-start)
 }
@@ -158,7 +164,8 @@ ENTRY %main (x: f32[10,256], i: s32[], y: f32[256]) -> f32[1024] {
 
 
 def test_memory_traffic_of_asynchronous_operations():
-    """As if they were done at once: a slice, a copy, a sum of a value with itself, a collective."""
+    """As if they were done at once: a slice, a copy, a sum of a value with itself, collectives."""
     row, index = 4 * 256, 4
     each = {"slice": 2 * row + index, "copy": 2 * row, "sum": 3 * row, "gathered": (1 + 4) * row}
+    each["received"] = row + 4  # with a number
     assert cost.memory_traffic(ASYNCHRONOUS) == sum(each.values())

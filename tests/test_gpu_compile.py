@@ -27,6 +27,8 @@ from rwkv_jax.build import DETERMINISTIC
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.loss import head_loss
 
+if jax.default_backend() == "gpu":  # it would time kernels, and compile for itself
+    pytest.skip("run these with JAX_PLATFORMS=cpu", allow_module_level=True)
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
 
@@ -60,6 +62,11 @@ def test_kernels_keep_to_their_registers_and_use_tensor_cores(row):
     _, found_table, rest = DOCS.read_text("utf-8").partition(f"<!-- {table_name()}: begin -->")
     table = rest.partition(f"<!-- {table_name()}: end -->")[0]
     assert not found_table or line(row) in table, f"{DOCS.name} should say\n{line(row)}"
+
+
+def test_the_docs_have_a_table_for_each_stack():
+    tables = re.findall(r"<!-- compiled by jax ([\d.]+), ptxas [\d.]+: begin -->", DOCS.read_text())
+    assert len(tables) == 2 and tables[0] == "0.10.2" and tables[1] >= "0.12"
 
 
 wants_more_shared_memory = pytest.mark.xfail(
@@ -171,17 +178,26 @@ def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(
     assert kernels["h100"].total <= 6.5e9
 
 
-# Memory traffic of the step below in MB, by jax 0.10.2 and compute capability.
+# Memory traffic of the step below in MB with jax 0.10.2, by compute capability: what plan reports.
 TRAFFIC = {(7, 5): 2581, (8, 0): 634, (8, 6): 634, (8, 9): 634, (9, 0): 664, (12, 0): 666}
 
 
-@pytest.mark.parametrize("card", GPU_TARGETS)
-def test_every_card_is_planned_for_with_equal_traffic_by_every_jax(card, monkeypatch, tmp_path):
+# jax 0.10 does not look cards up by name: there, one of each compute capability shows as much.
+PLANNED = (
+    list(GPU_TARGETS)
+    if jax.__version_info__ > (0, 10, 2)
+    else list({target.compute_capability: card for card, target in GPU_TARGETS.items()}.values())
+)
+
+
+@pytest.mark.parametrize("card", PLANNED)
+def test_every_card_is_planned_for_with_the_traffic_of_jax_0_10(card, monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=512, micro_bsz=4)
     target = GPU_TARGETS[card]
     with jax.numpy_dtype_promotion("standard"):
         need = plan.plan(options, target, search=False).needs[4]
+    assert capfd.readouterr().err.startswith(f"compiling for {target.device_kind}, ")
     expected = TRAFFIC[target.compute_capability]
     assert need.traffic / 1e6 == pytest.approx(expected, rel=0.02)
 

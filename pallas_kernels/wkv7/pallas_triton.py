@@ -95,7 +95,7 @@ class Tuning:
 
 
 # By compute capability's major, head size, and whether states are reset; chosen so that nothing
-# spills more than 32 bytes a thread by jax 0.10, and 52 by 0.12. Hopper's wgmma reads its right
+# spills more than 32 bytes a thread with jax 0.10, and 52 with 0.12. Hopper's wgmma reads its right
 # operands from shared memory, so there fewer of them are in registers.
 TUNING = {
     (major, size, reset): tuning
