@@ -22,9 +22,9 @@ import tensorstore as ts
 
 import rwkv_jax
 from convert import orbax_to_pth
-from rwkv_jax import checkpoint, sharding, step, stored, weights
+from rwkv_jax import checkpoint, sharding, step, stored, train, weights
 from rwkv_jax.checkpoint import MANIFEST, About, Checkpoints, Unreadable
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.metrics import MiniepochLoss
 
@@ -474,7 +474,7 @@ import resource
 import numpy as np
 from pathlib import Path
 from rwkv_jax import checkpoint
-from rwkv_jax.config import ModelConfig
+from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import run_command
 from rwkv_jax.step import TrainState
 checkpoints = checkpoint.Checkpoints(Path({str(tmp_path)!r}))
@@ -545,12 +545,15 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch)
         Checkpoints(tmp_path).steps()
 
 
-def test_an_older_orbax_is_refused_by_name(monkeypatch):
+def test_an_older_orbax_is_refused_by_name(monkeypatch, tmp_path):
     """With 0.11 every save failed, and with it every restore: it has no such options."""
     for version in ("0.11.33", "0.5.0"):
         monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
         with pytest.raises(UserError, match=f"^orbax-checkpoint {version} is installed.*>=0.12'$"):
             checkpoint.require_orbax()
+    with pytest.raises(UserError, match="^orbax-checkpoint 0.5.0 is installed"):
+        train.train(TrainConfig(proj_dir=str(tmp_path / "out"), data_file="none.jsonl"))
+    assert not (tmp_path / "out").exists()
     for version in ("0.12rc1", "0.12.8", "1.0"):
         monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name, v=version: v)
         checkpoint.require_orbax()
