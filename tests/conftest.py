@@ -45,8 +45,8 @@ def as_before():
     """
     cache = jax.config.values["jax_compilation_cache_dir"]
     yield
-    if jax.config.values["jax_compilation_cache_dir"] != cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    if cache is None:
         compilation_cache.reset_cache()  # jax keeps the folder that it used first
     jax.config.update("jax_default_matmul_precision", None)
 

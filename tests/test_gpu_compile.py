@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import deterministic
@@ -31,6 +32,17 @@ if jax.default_backend() == "gpu":  # it would time kernels, and compile for its
     pytest.skip("run these with JAX_PLATFORMS=cpu", allow_module_level=True)
 if not can_compile():
     pytest.skip("needs the GPU compiler of pallas_kernels.gpu_targets", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_a_cache():
+    """jax warns when it finds what was compiled for a GPU that is not there: it cannot load it."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def arrays(spec: ArgSpec, dtype=jnp.bfloat16, **options) -> list[jax.ShapeDtypeStruct]:
