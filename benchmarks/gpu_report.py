@@ -90,10 +90,6 @@ class Kit:
         path = self.scratch / "init" / "rwkv-init.pth"
         return ["--load_model", str(path)] if path.exists() else []
 
-    @property
-    def steps(self) -> list[str]:
-        return ["--steps", "3" if self.rehearse else "30"]
-
 
 def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
@@ -137,7 +133,8 @@ def wkv7(kit: Kit) -> list[str]:
 
 
 def train_step(kit: Kit) -> list[str]:
-    options = ["--runs", *kit.runs, *kit.steps, "--command", "--json", kit.record("train_step")]
+    options = ["--runs", *kit.runs, "--command", "--json", kit.record("train_step")]
+    options += ["--steps", "3"] if kit.rehearse else []
     return module("benchmarks.train_step_gpu", *kit.model, *kit.weights, *options)
 
 
@@ -151,16 +148,7 @@ def profile(kit: Kit) -> list[str]:
 def rivals(kit: Kit) -> list[str]:
     options = ["--official", str(kit.rivals)] if kit.rivals else []
     if kit.rehearse:
-        options += [
-            "--shapes",
-            "1,32,1,16",
-            "--size",
-            "tiny",
-            "--ctx_len",
-            "32",
-            "--micro_bsz",
-            "1",
-        ]
+        options += "--shapes 1,32,1,16 --size tiny --ctx_len 32 --micro_bsz 1".split()
     return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *options)
 
 

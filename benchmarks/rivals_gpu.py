@@ -51,10 +51,11 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 
-from benchmarks import gpu_inputs, machine
+from benchmarks import gpu_inputs, machine, timing
+from benchmarks.train_step_gpu import EXIT_TOKENS, prepare
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax import pth, weights
-from rwkv_jax.config import TrainConfig
+from rwkv_jax.config import TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, one_line, run_command, signals_raise
 from rwkv_jax.files import reporting_os_errors
 
@@ -65,7 +66,7 @@ PASSES = ("forward", "forward_backward")
 ARRAY_ERROR = {"wkv7": 0.05, "step": 0.15}
 NUMBER_ERROR = 0.01  # of a loss, or of the whole gradient's norm
 
-WARM_UP_SECONDS, RUNS, RUN_SECONDS = 0.5, 20, 5e-3
+WARM_UP_SECONDS = 0.5
 LISTED = 5  # tensors of whose gradients the largest errors are kept
 LOSSES = 3  # steps whose losses are compared; the timed ones follow
 STEPS, STEPS_SECONDS = 20, 2.0  # so many, or for so long, at least three
@@ -80,37 +81,27 @@ class StepOptions(NamedTuple):
     micro_bsz: int
     grad_cp: int
 
+    def arguments(self) -> list[str]:
+        """As `train_step_gpu` has them: the same program, which may be on disk already."""
+        options = self._asdict() | {"precision": "bf16", "my_exit_tokens": EXIT_TOKENS}
+        return [f"--{name}={value}" for name, value in options.items()]
+
     def config(self) -> TrainConfig:
-        """As `train_step_gpu` has it: the same program, which may be on disk already."""
-        return TrainConfig(**self._asdict(), precision="bf16", my_exit_tokens=10**9)
+        return parse_train_options(self.arguments())[0]
 
 
 # ---------------------------------------------------------------------------------- what all share
 
 
 def median_seconds(call: Callable[[int], Any], wait: Callable[[Any], Any]) -> float:
-    """Of call(i), i = 0, 1, …; `wait` returns when what it is given, a result, is computed.
+    """Of call(i), as `timing` has it; calls before raise the clocks of an idle card."""
 
-    What precedes raises the clocks of an idle card.
-    """
+    def raise_clocks() -> None:
+        end = time.monotonic() + WARM_UP_SECONDS
+        while time.monotonic() < end:
+            wait(call(0))
 
-    def run(calls: int) -> float:
-        start = time.perf_counter()
-        for i in range(calls):
-            result = call(i)
-        wait(result)
-        return (time.perf_counter() - start) / calls
-
-    end, single = time.monotonic() + WARM_UP_SECONDS, math.inf
-    while time.monotonic() < end or single == math.inf:
-        single = min(single, run(1))
-    calls = max(1, round(RUN_SECONDS / single))
-    return statistics.median(run(calls) for _ in range(RUNS))
-
-
-def copies(on_gpu: bool, array_bytes: int) -> int:
-    """Of the inputs, to be used in turn: so many that no cache holds them."""
-    return max(2, math.ceil((2**28 if on_gpu else 2**16) / (6 * array_bytes)))
+    return timing.median_seconds(call, wait, raise_clocks)
 
 
 def each_shape(
@@ -211,7 +202,7 @@ def ours_wkv7(report: Report, scratch: Path, shapes: list[str]) -> None:
     def timed(given: dict[str, np.ndarray], ours: Path) -> dict[str, Row]:
         sets = [
             [jax.device_put(array) for array in given.values()]
-            for _ in range(copies(device.platform != "cpu", given["r"].nbytes))
+            for _ in range(timing.copies(device.platform != "cpu", given["r"].nbytes))
         ]
         outputs = map(np.asarray, forward_backward(*sets[0]))
         save(ours, dict(zip(("y", *INPUTS), outputs, strict=True)))
@@ -238,33 +229,18 @@ def ours_step(report: Report, scratch: Path, options: StepOptions) -> None:
     import jax
     import optax
 
-    from pallas_kernels.gpu_targets import current_compute_capability
-    from rwkv_jax import sharding
-    from rwkv_jax.build import build_step, decide, prepare_jax
-    from rwkv_jax.optimizer import learning_rate, make_optimizer
-    from rwkv_jax.schedule import make_schedule
-    from rwkv_jax.step import TrainState, abstract_state
+    from rwkv_jax.build import prepare_jax
 
     prepare_jax()
-    device = jax.devices()[0]
-    on_gpu = device.platform != "cpu"
-    config = decide(options.config(), on_gpu, current_compute_capability())
-    model, params = weights.load_pth(scratch / "init.pth")
-    schedule = make_schedule(config, config.micro_bsz, config.my_exit_tokens)
-    rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
-    np.save(scratch / "rates.npy", np.asarray(rate(jax.numpy.arange(LOSSES + STEPS))))
-    adam = make_optimizer(config, rate)
-    mesh = sharding.make_mesh(1)
-    batch = np.load(scratch / "tokens.npy")
-    there = jax.device_put(batch[None], sharding.batch_sharding(mesh))
-    abstract = abstract_state(mesh, model, adam)
-    run = build_step(config, model, mesh, adam).lower(abstract, there).compile()
-    state = TrainState(params, jax.jit(adam.init)(params))
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    device, init = jax.devices()[0], scratch / "init.pth"
+    prepared = prepare([*options.arguments(), "--load_model", str(init)])
+    np.save(scratch / "rates.npy", np.asarray(prepared.rate(jax.numpy.arange(LOSSES + STEPS))))
+    state = prepared.make_state()
+    batch = jax.device_put(prepared.batch, prepared.batch_sharding)
 
     def step() -> tuple[float, float]:
         nonlocal state
-        state, metrics = run(state, there)
+        state, metrics = prepared.run(state, batch)
         jax.block_until_ready(state)
         return float(metrics.loss), float(metrics.grad_norm)
 
@@ -273,8 +249,7 @@ def ours_step(report: Report, scratch: Path, options: StepOptions) -> None:
         weights.save_pth(scratch / "mu.pth", mu, np.float32)
         return {}
 
-    row = step_row(options, batch, scratch / "init.pth")
-    row |= time_steps(options, step, keep_gradient)
+    row = step_row(options, prepared.batch[0], init) | time_steps(options, step, keep_gradient)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     report(row | {"card": device.device_kind, "peak_bytes": memory})
 
@@ -325,7 +300,7 @@ def time_operator(report: Report, scratch: Path, shapes: list[str], operator: Op
             tensors["w"] = (scale * share).bfloat16()
         sets = [
             [x.clone().requires_grad_(name != "dy") for name, x in tensors.items()]
-            for _ in range(copies(device.type == "cuda", given["r"].nbytes))
+            for _ in range(timing.copies(device.type == "cuda", given["r"].nbytes))
         ]
         results = dict(zip(("y", *INPUTS), forward_backward(*sets[0]), strict=True))
         if operator.takes_log_decay:
@@ -709,7 +684,7 @@ def write_inputs(scratch: Path, shapes: dict[str, ArgSpec], options: StepOptions
     for name, spec in shapes.items():
         save(scratch / name / "inputs", gpu_inputs.wkv7_inputs(spec, seed=0))
     model = options.config().model_config()
-    batch = gpu_inputs.tokens(1, options.micro_bsz, options.ctx_len, model.vocab_size)
+    batch = gpu_inputs.tokens(options.micro_bsz, options.ctx_len, model.vocab_size)
     np.save(scratch / "tokens.npy", batch)
     rng = np.random.default_rng(0)
     tensors = {}

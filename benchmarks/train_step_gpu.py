@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import rwkv_jax
 from benchmarks import gpu_inputs, machine
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
     run: Any  # (state, batch) → (state, metrics); `as_text()` is its HLO
     config: TrainConfig  # decided
     model: ModelConfig
+    rate: optax.Schedule
     make_state: Callable[[], TrainState]  # of the weights in --load_model, which is read
     batch: np.ndarray  # [1, B, T + 1] int32
     batch_sharding: jax.sharding.Sharding
@@ -93,7 +95,7 @@ def prepare(arguments: list[str]) -> Prepared:
     rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
     optimizer = make_optimizer(config, rate)
     abstract = abstract_state(mesh, model, optimizer)
-    tokens = gpu_inputs.tokens(0, config.micro_bsz, config.ctx_len, model.vocab_size)[None]
+    tokens = gpu_inputs.tokens(config.micro_bsz, config.ctx_len, model.vocab_size)[None]
     where = sharding.batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=where)
     if sharding.STRATEGIES[config.strategy].offload:
@@ -115,7 +117,7 @@ def prepare(arguments: list[str]) -> Prepared:
         params = distributed.place(params, shardings)
         return TrainState(params, fresh_moments(optimizer, abstract))
 
-    return Prepared(compiled, config, model, make_state, tokens, where, compile_s, from_disk)
+    return Prepared(compiled, config, model, rate, make_state, tokens, where, compile_s, from_disk)
 
 
 def measure(arguments: list[str], steps: int, compile_only: bool) -> dict[str, Any]:

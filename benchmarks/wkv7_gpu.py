@@ -16,7 +16,6 @@ On a CPU everything runs in the same way; its times mean nothing.
 import functools
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_inputs, machine
+from benchmarks import gpu_inputs, machine, timing
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax.build import prepare_jax
@@ -35,8 +34,6 @@ from rwkv_jax.errors import CommandParser, run_command
 # Bytes that any chunked kernel with nothing saved must move, in units of one [B,T,H,N] array:
 # six in and one out; seven in (dy) and six out.
 FLOOR_ARRAYS = {"forward": 7, "forward_backward": 7 + 13}
-WARM_UP, RUNS = 3, 20
-RUN_SECONDS = 5e-3  # a run is as many calls as this takes: to launch one is not free
 DISPATCH_TIMES = 3
 CLOCK_SECONDS = 2.0  # that clocks get to rise, at the most
 
@@ -47,26 +44,13 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def beyond_cache() -> int:
-    """Bytes that no cache holds: of a GPU's, the largest is 128 MiB."""
-    return 2**28 if on_gpu() else 2**16
-
-
 def median_seconds(function: Callable, inputs: list[Any]) -> float:
-    """Of a call, over runs after a warm-up; inputs are rotated so that none is found in a cache."""
+    """Of a call; inputs are rotated so that none is found in a cache."""
 
-    def run(calls: int) -> float:
-        start = time.perf_counter()
-        for i in range(calls):
-            result = function(*inputs[i % len(inputs)])  # what a call before it made may go
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
+    def call(i: int) -> Any:
+        return function(*inputs[i % len(inputs)])
 
-    run(1)  # compiles: the clocks fall meanwhile
-    raise_clocks()
-    single = min(run(1) for _ in range(WARM_UP))
-    calls = max(1, round(RUN_SECONDS / single))
-    return statistics.median(run(calls) for _ in range(RUNS))
+    return timing.median_seconds(call, jax.block_until_ready, raise_clocks)
 
 
 def raise_clocks() -> None:
@@ -94,7 +78,7 @@ def _product() -> tuple[Callable, jax.Array]:
 
 def copy_bandwidth() -> float:
     """Bytes a second of reading and writing an array that is larger than any cache."""
-    size = 2 * beyond_cache()
+    size = 2 * timing.beyond_cache(on_gpu())
     copy = jax.jit(lambda x: x + 1)
     inputs = [(jnp.full(size // 4, i, jnp.float32),) for i in range(2)]
     return 2 * size / median_seconds(copy, inputs)
@@ -122,7 +106,7 @@ def draw(spec: ArgSpec, seed: np.uint32) -> Inputs:
 
 def random_inputs(spec: ArgSpec) -> list[Inputs]:
     """Two sets of `draw`, or as many as no cache holds; all by one program."""
-    sets = max(2, math.ceil(beyond_cache() / (6 * 2 * math.prod(spec))))
+    sets = timing.copies(on_gpu(), 2 * math.prod(spec))
     return [draw(spec, np.uint32(seed)) for seed in range(sets)]
 
 

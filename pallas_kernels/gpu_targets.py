@@ -151,15 +151,11 @@ def current_compute_capability() -> tuple[int, int] | None:
 
 def can_compile() -> bool:
     """Whether the packages that the module docstring names are installed."""
-    return bool(_plugins() and importlib.util.find_spec("absl") and ptxas())
+    return bool(plugins() and importlib.util.find_spec("absl") and ptxas())
 
 
-def compiler() -> str:
-    """jax's plugins that compile for CUDA, with the path of the assembler."""
-    return f"{_plugins()} {ptxas()}"
-
-
-def _plugins() -> list[str]:
+def plugins() -> list[str]:
+    """The plugins of jax that are installed and compile for CUDA."""
     return [name for name in PLUGINS if importlib.util.find_spec(name)]
 
 
@@ -255,7 +251,7 @@ def ptxas() -> str | None:
         import nvidia
     except ImportError:
         return shutil.which("ptxas")
-    folders = [Path(x) / PLUGINS[name] / "bin" for name in _plugins() for x in nvidia.__path__]
+    folders = [Path(x) / PLUGINS[name] / "bin" for name in plugins() for x in nvidia.__path__]
     return shutil.which("ptxas", path=os.pathsep.join(map(str, folders))) or shutil.which("ptxas")
 
 
@@ -282,7 +278,7 @@ def _put_recording_assembler(folder: Path) -> None:
     recording.parent.mkdir()
     recording.write_text(f"""#!/bin/sh
 [ -f "$1" ] || exec {shlex.quote(assembler)} "$@"
-record=$(mktemp -u {shlex.quote(str(recording.parent))}/XXXXXXXXXX)
+record=$(mktemp {shlex.quote(str(recording.parent))}/XXXXXXXXXX)
 cp "$1" "$record.ptx"
 {shlex.quote(assembler)} -v "$@" 2> "$record.report"
 status=$?

@@ -31,8 +31,8 @@ from pallas_kernels.gpu_targets import (
     GPU_TARGETS,
     GpuTarget,
     can_compile,
-    compiler,
     device_mesh,
+    plugins,
 )
 from rwkv_jax import cost, pth, sharding, weights
 from rwkv_jax.build import (
@@ -122,7 +122,7 @@ def measure(
         texts = [
             f"{each.as_text()}{part.beside}" for each, part in zip(lowered, parts, strict=True)
         ]
-        made_by = f"{jax.__version__} {compiler()} {os.environ.get('XLA_FLAGS')} {cost.COUNTED}"
+        made_by = f"{jax.__version__} {plugins()} {os.environ.get('XLA_FLAGS')} {cost.COUNTED}"
         program = "\n".join((*texts, target.text(), made_by))
         kept = cache_folder() / "plans" / f"{hashlib.sha256(program.encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or not as we wrote it

@@ -44,10 +44,10 @@ def as_before():
     next test is not to hear it, nor what a module's fixture has told.
     """
     cache = jax.config.values["jax_compilation_cache_dir"]
+    if cache is None:  # but whoever came before may have left one open: jax keeps it
+        compilation_cache.reset_cache()
     yield
     jax.config.update("jax_compilation_cache_dir", cache)
-    if cache is None:
-        compilation_cache.reset_cache()  # jax keeps the folder that it used first
     jax.config.update("jax_default_matmul_precision", None)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import hostile
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from rwkv_jax import build, files, nvidia
 from rwkv_jax.errors import CommandParser, UserError, run_command
@@ -205,7 +204,6 @@ def bench(tmp_path_factory):
     cache = jax.config.values["jax_compilation_cache_dir"]
     yield hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
     jax.config.update("jax_compilation_cache_dir", cache)
-    compilation_cache.reset_cache()
 
 
 def test_the_table_notices(bench, monkeypatch):

@@ -175,6 +175,10 @@ def test_a_stage_that_overruns_is_ended_with_all_that_it_started(tmp_path):
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
+    """Nor does a record of an earlier report pass for one of this."""
+    (tmp_path / "out").mkdir()
+    for name in ("wkv7_nvidia_h100.json", "notes.json"):
+        (tmp_path / "out" / name).touch()
     stages = 'Stage("bad", python("print(7); exit(3)"), 20), Stage("next", python("print(1)"), 20)'
     process = begin(tmp_path, stages)
     said, _ = process.communicate()
@@ -185,6 +189,8 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
         "next": "passed",
     }
     assert re.search(r"bad: failed with status 3 after \d+ s\n    7\n", said)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"notes.json", "log.txt", "summary.json"}
 
 
 def test_a_very_long_log_keeps_its_ends(tmp_path, monkeypatch):
@@ -342,6 +348,37 @@ def test_packages_that_are_missing_come_from_wheels(tmp_path, monkeypatch, capsy
     assert "broken is not satisfied: " in said
 
 
+def test_the_newest_fitting_wheel_is_taken(tmp_path, monkeypatch):
+    for version in ("1.9", "1.10", "2.0"):
+        (tmp_path / f"thing-{version}-py3-none-any.whl").touch()
+    monkeypatch.setattr(gpu_report, "unsatisfied", lambda: [Requirement("thing>=1,<2")])
+    taken = []
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: taken.append(command[-1]) or done)
+    gpu_report.install(tmp_path, tmp_path / "site")
+    assert taken == [str(tmp_path / "thing-1.10-py3-none-any.whl")]
+
+
+def test_what_stages_take_from_the_environment(tmp_path, monkeypatch):
+    """Flags of XLA may say where CUDA is; a share of memory or a cache would change results."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_cuda_data_dir=/cuda")
+    for name in ("XLA_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "PYTEST_ADDOPTS"):
+        monkeypatch.setenv(name, "1")
+    variables = gpu_report.environment(tmp_path, rehearse=False)
+    assert not {"XLA_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "PYTEST_ADDOPTS"} & set(
+        variables
+    )
+    # What was tuned beside the suite reaches no other program.
+    assert variables["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] == "none"
+    kit = gpu_report.Kit(tmp_path, tmp_path, variables, False)
+    flags = {stage.name: kit.xla_flags(stage) for stage in gpu_report.STAGES}
+    given = "--xla_gpu_cuda_data_dir=/cuda"
+    assert flags.pop("suite") == f"{given} --xla_gpu_autotune_level=0"
+    assert set(flags.values()) == {given}
+    words = " ".join(gpu_report.suite(kit))
+    assert "-W default" in words  # an image's warnings are not errors
+
+
 def test_what_is_too_old_is_unsatisfied(monkeypatch):
     versions = {"jax": "0.9.0", "numpy": None}
     monkeypatch.setattr(machine, "installed", lambda name: versions.get(name, "999"))
@@ -433,6 +470,36 @@ def test_a_configuration_that_does_not_fit_is_a_row(monkeypatch, tmp_path, capsy
     monkeypatch.setattr("sys.argv", ["x", *TINY, "--runs", "16/1", "--load_model", "x.pth"])
     with pytest.raises(UserError, match="none of --runs"):
         train_step_gpu.main()
+
+
+def test_the_command_is_timed_after_the_first_run(monkeypatch):
+    """A stage that overruns loses the last runs, not the command."""
+    order = []
+    monkeypatch.setattr(train_step_gpu, "in_its_own_process", lambda *_: order.append("run") or {})
+    command = {"command": "train", "error": "none", "micro_bsz": 1, "grad_cp": 1}
+    monkeypatch.setattr(
+        train_step_gpu, "run_the_command", lambda *_: order.append("command") or command
+    )
+    monkeypatch.setattr(train_step_gpu, "outcome", str)
+    runs = ["--runs", "8/1", "8/0", "--command", "--load_model", "x.pth"]
+    monkeypatch.setattr("sys.argv", ["x", *TINY, *runs])
+    train_step_gpu.main()
+    assert order == ["run", "command", "run"]
+
+
+def test_deterministic_reaches_the_timed_step(monkeypatch):
+    asked, sent = [], []
+    monkeypatch.setattr(train_step_gpu, "prepare_jax", asked.append)
+    monkeypatch.setattr(train_step_gpu, "measure", lambda *_: {})
+    pipe = types.SimpleNamespace(send=sent.append)
+    for arguments in ([*TINY, "--deterministic"], TINY):
+        train_step_gpu.in_this_process(pipe, arguments, 1, False)
+    assert asked == [True, False] and all("error" not in row for row in sent)
+
+
+def test_refuses_a_step_of_several_batches():
+    with pytest.raises(UserError, match="--accumulate_grad_batches"):
+        train_step_gpu.prepare([*TINY, "--accumulate_grad_batches", "2"])
 
 
 def die(*_: Any) -> None:
