@@ -349,7 +349,7 @@ def test_packages_that_are_missing_come_from_wheels(tmp_path, monkeypatch, capsy
 
 
 def test_the_newest_fitting_wheel_is_taken(tmp_path, monkeypatch):
-    for version in ("1.9", "1.10", "2.0"):
+    for version in ("1.2", "1.9", "1.10", "1.3", "2.0"):
         (tmp_path / f"thing-{version}-py3-none-any.whl").touch()
     monkeypatch.setattr(gpu_report, "unsatisfied", lambda: [Requirement("thing>=1,<2")])
     taken = []
