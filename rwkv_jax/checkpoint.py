@@ -180,13 +180,14 @@ class Checkpoints:
                 _start_writing(folder / partial.name, items).result()
             if distributed.is_first():
                 _check(partial, items)
+                _delete(partial)
         except UserError as error:
             failure = str(error)
         except Exception as error:
             failure = f"{partial}: cannot be written: {_brief(error)}"
         finally:
             if distributed.is_first():
-                _remove(self.folder, lambda name: name.startswith(partial.name))
+                _remove_failed(partial)
         if distributed.from_first(bool(failure)) or failure:
             raise UserError(failure or f"{self.folder}: the first process cannot write there")
 
@@ -238,7 +239,7 @@ class Checkpoints:
             _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except UserError as error:
             return str(error)
-        _remove(self.folder, lambda name: bool(_CUT_SHORT.fullmatch(name)), tries=1)
+        _remove(self.folder, lambda name: bool(_CUT_SHORT.fullmatch(name)))
         return ""
 
     def _finish(
@@ -257,7 +258,7 @@ class Checkpoints:
                 _check(partial, shapes._asdict())
                 _commit(partial, self.folder / str(step), about)
         except Exception as error:
-            _remove(self.folder, lambda name: name.startswith(partial.name))
+            _remove_failed(partial)
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
         if distributed.is_first():
             self._remove_older(step)
@@ -306,7 +307,7 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
     except Exception as error:
         raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
     finally:
-        _remove(folder.parent, lambda name: name.startswith(partial.name))
+        _remove_failed(partial)
 
 
 def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:
@@ -415,14 +416,27 @@ def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
         return ocp.save_checkpointables_async(partial, items, overwrite=True)
 
 
-def _remove(parent: Path, chosen: Callable[[str], bool], tries: int = 20) -> None:
-    """Removes the folders with such names: when a part of a save fails, others still write."""
-    for left in reversed(range(tries)):
-        leftovers = [path for path in parent.glob("*") if chosen(path.name)]
-        for leftover in leftovers:
-            _delete(leftover)
-        if not left or not any(leftover.exists() for leftover in leftovers):
+def _remove(parent: Path, chosen: Callable[[str], bool]) -> bool:
+    """Removes the folders with such names; returns whether there were any."""
+    leftovers = [path for path in parent.glob("*") if chosen(path.name)]
+    for leftover in leftovers:
+        _delete(leftover)
+    return bool(leftovers)
+
+
+def _remove_failed(partial: Path) -> None:
+    """Removes what a failed save has written, until nothing has come for half a second.
+
+    When a part of a save fails, orbax abandons the others, which still write, and make their
+    folders anew. What comes even later is removed by the next save.
+    """
+    looks = 0
+    for _ in range(50):
+        if _remove(partial.parent, lambda name: name.startswith(partial.name)):
+            looks = 5
+        if not looks:
             break
+        looks -= 1
         time.sleep(0.1)
 
 
