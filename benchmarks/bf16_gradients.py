@@ -21,8 +21,8 @@ from flax import nnx
 
 from benchmarks.machine import describe
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.initialisation import init_params
-from rwkv_jax.model import Block, Params
+from rwkv_jax.model.initialisation import init_params
+from rwkv_jax.model.rwkv7 import Block, Params
 
 RESULT = Path(__file__).parent / "results" / "bf16_gradients.json"
 WIDTH, BATCH, TIME, SEEDS = 128, 2, 128, 9

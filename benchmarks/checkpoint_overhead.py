@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from rwkv_jax.build import build_step, decide
-from rwkv_jax.checkpoint import About, Checkpoints
+from rwkv_jax.checkpoints.store import About, Checkpoints
 from rwkv_jax.config import TrainConfig
-from rwkv_jax.model import abstract_params
-from rwkv_jax.optimizer import make_optimizer
-from rwkv_jax.sharding import batch_sharding, make_mesh
-from rwkv_jax.step import TrainState, abstract_state
+from rwkv_jax.model.rwkv7 import abstract_params
+from rwkv_jax.parallel.sharding import batch_sharding, make_mesh
+from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.optimizer import make_optimizer
+from rwkv_jax.training.step import TrainState, abstract_state
 
 EVERY = 50
 

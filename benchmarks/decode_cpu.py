@@ -41,9 +41,9 @@ def write_model(path: Path) -> None:
     """A 0.1b model with random values in every tensor, which never ends a document."""
     import jax
 
-    from rwkv_jax import weights
+    from rwkv_jax.checkpoints import weights
     from rwkv_jax.config import TrainConfig
-    from rwkv_jax.model import abstract_params
+    from rwkv_jax.model.rwkv7 import abstract_params
 
     rng = np.random.default_rng(0)
 
@@ -61,10 +61,10 @@ def write_model(path: Path) -> None:
 
 def ours(path: str, precision: str, batch: int):
     import rwkv_jax
-    from rwkv_jax import tokenizer
-    from rwkv_jax.decoding import Decoder
-    from rwkv_jax.generate import Reply, Text, generate
-    from rwkv_jax.sampling import GREEDY
+    from rwkv_jax.inference.decoder import Decoder
+    from rwkv_jax.inference.generation import Reply, Text, generate
+    from rwkv_jax.inference.sampling import GREEDY
+    from rwkv_jax.text import tokenizer
 
     decoder = Decoder(*rwkv_jax.load_params(f"{path}.pth"), precision)
     if batch == 0:

@@ -21,13 +21,15 @@ import jax.numpy as jnp
 
 from benchmarks import machine
 from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for, device_mesh
-from rwkv_jax import cost, sharding
-from rwkv_jax.build import DETERMINISTIC, build_step, decide
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.device.runtime import DETERMINISTIC
 from rwkv_jax.errors import CommandParser, run_command
-from rwkv_jax.model import embed
-from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.step import abstract_state, programs
+from rwkv_jax.model.rwkv7 import embed
+from rwkv_jax.parallel import sharding
+from rwkv_jax.planning import cost
+from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.optimizer import learning_rate, make_optimizer
+from rwkv_jax.training.step import abstract_state, programs
 
 RESULT = Path(__file__).parent / "results" / "deterministic.json"
 TARGET = GPU_TARGETS["h100"]

@@ -50,7 +50,7 @@ LOG, SUMMARY, TRACE, PAGE = "log.txt", "summary.json", "trace.xplane.pb.gz", "gp
 # Without recomputation micro_bsz 16 is planned at 81 GiB: more than an H100 has.
 RUNS = ["8/1", "16/1", "8/0", "16/2"]
 RUNS_WITH_100_GB = ["8/1", "16/1", "8/0", "16/0"]
-SUITE = ["tests/test_wkv7_pallas.py", "tests/test_wkv7.py"]
+SUITE = ["tests/kernels/test_wkv7_pallas.py", "tests/kernels/test_wkv7.py"]
 
 
 @dataclasses.dataclass

@@ -2,10 +2,10 @@
 
     python benchmarks/lambada.py lambada_test.jsonl --count 256 [--model MODEL.pth]
 
-The loop (tests/torch_rwkv7.py) reads each text alone, from a token 0 on, in float32. Without
---model the file is made: of the 0.1b shape, official first weights with the tensors that begin at
-zero drawn instead, so that every one of them matters; then the head is fitted, by ridge regression,
-to give the last words of every other text, so that some answers are right and some are wrong.
+The loop (tests/support/torch_rwkv7.py) reads each text alone, from a token 0 on, in float32.
+Without --model the file is made: of the 0.1b shape, official first weights with the tensors that
+begin at zero drawn instead, so that every one of them matters; then the head is fitted, by ridge
+regression, to give the last words of every other text, so that some answers are right and some are wrong.
 
 Both use one thread, and their CPU seconds are counted from the loaded model on, what jax compiles
 included. Prints both results, and the largest difference of a last word's log-likelihood; writes
@@ -29,21 +29,24 @@ import torch
 from flax import nnx
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parent), str(HERE.parent / "tests")]
+sys.path.append(str(HERE.parent))
 import machine  # noqa: E402
-import torch_rwkv7  # noqa: E402
 
 import rwkv_jax  # noqa: E402
-from rwkv_jax import evaluate, weights  # noqa: E402
+from rwkv_jax import evaluate  # noqa: E402
+from rwkv_jax.checkpoints import weights  # noqa: E402
 from rwkv_jax.config import SIZES, ModelConfig  # noqa: E402
-from rwkv_jax.corpus import find  # noqa: E402
-from rwkv_jax.initialisation import init_params  # noqa: E402
-from rwkv_jax.model import RWKV7, bind, use_precision  # noqa: E402
+from rwkv_jax.device.precision import use_precision  # noqa: E402
+from rwkv_jax.inference import scoring, tasks  # noqa: E402
+from rwkv_jax.model.initialisation import init_params  # noqa: E402
+from rwkv_jax.model.rwkv7 import RWKV7, bind  # noqa: E402
+from rwkv_jax.text.corpus import find  # noqa: E402
+from tests.support import torch_rwkv7  # noqa: E402
 
 RIDGE, SCALE = 1.0, 20.0  # of the fit; and the logit that it aims at
 
 
-def make_model(path: Path, fitted: list[evaluate.Document]) -> None:
+def make_model(path: Path, fitted: list[scoring.Document]) -> None:
     rng = np.random.default_rng(0)
 
     def lively(leaf: np.ndarray) -> np.ndarray:
@@ -62,7 +65,7 @@ def make_model(path: Path, fitted: list[evaluate.Document]) -> None:
     weights.save_pth(path, params, np.float32)
 
 
-def hidden(model: RWKV7, documents: list[evaluate.Document]) -> np.ndarray:
+def hidden(model: RWKV7, documents: list[scoring.Document]) -> np.ndarray:
     """[n, C] float64: the head's input where the tokens of the last words are asked for."""
     graphdef, params = nnx.split(model)
     run = jax.jit(lambda params, rows: nnx.merge(graphdef, params).hidden(rows)[0])
@@ -78,7 +81,7 @@ def hidden(model: RWKV7, documents: list[evaluate.Document]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def by_torch(path: Path, documents: list[evaluate.Document]) -> tuple[np.ndarray, np.ndarray]:
+def by_torch(path: Path, documents: list[scoring.Document]) -> tuple[np.ndarray, np.ndarray]:
     """[texts] log-likelihood of the last word, and whether it is the first choice throughout."""
     params = torch.load(path, weights_only=True)
     nats, right = [], []
@@ -104,7 +107,7 @@ def main() -> None:
     use_precision("fp32")
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model.pth"
-        documents = list(evaluate.lambada_documents(find(args.data).documents()))[: args.count]
+        documents = list(tasks.lambada_documents(find(args.data).documents()))[: args.count]
         if args.model is None:
             make_model(path, documents[::2])
         model = rwkv_jax.load(path)
@@ -114,7 +117,7 @@ def main() -> None:
         nats, right = by_torch(path, documents)
         torch_seconds = time.process_time() - middle
         apart = 0.0
-        for number, (answer,) in evaluate.score(model, documents):
+        for number, (answer,) in scoring.score(model, documents):
             apart = max(apart, abs(-answer.nats - nats[number]))
     theirs = {"accuracy": float(right.mean()), "perplexity": math.exp(-nats.mean())}
     result = {

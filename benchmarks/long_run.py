@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_jax import metrics
-from rwkv_jax.binidx import BinIdxWriter
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.text.binidx import BinIdxWriter
+from rwkv_jax.tracking import progress
 from rwkv_jax.train import train
 
 
@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     sizes: list[float] = []
-    show = metrics.ProgressLine.show
+    show = progress.ProgressLine.show
 
     def watch(self, step: int, *values: float) -> float:
         if (step + 1) % (options.steps // 10) == 0:
             sizes.append(resident())
         return show(self, step, *values)
 
-    metrics.ProgressLine.show = watch
+    progress.ProgressLine.show = watch
     with tempfile.TemporaryDirectory() as name:
         with BinIdxWriter(Path(name) / "data") as writer:
             writer.append(np.arange(20_000) ** 2 % 61 + 1, [20_000])

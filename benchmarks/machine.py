@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rwkv_jax.device.nvidia import ask_nvidia_smi
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole
-from rwkv_jax.nvidia import ask_nvidia_smi
 
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint",
@@ -112,7 +112,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from pallas_kernels.wkv7.api import choose
-    from rwkv_jax.build import prepare_jax
+    from rwkv_jax.device.runtime import prepare_jax
 
     parser = CommandParser(prog="python -m benchmarks.machine", description=main.__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH")

@@ -18,7 +18,8 @@ import jax
 from rwkv_jax.config import parse_train_options
 from rwkv_jax.errors import run_command
 from rwkv_jax.files import written_whole
-from rwkv_jax.plan import GIB, find_target, plan
+from rwkv_jax.plan import find_target, plan
+from rwkv_jax.planning.memory import GIB
 
 ROOT = Path(__file__).parent.parent
 READMES = ROOT / "README.md", ROOT / "README.zh-CN.md"

@@ -27,10 +27,10 @@ from jax.profiler import ProfileData
 
 from benchmarks import machine
 from benchmarks.train_step_gpu import EXIT_TOKENS, describe_run, prepare
-from rwkv_jax.build import prepare_jax
 from rwkv_jax.config import parse_train_options
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.start import write_init
+from rwkv_jax.training.initial_weights import write_init
 
 WARM_UP, STEPS = 8, 5
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from rwkv_jax import pth, weights
+from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
 
 # The tensors of the 0.1b model but for a larger vocabulary, to come to 400 MiB in bf16.

@@ -54,7 +54,7 @@ import numpy as np
 from benchmarks import gpu_inputs, machine, timing
 from benchmarks.train_step_gpu import EXIT_TOKENS, prepare
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
-from rwkv_jax import pth, weights
+from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import TrainConfig, parse_train_options
 from rwkv_jax.errors import CommandParser, UserError, one_line, run_command, signals_raise
 from rwkv_jax.files import reporting_os_errors
@@ -188,7 +188,7 @@ def ours_wkv7(report: Report, scratch: Path, shapes: list[str]) -> None:
 
     from pallas_kernels.wkv7 import wkv7
     from pallas_kernels.wkv7.api import choose
-    from rwkv_jax.build import prepare_jax
+    from rwkv_jax.device.runtime import prepare_jax
 
     prepare_jax()
     device = jax.devices()[0]
@@ -229,7 +229,7 @@ def ours_step(report: Report, scratch: Path, options: StepOptions) -> None:
     import jax
     import optax
 
-    from rwkv_jax.build import prepare_jax
+    from rwkv_jax.device.runtime import prepare_jax
 
     prepare_jax()
     device, init = jax.devices()[0], scratch / "init.pth"

@@ -7,7 +7,7 @@ weights: forward, backward, clipping, Adam. Three processes, each with one conte
 its own, take turns, so that whatever else the machine does meets all of them:
 
 - `ours`: the step that `python -m rwkv_jax.train` runs;
-- `torch`: tests/torch_rwkv7.py, autograd and torch.optim.AdamW, WKV token by token;
+- `torch`: tests/support/torch_rwkv7.py, autograd and torch.optim.AdamW, WKV token by token;
 - `products`: y = x Wᵀ, dx = dy W and dW = dyᵀ x of each linear layer, low-rank ones and head
   included, as plain jitted `jnp.dot` calls on the same XLA backend. That is what the mathematics
   of the step needs and no more: WKV's own products, recomputed ones and the value residual of
@@ -35,15 +35,16 @@ import machine
 import numpy as np
 import torch
 
-from rwkv_jax import sharding, weights
+from rwkv_jax.checkpoints import weights
 from rwkv_jax.config import ModelConfig, TrainConfig
-from rwkv_jax.model import abstract_params
-from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.step import TrainState, make_step
+from rwkv_jax.model.rwkv7 import abstract_params
+from rwkv_jax.parallel import sharding
+from rwkv_jax.training.optimizer import learning_rate, make_optimizer
+from rwkv_jax.training.step import TrainState, make_step
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests"))
-import torch_rwkv7  # noqa: E402
+sys.path.append(str(HERE.parent))
+from tests.support import torch_rwkv7  # noqa: E402
 
 T = 512
 WARM_UP = 2  # turns that are not counted: compiling, and memory that is new to the process

@@ -38,15 +38,17 @@ import optax
 import rwkv_jax
 from benchmarks import gpu_inputs, machine
 from pallas_kernels.gpu_targets import current_compute_capability
-from rwkv_jax import cost, distributed, sharding
-from rwkv_jax.build import build_step, decide, prepare_jax
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, last_words, one_line, run_command
-from rwkv_jax.optimizer import learning_rate, make_optimizer
-from rwkv_jax.schedule import make_schedule
-from rwkv_jax.start import write_init
-from rwkv_jax.step import TrainState, abstract_state, fresh_moments, programs
-from rwkv_jax.step_log import STEP_LOG, read_step_log
+from rwkv_jax.parallel import distributed, sharding
+from rwkv_jax.tracking.step_log import STEP_LOG, read_step_log
+from rwkv_jax.training import utilization
+from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.initial_weights import write_init
+from rwkv_jax.training.optimizer import learning_rate, make_optimizer
+from rwkv_jax.training.schedule import make_schedule
+from rwkv_jax.training.step import TrainState, abstract_state, fresh_moments, programs
 
 GROUP = 5  # steps that are dispatched before one is waited for
 # The end of the learning rate's decay is a number in the program: as the command gets it.
@@ -161,8 +163,8 @@ def speed(
 ) -> dict[str, float | None]:
     """Of steps of so many seconds; `mfu` is None for a device whose peak is not known."""
     tokens_per_s = config.micro_bsz * config.ctx_len / seconds
-    peak = cost.peak_flops(device_kind, config.precision)
-    mfu = tokens_per_s * cost.model_flops(model) / peak if peak else None
+    peak = utilization.peak_flops(device_kind, config.precision)
+    mfu = tokens_per_s * utilization.model_flops(model) / peak if peak else None
     return {"ms": 1e3 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 

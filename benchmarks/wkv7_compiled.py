@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
 
 Compiles forward and backward for every row of `ROWS` and writes the table of this jax and this
-assembler into its place in docs/wkv7-kernel.md; tests/test_gpu_compile.py fails when the two
-differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
+assembler into its place in docs/wkv7-kernel.md; tests/kernels/test_gpu_compile.py fails when the
+two differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import gpu_inputs, machine, timing
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
-from rwkv_jax.build import prepare_jax
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, run_command
 
 # Bytes that any chunked kernel with nothing saved must move, in units of one [B,T,H,N] array:

@@ -13,12 +13,12 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from convert.st import is_safetensors, read_st
-from rwkv_jax import pth
-from rwkv_jax.build import prepare_jax
-from rwkv_jax.checkpoint import open_newest
+from rwkv_jax.checkpoints import pth
+from rwkv_jax.checkpoints.store import open_newest
+from rwkv_jax.checkpoints.weights import infer_config, not_finite, without_state
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.tokenizer import other_tokenizer
-from rwkv_jax.weights import infer_config, not_finite, without_state
+from rwkv_jax.text.tokenizer import other_tokenizer
 
 
 def of_tensors(path: Path, use: Callable[[Mapping[str, pth.Array]], str]) -> str:

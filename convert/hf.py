@@ -19,11 +19,11 @@ import numpy as np
 
 from convert.hf_tokenizer import write_tokenizer
 from convert.st import Turned, is_turned, open_safetensors, write_safetensors
-from rwkv_jax import pth, weights
+from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
-from rwkv_jax.tokenizer import VOCAB_SIZE
+from rwkv_jax.text.tokenizer import VOCAB_SIZE
 
 HEAD_SIZE = 64  # flash-linear-attention's group norm has eps N·1e-5: right for this N alone
 

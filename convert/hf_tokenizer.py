@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rwkv_jax import tokenizer
+from rwkv_jax.text import tokenizer
 
 END = "<|rwkv_tokenizer_end_of_text|>"  # id 0, by the name that published RWKV models give it
 

@@ -7,9 +7,9 @@ from pathlib import Path
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
-from rwkv_jax import pth, weights
-from rwkv_jax.build import prepare_jax
-from rwkv_jax.checkpoint import open_newest
+from rwkv_jax.checkpoints import pth, weights
+from rwkv_jax.checkpoints.store import open_newest
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, run_command
 
 

@@ -8,7 +8,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from convert.hf import write_hf
-from rwkv_jax import pth
+from rwkv_jax.checkpoints import pth
 from rwkv_jax.errors import CommandParser, run_command
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
-from rwkv_jax.build import prepare_jax
-from rwkv_jax.checkpoint import save_model
+from rwkv_jax.checkpoints.store import save_model
+from rwkv_jax.checkpoints.weights import open_pth
+from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, run_command
-from rwkv_jax.weights import open_pth
 
 
 def main(argv: Sequence[str] | None = None) -> None:

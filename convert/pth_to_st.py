@@ -8,7 +8,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from convert.st import to_st, write_safetensors
-from rwkv_jax import pth, weights
+from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.files import flush_folder, reporting_os_errors, written_whole
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from rwkv_jax import pth
+from rwkv_jax.checkpoints import pth
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
 

@@ -17,11 +17,11 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from convert.st import is_safetensors, read_st
-from rwkv_jax import pth
+from rwkv_jax.checkpoints import pth
+from rwkv_jax.checkpoints.weights import official_shapes, whole, without_prefix
 from rwkv_jax.config import ModelConfig, default_low_rank
 from rwkv_jax.errors import CommandParser, UserError, run_command
-from rwkv_jax.tokenizer import VOCAB_SIZE
-from rwkv_jax.weights import official_shapes, whole, without_prefix
+from rwkv_jax.text.tokenizer import VOCAB_SIZE
 
 MIXES = "rwkvag"  # att.x_*, in the order in which rwkv.cpp's converter takes them to come
 

@@ -10,10 +10,11 @@ from pathlib import Path
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
-from rwkv_jax.binidx import BinIdx, open_binidx
-from rwkv_jax.dataset import Dataset, choose_magic_prime
 from rwkv_jax.errors import CommandParser, run_command
-from rwkv_jax.tokenizer import VOCAB_SIZE
+from rwkv_jax.text.binidx import BinIdx, open_binidx
+from rwkv_jax.text.dataset import Dataset
+from rwkv_jax.text.sampler import choose_magic_prime
+from rwkv_jax.text.tokenizer import VOCAB_SIZE
 
 
 def report(name: str, data: BinIdx, ctx_len: int) -> str:

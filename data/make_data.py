@@ -15,19 +15,13 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from data.compute_magic_prime import report
-from rwkv_jax import tokenizer
-from rwkv_jax.binidx import (
-    BinIdx,
-    BinIdxWriter,
-    beside,
-    open_binidx,
-    prefix_of,
-)
-from rwkv_jax.corpus import SKIPPED, Corpus, add_options, find, skipped_note
-from rwkv_jax.dataset import choose_magic_prime
 from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import reporting_os_errors, scratch_folder
-from rwkv_jax.tokenizing import progress_bar, tokenize
+from rwkv_jax.text import tokenizer
+from rwkv_jax.text.binidx import BinIdx, BinIdxWriter, beside, open_binidx, prefix_of
+from rwkv_jax.text.corpus import SKIPPED, Corpus, add_options, find, skipped_note
+from rwkv_jax.text.sampler import choose_magic_prime
+from rwkv_jax.text.tokenization import progress_bar, tokenize
 
 _COPIED_ITEMS = 256  # at once
 _VERIFIED_ITEMS = 100  # documents whose text is compared in every pass

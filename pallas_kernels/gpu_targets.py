@@ -3,7 +3,7 @@
 XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own
 packages, in jax's version: `pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 absl-py`, or jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc, and JAX_PLATFORMS=cpu.
-`tests/test_gpu_compile.py` checks the kernels with it.
+`tests/kernels/test_gpu_compile.py` checks the kernels with it.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rwkv_jax.config import ModelConfig
-    from rwkv_jax.model import RWKV7
+    from rwkv_jax.model.rwkv7 import RWKV7
 
 
 def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
     """
     import jax
 
-    from rwkv_jax.model import bind
+    from rwkv_jax.model.rwkv7 import bind
 
     config, params = load_params(path, dtype)
     return bind(config, jax.tree.map(jax.numpy.asarray, params))
@@ -74,11 +74,11 @@ def _load(
     from rwkv_jax.errors import UserError
 
     if Path(path).is_dir():
-        from rwkv_jax.checkpoint import load_newest
+        from rwkv_jax.checkpoints.store import load_newest
 
         config, params, state = *load_newest(Path(path), dtype), None
     else:
-        from rwkv_jax.weights import load_pth, load_tuned_pth
+        from rwkv_jax.checkpoints.weights import load_pth, load_tuned_pth
 
         load = load_tuned_pth if tuned else load_pth
         config, params, *states = load(path, dtype=dtype)
@@ -96,8 +96,8 @@ def _import_jax() -> None:
     """
     from importlib.util import find_spec
 
+    from rwkv_jax.device.nvidia import has_driver
     from rwkv_jax.errors import held_back
-    from rwkv_jax.nvidia import has_driver
 
     if "jax" not in sys.modules and any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         if not has_driver():

@@ -18,31 +18,33 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from pallas_kernels.gpu_targets import current_compute_capability
-from rwkv_jax import cost, distributed, doctor, plan, sharding, weights
-from rwkv_jax.build import RECOMPUTED, build_step, decide, prepare_jax
-from rwkv_jax.checkpoint import Checkpoints, require_orbax
+from rwkv_jax.checkpoints import weights
+from rwkv_jax.checkpoints.store import Checkpoints, MiniepochLoss, require_orbax
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig, parse_train_options
-from rwkv_jax.corpus import skipped_note
-from rwkv_jax.dataset import MINIEPOCH, Dataset, open_dataset, prefetch
+from rwkv_jax.device.runtime import prepare_jax
+from rwkv_jax.diagnosis import rules
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole
-from rwkv_jax.metrics import MiniepochLoss, tell
-from rwkv_jax.optimizer import at_step, learning_rate, make_optimizer
-from rwkv_jax.report import PATIENCE, Report
-from rwkv_jax.run import Saver, Stop, identity, lock
-from rwkv_jax.schedule import Schedule, make_schedule
-from rwkv_jax.start import (
-    FINAL,
-    INIT,
-    Start,
-    brief,
-    exported,
-    logged_tokens,
-    prepare,
-    settle,
-    start,
-)
-from rwkv_jax.step import TrainState
+from rwkv_jax.model.rwkv7 import summary
+from rwkv_jax.parallel import distributed, sharding
+from rwkv_jax.planning import batch_size
+from rwkv_jax.text.corpus import skipped_note
+from rwkv_jax.text.dataset import Dataset, open_dataset
+from rwkv_jax.text.loader import prefetch
+from rwkv_jax.text.sampler import MINIEPOCH
+from rwkv_jax.tracking.progress import tell
+from rwkv_jax.training import initial_weights, utilization
+from rwkv_jax.training.build import RECOMPUTED, build_step, decide
+from rwkv_jax.training.identity import identity
+from rwkv_jax.training.initial_weights import prepare
+from rwkv_jax.training.optimizer import at_step, learning_rate, make_optimizer
+from rwkv_jax.training.report import PATIENCE, Report
+from rwkv_jax.training.resume import Start, settle, start
+from rwkv_jax.training.run_folder import FINAL, INIT, exported, lock, logged_tokens
+from rwkv_jax.training.saver import Saver
+from rwkv_jax.training.schedule import Schedule, make_schedule
+from rwkv_jax.training.step import TrainState
+from rwkv_jax.training.stopping import Stop
 
 DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 
@@ -167,7 +169,7 @@ def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Check
         return 0
 
     known = distributed.from_first(claimed() if distributed.is_first() else 0)
-    return known or plan.fitting_batch(config, plan.model_of(config), mesh)
+    return known or batch_size.fitting_batch(config, initial_weights.model_of(config), mesh)
 
 
 def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
@@ -176,7 +178,7 @@ def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     mesh = sharding.make_mesh(config.devices, config.num_nodes, config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if on_cpu and config.accelerator != "cpu":
-        why = doctor.why_no_gpu()
+        why = rules.why_no_gpu()
         if config.accelerator == "gpu":
             raise UserError(f"--accelerator gpu: {why or 'there is no NVIDIA driver here'}")
         if why:
@@ -236,8 +238,8 @@ def _loop(
         saver.save(step, state, dataclasses.replace(begin.about, loss=loss))
 
     agree = distributed.make_agree(mesh)
-    peak = mesh.size * cost.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
-    peak /= cost.model_flops(model)
+    peak = mesh.size * utilization.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
+    peak /= utilization.model_flops(model)
     written: dict[str, bool] = {}
     report = Report(config, schedule, data, rates, begin, peak)  # before `stop` takes Ctrl-C
     with stop, report:
@@ -316,7 +318,7 @@ def _describe(
     tokens = schedule.last_step * schedule.tokens_per_step
     offload = sharding.STRATEGIES[config.strategy].offload
     rows = {
-        "model": brief(model),
+        "model": summary(model),
         "start": begin.origin + (f", at step {begin.step}" if begin.step else ""),
         "device": f"{mesh.size} x {device.device_kind}, {config.precision}, "
         + RECOMPUTED[config.grad_cp]

@@ -13,7 +13,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from rwkv_jax.nvidia import has_driver  # noqa: E402
+from rwkv_jax.device.nvidia import has_driver  # noqa: E402
 
 # Else jax would look for the libraries of CUDA that the extra `plan` leaves out, and give its
 # compiler up with them.
@@ -26,7 +26,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # What the dev extra brings, and these import at their top: the rest runs where it is not installed.
-_NEEDS = {"torch": ["test_torch_rwkv7.py", "test_trajectory.py"], "lm_eval": ["test_harness.py"]}
+_NEEDS = {
+    "torch": ["model/test_torch_rwkv7.py", "training/test_trajectory.py"],
+    "lm_eval": ["inference/test_harness.py"],
+}
 collect_ignore = [
     file for name, files in _NEEDS.items() if not importlib.util.find_spec(name) for file in files
 ]

@@ -1,0 +1,632 @@
+"""Checkpoints of a run: all that is needed to continue as if nothing had happened. Orbax is here.
+
+`FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
+wants the model takes that alone, and a `manifest`: what the numbers are (`About`), and the size and
+SHA-256 of every file. It is written as `{step}.partial` and flushed, the manifest last; one rename
+then makes it a checkpoint, after all of it could be read back. So a folder that has a number for a
+name was complete once, and what has happened to it since shows when it is read: nothing is restored
+that does not match its manifest.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from rwkv_jax.checkpoints import arrays, pth, weights
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import UserError
+from rwkv_jax.files import flush_folder, reporting_os_errors
+from rwkv_jax.model.rwkv7 import Params, abstract_params
+from rwkv_jax.parallel import distributed
+
+# When a part of a save or a load fails, orbax raises that, and a line below reports it. It also
+# logs it, and abandons its other parts, each of which then complains: by absl's or asyncio's log,
+# as a coroutine that nobody awaited, or from a thread of tensorstore whose event loop is gone.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+
+
+def _report_unraisable(error: Any, hook: Callable[[Any], object] = sys.unraisablehook) -> None:
+    if str(error.exc_value) != "Event loop is closed" or error.object is not None:
+        hook(error)
+
+
+sys.unraisablehook = _report_unraisable
+
+OLDEST_ORBAX = (0, 12)  # as in pyproject.toml
+MANIFEST = "manifest"
+_FORMAT = 1  # raise it when what is written changes its meaning
+_MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
+_T = TypeVar("_T")
+_CUT_SHORT = re.compile(r"\d+\.partial(\.orbax.*)?")  # names of what a killed run leaves
+_POINTERS = (b"version https://git-lfs", b"/annex/objects/")
+_MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
+
+
+class Unreadable(UserError):
+    """A checkpoint that may be whole but cannot be read here and now."""
+
+
+@dataclasses.dataclass
+class MiniepochLoss:
+    """The mean loss of the miniepoch so far: the running loss, and what train_log.txt gets."""
+
+    total: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def reset(self) -> None:
+        self.total, self.steps = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.steps, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What the arrays of a checkpoint are.
+
+    Attributes:
+        model: the architecture.
+        loss: of the miniepoch in which the checkpoint lies.
+        run: what makes the run this run, and the step a place in it; names and values as `train`
+            compares them. Empty: a model alone.
+    """
+
+    model: ModelConfig
+    loss: MiniepochLoss = dataclasses.field(default_factory=MiniepochLoss)
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def require_orbax() -> None:
+    """Refuses an orbax that can neither save nor restore what is written here.
+
+    Raises:
+        UserError: it is older than `OLDEST_ORBAX`.
+    """
+    installed = importlib.metadata.version("orbax-checkpoint")
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST_ORBAX:
+        wanted = ".".join(map(str, OLDEST_ORBAX))
+        raise UserError(
+            f"orbax-checkpoint {installed} is installed, with which no checkpoint could be saved: "
+            f"pip install --upgrade 'orbax-checkpoint>={wanted}'"
+        )
+
+
+class Checkpoints:
+    """The checkpoints in one folder, the newest `keep` of them; one is written at a time.
+
+    Only one process at a time may write to a folder: `run.lock` is for that.
+
+    Args:
+        folder: made when the first checkpoint is.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder.absolute()
+        self._keep = keep
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps saved, newest first.
+
+        Raises:
+            UserError: the folder is there, and cannot be read: that is not the same as empty.
+        """
+        try:
+            return sorted((int(path.name) for path in _numbered(self.folder)), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read: {error.strerror}") from None
+
+    def about(self, step: int) -> About:
+        """What the checkpoint of a step is, after every byte of it has been compared.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return _verify(self.folder / str(step))
+
+    def claim(self, step: int) -> About:
+        """What the checkpoint of a step says that it is, without a look at its other files.
+
+        Raises:
+            UserError: it does not say.
+        """
+        return _read_manifest(self.folder / str(step))[0]
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step, laid out over the devices as `abstract` (with shardings) says.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        with arrays.literal(self.folder) as folder, _reporting(self.folder / str(step)):
+            return type(abstract)(
+                **ocp.load_checkpointables(folder / str(step), abstract._asdict())
+            )
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a checkpoint, so that it is neither read nor counted nor removed again."""
+        aside = self.folder / f"{step}.aside"
+        for number in itertools.count(2):
+            if not os.path.lexists(aside):
+                break
+            aside = self.folder / f"{step}.aside.{number}"
+        (self.folder / str(step)).rename(aside)
+        return aside
+
+    def rehearse(self) -> None:
+        """Saves a single number, looks for it on disk and removes it; in every process.
+
+        So that what can never be saved is known before the first step.
+
+        Raises:
+            UserError: no checkpoint can be written here.
+        """
+        partial = self.folder / "0.partial"
+        items = {"params": {"rehearsal": np.zeros((), np.float32)}}
+        failure = ""
+        try:
+            _make_folder(self.folder)
+            with arrays.literal(self.folder) as folder:
+                _start_writing(folder / partial.name, items).result()
+            if distributed.is_first():
+                _check(partial, items)
+                _delete(partial)
+        except UserError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"{partial}: cannot be written: {_brief(error)}"
+        finally:
+            if distributed.is_first():
+                _remove_failed(partial)
+        if distributed.from_first(bool(failure)) or failure:
+            raise UserError(failure or f"{self.folder}: the first process cannot write there")
+
+    def save(self, step: int, state: Any, about: About) -> None:
+        """Copies the state off the devices, then writes in the background.
+
+        What goes wrong there is raised by the next `save`, `check` or `close`. Older checkpoints
+        are removed when the new one is complete, and only then. A step that is there already is
+        left as it is.
+
+        Raises:
+            UserError: the last save failed, or this one cannot begin (no space, no permission).
+        """
+        self.close()
+        # One process's answer: the others may not see yet what it has just given its name.
+        if distributed.from_first(distributed.is_first() and step in self.steps()):
+            return
+        refused = self._make_room(state) if distributed.is_first() else ""
+        if distributed.from_first(bool(refused)):
+            raise UserError(refused or f"{self.folder}: the first process cannot write there")
+        partial = self.folder / f"{step}.partial"
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(arrays.literal(self.folder))
+            try:
+                response = _start_writing(folder / partial.name, state._asdict())
+            except Exception as error:
+                raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+            writing = stack.pop_all()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        described = dataclasses.asdict(about)  # as it is now
+        self._pending = self._writer.submit(
+            self._finish, step, partial, writing, response, shapes, described
+        )
+
+    def check(self) -> None:
+        """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
+        if self._pending is not None and self._pending.done():
+            self.close()
+
+    def close(self) -> None:
+        """Returns when the last `save` is on disk; raises the `UserError` of what went wrong."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _make_room(self, state: Any) -> str:
+        """Removes what a killed run left; returns why nothing can be written, or ""."""
+        try:
+            _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        except UserError as error:
+            return str(error)
+        _remove(self.folder, lambda name: bool(_CUT_SHORT.fullmatch(name)))
+        return ""
+
+    def _finish(
+        self,
+        step: int,
+        partial: Path,
+        writing: contextlib.ExitStack,
+        response: Any,
+        shapes: Any,
+        about: dict[str, Any],
+    ) -> None:
+        try:
+            with writing:
+                response.result()
+            if distributed.is_first():
+                _check(partial, shapes._asdict())
+                _commit(partial, self.folder / str(step), about)
+        except Exception as error:
+            _remove_failed(partial)
+            raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
+        if distributed.is_first():
+            self._remove_older(step)
+
+    def _remove_older(self, step: int) -> None:
+        """Leaves the newest `keep` up to a step; later ones are of a run that `start` sets aside.
+
+        What cannot be removed is tried again after the next save.
+        """
+        with contextlib.suppress(OSError, UserError):
+            for old in [other for other in self.steps() if other <= step][self._keep :]:
+                # Renamed first: half of it under its own name would look damaged.
+                gone = self.folder / f"{old}.partial"
+                _delete(gone)
+                (self.folder / str(old)).rename(gone)
+                _delete(gone)
+
+
+def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
+    """Writes one checkpoint that holds a model and no optimizer, for `load_newest`.
+
+    Little more than one tensor is in memory at a time, whatever the model's size.
+
+    Args:
+        folder: becomes the checkpoint; appears under its name only when it is complete.
+        tensors: all of the official ones, in the official order.
+
+    Raises:
+        UserError: it exists or cannot be written, or a tensor raises one.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already; give a new folder")
+    folder = folder.absolute()
+    partial = folder.with_name(f".{os.getpid()}.partial")
+    _check_space(folder.parent, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
+    try:
+        # Orbax writes the same tree of mere numbers, which makes it a checkpoint.
+        numbers = jax.tree.map(lambda _: np.zeros((), np.float32), abstract_params(config))
+        with arrays.literal(folder.parent) as parent:
+            _start_writing(parent / partial.name, {"params": numbers}).result()
+        arrays.write(partial / "params", config, tensors)
+        _check(partial, {"params": abstract_params(config)})
+        _commit(partial, folder, dataclasses.asdict(About(config)))
+    except UserError:  # of the tensors
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
+    finally:
+        _remove_failed(partial)
+
+
+def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:
+    """The model of a checkpoint, or of the newest good checkpoint in a run's output folder.
+
+    Returns:
+        The configuration and the tree of NumPy arrays of that dtype; little more is in memory on
+        the way. The optimizer's state is not read.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+
+    return open_newest(
+        path, lambda _, tensors: weights.from_official(tensors, None, dtype, str(path))
+    )
+
+
+def open_newest(path: Path, use: Callable[[ModelConfig, dict[str, pth.Array]], _T]) -> _T:
+    """What `use` makes of the same model: its tensors by official name, in the official order.
+
+    Values are read when they are used. The run may be training: if its trainer removes the
+    checkpoint meanwhile, `use` is called again, with the one that is then the newest.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    while True:
+        with contextlib.ExitStack() as stack:
+            folder, model, tensors = _open_newest(path, stack)
+            try:
+                return use(model, tensors)
+            except UserError:
+                if folder.is_dir():
+                    raise
+
+
+def _open_newest(
+    path: Path, stack: contextlib.ExitStack
+) -> tuple[Path, ModelConfig, dict[str, pth.Array]]:
+    folder = path.absolute()
+    if (folder / MANIFEST).exists():
+        return folder, *_open_model(folder, stack)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    damaged: set[int] = set()
+    while steps := [step for step in checkpoints.steps() if step not in damaged]:
+        newest = checkpoints.folder / str(steps[0])
+        try:
+            return newest, *_open_model(newest, stack)
+        except UserError as error:
+            if newest.is_dir():  # or a trainer has removed it
+                if len(steps) == 1:
+                    raise
+                print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
+                damaged.add(steps[0])
+    if (folder / "_CHECKPOINT_METADATA").exists():
+        raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{path}: is the folder of a Hugging Face model: convert it first, by "
+            f"python -m convert.hf_to_pth {shlex.quote(str(path))} model.pth"
+        )
+    raise UserError(
+        f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"
+    )
+
+
+def _open_model(
+    folder: Path, stack: contextlib.ExitStack
+) -> tuple[ModelConfig, dict[str, pth.Array]]:
+    config = _verify(folder, without="opt_state/").model
+    with _reporting(folder):
+        return config, stack.enter_context(arrays.read(folder / "params", config))
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: cannot be written: it is not a folder")
+    with reporting_os_errors(folder, "be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_space(folder: Path, nbytes: int) -> None:
+    needed = nbytes * 21 // 20 + _MARGIN
+    _make_folder(folder)
+    with reporting_os_errors(folder, "be written"):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: a checkpoint takes {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} are free"
+        )
+
+
+def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
+    """Orbax's save of `items` as the folder `partial`; returns when the arrays are copied."""
+    context = ocp.Context()
+    # Weights hardly compress; and without it a file bounds the memory that reading it takes.
+    context.array.saving.use_compression = False
+    context.array.saving.scoped_storage_options_creator = _storage
+    # Otherwise, where it cannot make the folder, its threads wait minutes for it.
+    context.asynchronous.create_directories_asynchronously = False
+    with context:
+        return ocp.save_checkpointables_async(partial, items, overwrite=True)
+
+
+def _remove(parent: Path, chosen: Callable[[str], bool]) -> bool:
+    """Removes the folders with such names; returns whether there were any."""
+    leftovers = [path for path in parent.glob("*") if chosen(path.name)]
+    for leftover in leftovers:
+        _delete(leftover)
+    return bool(leftovers)
+
+
+def _remove_failed(partial: Path) -> None:
+    """Removes what a failed save has written, until nothing has come for half a second.
+
+    When a part of a save fails, orbax abandons the others, which still write, and make their
+    folders anew. What comes even later is removed by the next save.
+    """
+    looks = 0
+    for _ in range(50):
+        if _remove(partial.parent, lambda name: name.startswith(partial.name)):
+            looks = 5
+        if not looks:
+            break
+        looks -= 1
+        time.sleep(0.1)
+
+
+def _delete(folder: Path) -> None:
+    """Removes a folder, or the link to one; what cannot be removed stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _storage(path: tuple[Any, ...], leaf: Any) -> Any:
+    """In which pieces orbax stores an array: such that a layer can be read without the others."""
+    if leaf.ndim == 3:  # of stacked matrices
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
+    if leaf.ndim == 2:
+        return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=arrays.PIECE)
+    return None
+
+
+def _check(partial: Path, items: Mapping[str, Any]) -> None:
+    """Raises what speaks against reading these trees of arrays back from disk."""
+    for name, tree in items.items():
+        arrays.check(partial / name, jax.tree.leaves(tree))
+
+
+def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
+    """Flushes `partial`, adds the manifest and gives it its name."""
+    files = sorted(_files(partial))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: _digest(partial / name, flush=True), files)
+        entries = {
+            name: [(partial / name).stat().st_size, digest]
+            for name, digest in zip(files, digests, strict=True)
+        }
+    described = {"format": _FORMAT, **about, "files": entries}
+    body = json.dumps(described, indent=1).encode()
+    with (partial / MANIFEST).open("wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    _read_manifest(partial)
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        flush_folder(folder)
+    partial.rename(final)
+    flush_folder(final.parent)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def _digest(path: Path, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _verify(folder: Path, without: str = "/") -> About:
+    """Compares the files, but for those whose names begin with `without`, with the manifest.
+
+    Raises:
+        UserError: names the first file that is not as it was written.
+    """
+    try:
+        about, files = _read_manifest(folder)
+        expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
+        for name, (size, _) in expected.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                _require_fetched(path)
+            if not path.is_file():
+                raise UserError(f"{folder}: damaged: {name} is missing")
+            if path.stat().st_size != size:
+                raise UserError(
+                    f"{folder}: damaged: {name} has {path.stat().st_size} bytes, not {size}"
+                )
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            digests = pool.map(lambda name: _digest(folder / name), expected)
+            for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
+                if digest != found:
+                    raise UserError(f"{folder}: damaged: {name} has other content than was written")
+    except OSError as error:
+        raise Unreadable(f"{folder}: cannot be read: {error.strerror}") from None
+    held = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
+    needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(about.model)))
+    if needed > 2 * held + _MARGIN:  # arrays of a kilobyte or less are compressed
+        raise UserError(f"{folder}: {held} bytes do not hold a model of {needed}")
+    return about
+
+
+def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
+    """The manifest, every value of which has the type that it should."""
+    path = folder / MANIFEST
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_reporting(path))
+        _require_fetched(path)
+        with path.open("rb") as file:
+            content = file.read(_MAX_MANIFEST)
+        digest, _, body = content.partition(b"\n")
+        if digest != hashlib.sha256(body).hexdigest().encode():
+            raise ValueError("cut short or changed")
+        described = json.loads(body)
+        if described["format"] != _FORMAT:
+            raise Unreadable(
+                f"{path}: format {described['format']!r:.20}; this version reads {_FORMAT}"
+            )
+        numbers = described["model"]
+        if not all(type(value) is int and 0 < value < 1 << 31 for value in numbers.values()):
+            raise ValueError("no model")
+        total, steps = described["loss"]["total"], described["loss"]["steps"]
+        about = About(ModelConfig(**numbers), MiniepochLoss(float(total), int(steps)))
+        run = dict(described["run"])
+        sizes = [run.get(name, 1) for name in ("samples a step", "ctx_len")]
+        if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
+            raise ValueError("no run")
+        about = dataclasses.replace(about, run=run)
+        files = {name: (int(size), str(sha)) for name, (size, sha) in described["files"].items()}
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file outside the folder")
+        return about, files
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turns whatever a file from elsewhere provokes into a `UserError` that names it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except (PermissionError, InterruptedError, BlockingIOError, TimeoutError) as error:
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:
+        if "Out of memory" in str(error):  # of a device
+            raise Unreadable(f"{path}: does not fit the device's memory") from None
+        raise UserError(f"{path}: damaged, or of another program: {_brief(error)}") from None
+
+
+def _require_fetched(path: Path) -> None:
+    """Raises `Unreadable` where a link or a pointer stands for a file that is not here (yet)."""
+    if path.is_symlink() and not path.exists():
+        raise Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(32).startswith(_POINTERS):
+                raise Unreadable(
+                    f"{path}: is a pointer of Git LFS or git-annex to a file, "
+                    "which has not been fetched"
+                )
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """The checkpoints in a folder: the directories with a number for a name."""
+    for path in folder.iterdir():
+        number = path.name.isascii() and path.name.isdigit() and len(path.name) < 19
+        if number and path.name == str(int(path.name)) and path.is_dir():
+            yield path
+
+
+def _brief(error: Exception) -> str:
+    """One line of an error of any kind."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if "RESOURCE_EXHAUSTED" in text:  # as tensorstore calls it, at length
+        return "no space left on the device"
+    line = next(iter(text.splitlines()), "")
+    return f"{type(error).__name__}: {line[:200]}" if not isinstance(error, OSError) else line[:200]

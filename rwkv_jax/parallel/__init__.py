@@ -1,0 +1,6 @@
+"""Which device, host memory or process holds what.
+
+sharding.py     the mesh, where each tensor is cut, and the strategies
+offload.py      a step whose masters and moments are in the host's memory
+distributed.py  several processes that train as one
+"""

@@ -1,0 +1,45 @@
+"""Batches that are made in a thread, ahead of the step that takes them."""
+
+import concurrent.futures
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+STALL_SECONDS = 10.0  # that a step waits for its batch before it is reported
+
+Batch = TypeVar("Batch")
+
+
+def prefetch(
+    make: Callable[[int], Batch],
+    start: int,
+    depth: int = 2,
+    stalled: Callable[[float], None] = lambda seconds: None,
+) -> Generator[Batch, None, None]:
+    """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
+
+    An exception of `make` is raised by the `next` that would have returned its batch. Closing the
+    iterator (`contextlib.closing`) cancels what is pending and waits for the thread.
+
+    Args:
+        stalled: called with the seconds waited when a batch is late: after `STALL_SECONDS`, and
+            each time that has doubled.
+    """
+
+    def wait(batch: concurrent.futures.Future[Batch]) -> Batch:
+        waited, limit = 0.0, STALL_SECONDS
+        while not concurrent.futures.wait([batch], limit - waited).done:
+            stalled(limit)
+            waited, limit = limit, 2 * limit
+        return batch.result()
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+    try:
+        pending = deque(pool.submit(make, start + ahead) for ahead in range(depth))
+        while True:
+            batch = wait(pending.popleft())
+            start += 1
+            pending.append(pool.submit(make, start + depth - 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,32 @@
+"""train_log.txt: a line a miniepoch, in the official format."""
+
+import datetime
+import math
+from pathlib import Path
+
+from rwkv_jax.tracking.log_file import LogFile
+
+
+class TrainLog:
+    """train_log.txt, a line a miniepoch in the official format, each miniepoch once:
+
+    `{miniepoch} {mean loss:.6f} {exp(loss):.4f} {lr:.8f} {timestamp} {miniepoch of this run}`
+
+    Args:
+        first: as for `LogFile`: the miniepoch in which a resumed run begins.
+        begin: the run's first.
+    """
+
+    def __init__(self, folder: Path, first: int | None, begin: int):
+        self._file = LogFile(folder / "train_log.txt", first)
+        self._begin = begin
+
+    def add(self, miniepoch: int, mean_loss: float, rate: float) -> None:
+        perplexity = math.exp(min(mean_loss, 700.0))  # float64 ends soon after
+        self._file.append(
+            f"{miniepoch} {mean_loss:.6f} {perplexity:.4f} {rate:.8f} "
+            f"{datetime.datetime.now()} {miniepoch - self._begin}\n"
+        )
+
+    def flush(self) -> None:
+        self._file.flush()

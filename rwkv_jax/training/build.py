@@ -1,0 +1,64 @@
+"""From the options to the step that they mean: what train runs and plan compiles."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.device.precision import PRECISIONS, default_precision, use_precision
+from rwkv_jax.parallel import sharding
+from rwkv_jax.training.step import Metrics, TrainState, make_step
+
+# What the backward pass computes again, by --grad_cp.
+RECOMPUTED = (
+    "no recomputation",
+    "blocks recomputed in the backward pass",
+    "blocks but their matrix products recomputed in the backward pass",
+)
+
+
+def default_batch(on_gpu: bool) -> int:
+    """The micro_bsz of a run that names none."""
+    return 8 if on_gpu else 1
+
+
+def decide(
+    config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
+) -> TrainConfig:
+    """The options with every default that depends on the machine decided.
+
+    Also tells jax how exact float32 products are to be.
+
+    Args:
+        capability: as for `default_precision`.
+    """
+    precision = default_precision(on_gpu, capability)
+    config = dataclasses.replace(
+        config,
+        micro_bsz=config.micro_bsz or default_batch(on_gpu),
+        grad_cp=int(on_gpu) if config.grad_cp == -1 else config.grad_cp,
+        strategy="deepspeed_stage_2" if config.strategy == "auto" else config.strategy,
+        precision=precision if config.precision == "auto" else config.precision,
+    )
+    use_precision(config.precision)
+    return config
+
+
+def build_step(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """`step.make_step` by decided options."""
+    return make_step(
+        model,
+        optimizer,
+        mesh,
+        sharding.STRATEGIES[config.strategy],
+        PRECISIONS[config.precision],
+        remat=config.grad_cp,
+        head_chunk=config.head_chunk,
+    )

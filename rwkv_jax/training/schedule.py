@@ -1,0 +1,56 @@
+"""The arithmetic of a run: what a step is, and how many there are."""
+
+import dataclasses
+import math
+
+from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import UserError
+from rwkv_jax.text.sampler import MINIEPOCH
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Steps, miniepochs and tokens of a run.
+
+    A step takes `batch` = devices · micro_bsz · accumulate_grad_batches samples of ctx_len tokens.
+    """
+
+    batch: int
+    ctx_len: int
+    first_step: int  # where a run begins that has weights alone (--epoch_begin)
+    exit_step: float  # my_exit_tokens in steps, not rounded: the end of the learning rate's decay
+    last_step: int  # the run is over when so many steps are done
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.ctx_len
+
+    def miniepoch(self, step: int) -> int:
+        """The miniepoch in which the first sample of a step lies."""
+        return step * self.batch // MINIEPOCH
+
+    @property
+    def ends_a_miniepoch(self) -> bool:
+        """Whether any step of the run does."""
+        return self.miniepoch(self.last_step) > self.miniepoch(self.first_step)
+
+    def ends_miniepoch(self, step: int) -> bool:
+        return self.miniepoch(step + 1) > self.miniepoch(step)
+
+
+def make_schedule(config: TrainConfig, batch: int, data_tokens: int) -> Schedule:
+    """The schedule of these options for steps of `batch` samples.
+
+    Raises:
+        UserError: no step is left to do.
+    """
+    exit_step = (config.my_exit_tokens or data_tokens) / (batch * config.ctx_len)
+    first, last = config.epoch_begin * MINIEPOCH // batch, math.ceil(exit_step)
+    if config.epoch_count:
+        last = min(last, (config.epoch_begin + config.epoch_count) * MINIEPOCH // batch)
+    if first >= last:
+        raise UserError(
+            f"miniepoch {config.epoch_begin} begins at step {first}, but the run ends at step "
+            f"{last}: give a smaller --epoch_begin, or a larger --my_exit_tokens"
+        )
+    return Schedule(batch, config.ctx_len, first, exit_step, last)

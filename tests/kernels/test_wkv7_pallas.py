@@ -1,0 +1,134 @@
+"""The Pallas kernels against the float64 recurrence: on a GPU, else interpreted as plain JAX."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.wkv7 import api, pallas_triton, wkv7
+from tests.support.wkv7_suite import (
+    NAMES,
+    Case,
+    WKV7Suite,
+    cast,
+    outputs_and_gradients,
+    relative_error,
+    truth,
+)
+
+interpreted = functools.partial(
+    pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
+)
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
+
+
+@pytest.mark.usefixtures("interpret")
+class TestPallasTriton(WKV7Suite):
+    implementation = "pallas_triton"
+
+
+@pytest.mark.parametrize(
+    "tuning, reset",
+    sorted(
+        {
+            (dataclasses.replace(tuning, warps=2), reset)
+            for (_, _, reset), tuning in pallas_triton.TUNING.items()
+        },
+        key=str,
+    ),
+)
+def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
+    """Whatever card and head size it was chosen for."""
+    starts = (0, 16, 32, 64, 128), (5, 63, 64, 65, 149)
+    case = Case("tuning", time=150, size=32, reset=starts if reset else None)
+    tunings = dict.fromkeys(itertools.product(range(8, 13), [case.size], [False, True]), tuning)
+    monkeypatch.setattr(pallas_triton, "TUNING", tunings)
+    op = functools.partial(wkv7, implementation="pallas_triton")
+    results = outputs_and_gradients(op, *cast(case, "bfloat16"))
+    for name, x, true in zip(NAMES, results, truth(case), strict=True):
+        assert relative_error(x, true) < 1e-2, name
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
+def test_sharded_over_batch_and_heads(monkeypatch, implementation):
+    """On simulated devices, each of which has one head of one sequence: values and gradients."""
+    always = functools.partial(pallas_triton.wkv7_pallas_triton, interpret=True)
+    monkeypatch.setitem(globals(), "interpreted", always)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
+    devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    tokens, states = PartitionSpec("data", None, "model"), PartitionSpec("data", "model")
+    op = functools.partial(wkv7, implementation=implementation, return_state=True)
+
+    def sharded(*inputs, reset, return_state):
+        return jax.shard_map(
+            lambda reset, *inputs: op(*inputs, reset=reset),
+            mesh=mesh,
+            in_specs=(PartitionSpec("data"), *[tokens] * 6, states),
+            out_specs=(tokens, states),
+            check_vma=False,  # Pallas' interpreter does not follow what varies over which axis
+        )(reset, *inputs)
+
+    with jax.default_device(devices[0, 0]):
+        inputs = cast(Case("sharded", time=40, size=16, reset=((0, 20), (16, 17))), "float32")
+        whole = outputs_and_gradients(op, *inputs)
+        for name, x, y in zip(NAMES, outputs_and_gradients(sharded, *inputs), whole, strict=True):
+            assert len(x.sharding.device_set) == 4, name
+            assert relative_error(x, np.asarray(y, np.float64)) < 1e-6, name
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5)])
+def test_refuses_what_it_cannot_serve(monkeypatch, capability):
+    for module in (api, pallas_triton):
+        monkeypatch.setattr(module, "current_compute_capability", lambda: capability)
+    inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
+    with pytest.raises(NotImplementedError, match="compute capability 8.0"):
+        wkv7(*inputs, implementation="pallas_triton")
+    assert api.choose(inputs[3])[0] == "xla"
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="float64"):
+        wkv7(*(x.astype(jnp.float64) for x in inputs), implementation="pallas_triton")
+    huge = [jax.ShapeDtypeStruct((32, 4096, 64, 64), jnp.bfloat16)] * 6
+    op = functools.partial(wkv7, implementation="pallas_triton")
+    with pytest.raises(NotImplementedError, match="32 bits"):
+        jax.eval_shape(op, *huge)
+
+
+def test_float32_decay_logits_beside_bfloat16(interpret):
+    inputs, _, _ = cast(Case("small", time=20, size=16), "bfloat16")
+    wide = [x.astype(jnp.float32) if i == 1 else x for i, x in enumerate(inputs)]
+
+    def both(w):
+        return wkv7(inputs[0], w, *inputs[2:], implementation="pallas_triton")
+
+    y, vjp = jax.vjp(both, wide[1])
+    assert y.dtype == jnp.bfloat16 and vjp(y)[0].dtype == jnp.float32
+
+
+def test_inverse_stays_accurate_where_the_product_form_does_not():
+    """All keys aligned, in-context learning rate 1, no decay: a·b = −1 for every pair."""
+    length = 16
+    m = jnp.asarray(-np.tril(np.ones((length, length)), -1), jnp.float32)
+    exact = np.linalg.inv(np.eye(length) - np.asarray(m))
+
+    def dot(x, y):
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+    # Not powers of two, as real products of keys are not.
+    m, exact = 0.997 * m, np.linalg.inv(np.eye(length) - 0.997 * np.asarray(m))
+    bfloat16 = jnp.bfloat16
+    ours = pallas_triton._inverse(m, bfloat16, dot)
+    power, product = m, m + jnp.eye(length)
+    for _ in range(3):  # (I + M)(I + M²)(I + M⁴)(I + M⁸)
+        power = dot(power.astype(bfloat16), power.astype(bfloat16))
+        product = dot(product.astype(bfloat16), (jnp.eye(length) + power).astype(bfloat16))
+    assert relative_error(ours, exact) < 5e-3
+    assert relative_error(product, exact) > 0.1

@@ -1,0 +1,145 @@
+"""What may import what, read off the source."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Each package and those that it may import, beside the libraries.
+LAYERS = {
+    "pallas_kernels": {"pallas_kernels"},
+    "rwkv_jax": {"rwkv_jax", "pallas_kernels"},
+    "data": {"data", "rwkv_jax"},
+    "convert": {"convert", "rwkv_jax"},
+}
+OURS = {*LAYERS, "tests", "benchmarks"}
+# The rooms of rwkv_jax: each imports those before it alone. The commands stand behind them all.
+ROOMS = [
+    "errors", "files", "official_options", "config", "device", "text", "model", "parallel",
+    "checkpoints", "inference", "tracking", "training", "planning", "diagnosis",
+]  # fmt: skip
+COMMANDS = {"train", "generate", "evaluate", "plan", "plot", "doctor"}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in the file, under any alias."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from rwkv_jax import pth` may name a module: both readings count.
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, package
+    return found
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_run_one_way(package):
+    for path in files(package):
+        assert roots(path) & OURS <= LAYERS[package], path
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "rwkv_jax").parts[0].removesuffix(".py")
+
+
+def test_rooms_import_those_before_them():
+    """The package's own `__init__` is the way in for a user, whose imports stand in functions."""
+    for path in files("rwkv_jax"):
+        at = room(path)
+        if at in COMMANDS | {"__init__"}:
+            continue
+        allowed = {*ROOMS[: ROOMS.index(at) + 1], "__version__", "load_params", "load_tuned"}
+        used = {name.split(".")[1] for name in imported(path) if name.startswith("rwkv_jax.")}
+        assert used <= allowed, f"{path} imports {used - allowed}"
+
+
+def test_every_module_has_a_room_that_lists_it():
+    folders = {path for path in (ROOT / "rwkv_jax").iterdir() if (path / "__init__.py").exists()}
+    assert {path.name for path in folders} <= set(ROOMS)
+    for folder in folders:
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        listed = re.findall(r"^ *(\w+\.py)  *\w", (folder / "__init__.py").read_text("utf-8"), re.M)
+        assert sorted(listed) == sorted(modules), folder
+
+
+def test_tests_mirror_the_rooms():
+    tested = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+    rooms = {path.parent.name for path in (ROOT / "rwkv_jax").glob("*/__init__.py")}
+    assert tested == rooms | {"commands", "convert", "kernels", "benchmarks", "project"}
+
+
+def test_orbax_is_imported_in_one_place():
+    users = [path for package in LAYERS for path in files(package) if "orbax" in roots(path)]
+    assert [path.relative_to(ROOT).as_posix() for path in users] == [
+        "rwkv_jax/checkpoints/store.py"
+    ]
+
+
+def test_torch_is_for_comparison_alone():
+    for package in LAYERS:
+        for path in files(package):
+            assert not roots(path) & {"torch", "rwkv", "deepspeed", "lightning"}, path
+
+
+def test_optional_services_are_imported_on_demand():
+    """wandb takes a second and writes to the home folder: nobody who does not ask pays for it."""
+    for path in files("rwkv_jax"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not any("wandb" in ast.unparse(node) for node in top), path
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    graph = {}
+    for path in files("rwkv_jax") + files("pallas_kernels"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        graph[".".join(parts).removesuffix(".__init__")] = imported(path)
+    graph = {module: (names & set(graph)) - {module} for module, names in graph.items()}
+    # A package's own __init__ may import its modules and stand for it: neither is a circle.
+    graph = {
+        module: {name for name in names if not module.startswith(f"{name}.")}
+        for module, names in graph.items()
+    }
+    del graph["rwkv_jax"]  # its imports stand in functions, so that `import rwkv_jax` is quick
+    while graph:
+        leaves = {module for module, names in graph.items() if not names & set(graph)}
+        assert leaves, f"in a circle: {sorted(graph)}"
+        graph = {module: names for module, names in graph.items() if module not in leaves}
+
+
+# Where jax has a CUDA plugin and no driver, it is imported ahead, for the plugin to be silent.
+WITHOUT_PLUGIN = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if "jax_cuda" in name else find(name, *more)
+"""
+
+
+def test_commands_on_data_run_without_jax():
+    """Neither they nor what they import: a file is tokenized on any machine, and at once."""
+    modules = [f"data.{path.stem}" for path in files("data") if path.stem != "__init__"]
+    assert not any("jax" in roots(path) for path in files("data"))
+    code = WITHOUT_PLUGIN + (
+        f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\n"
+        "print(sorted({'jax', 'torch', 'orbax', 'flax', 'wandb'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
