@@ -5,7 +5,8 @@
 The loop (tests/support/torch_rwkv7.py) reads each text alone, from a token 0 on, in float32.
 Without --model the file is made: of the 0.1b shape, official first weights with the tensors that
 begin at zero drawn instead, so that every one of them matters; then the head is fitted, by ridge
-regression, to give the last words of every other text, so that some answers are right and some are wrong.
+regression, to give the last words of every other text, so that some answers are right and some
+are wrong.
 
 Both use one thread, and their CPU seconds are counted from the loaded model on, what jax compiles
 included. Prints both results, and the largest difference of a last word's log-likelihood; writes
