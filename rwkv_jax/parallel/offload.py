@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from rwkv_jax.model.rwkv7 import Params
 from rwkv_jax.parallel import sharding
+from rwkv_jax.parallel.layout import Layout
 
 Name = tuple[str, ...]  # a parameter's path in the tree
 
@@ -37,28 +37,22 @@ class OffloadedStep:
         differentiate: (what the passes read, batch, loss scale) → (gradients, metrics).
         update: (state, gradients, metrics) → state, where the trees may have any part of their
             tensors.
-        read: masters, any part of them → what the passes read.
-        weights: all that they read, as shapes with shardings.
         loss_scale: optimizer's state → the scale of the next step's loss.
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        differentiate: Callable,
-        update: Callable,
-        read: Callable,
-        weights: Params,
-        loss_scale: Callable,
+        self, layout: Layout, differentiate: Callable, update: Callable, loss_scale: Callable
     ):
+        mesh = layout.mesh
+
         def visit(state: Any, gradients: Params, metrics: Any) -> tuple[Any, Params]:
             new = update(state, gradients, metrics)
             new = jax.lax.with_sharding_constraint(new, sharding.cut(mesh, new))
-            return new, read(new.params)
+            return new, layout.working_copy(new.params)
 
-        self._loss_scale = loss_scale
-        self._mesh, self._weights, self._groups = mesh, weights, groups(weights)
-        self._differentiate, self._read = jax.jit(differentiate), jax.jit(read)
+        self._mesh, self._weights = mesh, layout.weights
+        self._groups, self._loss_scale = groups(self._weights), loss_scale
+        self._differentiate, self._read = jax.jit(differentiate), jax.jit(layout.working_copy)
         self._visit = jax.jit(visit, donate_argnums=0)
         self._last: tuple[Any, Params] = None, {}  # the state returned last, and what is read of it
 
