@@ -20,7 +20,7 @@ from rwkv_jax.checkpoints.store import About, Checkpoints
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.model.rwkv7 import abstract_params
 from rwkv_jax.parallel.sharding import batch_sharding, make_mesh
-from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.build import build_step, resolve_config
 from rwkv_jax.training.optimizer import make_optimizer
 from rwkv_jax.training.step import TrainState, abstract_state
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     mesh = make_mesh(1)
-    config = decide(TrainConfig(size=options.size, devices=1), on_gpu=False)
+    config = resolve_config(TrainConfig(size=options.size, devices=1), on_gpu=False)
     model = config.model_config()
     optimizer = make_optimizer(config, lambda count: 1e-4)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(mesh, model, optimizer))

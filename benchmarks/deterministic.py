@@ -27,7 +27,7 @@ from rwkv_jax.errors import CommandParser, run_command
 from rwkv_jax.model.rwkv7 import embed
 from rwkv_jax.parallel import sharding
 from rwkv_jax.planning import cost
-from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.build import build_step, resolve_config
 from rwkv_jax.training.optimizer import learning_rate, make_optimizer
 from rwkv_jax.training.step import abstract_state, programs
 
@@ -49,7 +49,7 @@ def step(options: TrainConfig) -> str:
     """The optimized HLO of the step that train would run on an H100."""
     there = list(device_mesh(TARGET).devices.flat)
     mesh = sharding.mesh_of(there, sharding.groups("", 1))
-    config = decide(options, True, TARGET.compute_capability)
+    config = resolve_config(options, True, TARGET.compute_capability)
     model = config.model_config()
     optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
     state = abstract_state(mesh, model, optimizer)

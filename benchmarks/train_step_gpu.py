@@ -44,7 +44,7 @@ from rwkv_jax.errors import CommandParser, UserError, last_words, one_line, run_
 from rwkv_jax.parallel import distributed, sharding
 from rwkv_jax.tracking.step_log import STEP_LOG, read_step_log
 from rwkv_jax.training import utilization
-from rwkv_jax.training.build import build_step, decide
+from rwkv_jax.training.build import build_step, resolve_config
 from rwkv_jax.training.initial_weights import write_init
 from rwkv_jax.training.optimizer import learning_rate, make_optimizer
 from rwkv_jax.training.schedule import make_schedule
@@ -91,7 +91,7 @@ def prepare(arguments: list[str]) -> Prepared:
     if config.accumulate_grad_batches > 1:
         raise UserError("--accumulate_grad_batches: a step is one micro batch here; leave it out")
     on_gpu = jax.default_backend() == "gpu"
-    config = decide(config, on_gpu, current_compute_capability() if on_gpu else None)
+    config = resolve_config(config, on_gpu, current_compute_capability() if on_gpu else None)
     model, mesh = config.model_config(), sharding.make_mesh(1)
     schedule = make_schedule(config, config.micro_bsz, config.my_exit_tokens)
     rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)

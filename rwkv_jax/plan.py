@@ -28,8 +28,8 @@ from rwkv_jax.model.rwkv7 import summary
 from rwkv_jax.parallel import sharding
 from rwkv_jax.planning.batch_size import WAYS_OUT, find_largest, most_samples
 from rwkv_jax.planning.memory import GIB, Need, available, measure, quiet_compiler
-from rwkv_jax.training.build import RECOMPUTED, decide
-from rwkv_jax.training.initial_weights import model_of
+from rwkv_jax.training.build import RECOMPUTED, resolve_config
+from rwkv_jax.training.initial_weights import initial_model
 
 PCIE_GB_S = 25  # each way, what a card's 16 lanes of PCIe 4.0 reach
 
@@ -65,12 +65,12 @@ def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     """Measures micro_bsz (-1, or 0: 1) and, to `search`, what it takes to know the largest."""
     start = max(config.micro_bsz, 1)
     config = dataclasses.replace(config, devices=config.devices or 1, micro_bsz=start)
-    config = decide(config, on_gpu=True, capability=target.compute_capability)
+    config = resolve_config(config, on_gpu=True, capability=target.compute_capability)
     count = config.devices * config.num_nodes
     with quiet_compiler():
         there = list(device_mesh(target, count, config.num_nodes).devices.flat)
     mesh = sharding.mesh_of(there, sharding.groups(config.mesh, count))
-    model, limit = model_of(config), available(target)
+    model, limit = initial_model(config), available(target)
     if search:
         largest, needs = find_largest(config, model, mesh, limit, target)
     else:

@@ -79,7 +79,7 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
 
     mesh = sharding.make_mesh(1)
     on_gpu = mesh.devices.flat[0].platform != "cpu"
-    config = build.decide(TrainConfig(**SELF_TEST, precision=precision), on_gpu)
+    config = build.resolve_config(TrainConfig(**SELF_TEST, precision=precision), on_gpu)
     model = config.model_config()
     squares = open_dataset(str(data), config.ctx_len, None, model.vocab_size)
     schedule = make_schedule(config, config.micro_bsz, len(squares.tokens))

@@ -71,7 +71,7 @@ def measure(
     under a hash of the program and of what compiled and counted it.
 
     Args:
-        config: of `build.decide`.
+        config: of `build.resolve_config`.
         mesh: of devices that are there, or of `gpu_targets.device_mesh`.
         target: the GPU that the latter stands for.
         progress: of a search, shown beside micro_bsz.

@@ -9,6 +9,8 @@ import optax
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.device.precision import PRECISIONS, default_precision, use_precision
 from rwkv_jax.parallel import sharding
+from rwkv_jax.training.optimizer import learning_rate, make_optimizer
+from rwkv_jax.training.schedule import Schedule
 from rwkv_jax.training.step import Metrics, TrainState, make_step
 
 # What the backward pass computes again, by --grad_cp.
@@ -24,12 +26,10 @@ def default_batch(on_gpu: bool) -> int:
     return 8 if on_gpu else 1
 
 
-def decide(
+def resolve_config(
     config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
 ) -> TrainConfig:
-    """The options with every default that depends on the machine decided.
-
-    Also tells jax how exact float32 products are to be.
+    """Resolves the defaults that depend on the machine, and sets the precision of float32 products.
 
     Args:
         capability: as for `default_precision`.
@@ -46,13 +46,21 @@ def decide(
     return config
 
 
+def build_optimizer(
+    config: TrainConfig, model: ModelConfig, schedule: Schedule
+) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs]:
+    """The learning rate as a function of the updates, and the optimizer."""
+    rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
+    return rate, make_optimizer(config, rate)
+
+
 def build_step(
     config: TrainConfig,
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """`step.make_step` by decided options."""
+    """`step.make_step` by resolved options."""
     return make_step(
         model,
         optimizer,

@@ -16,7 +16,7 @@ from rwkv_jax.model.rwkv7 import Params, summary
 from rwkv_jax.parallel import distributed
 
 
-def model_of(config: TrainConfig) -> ModelConfig:
+def initial_model(config: TrainConfig) -> ModelConfig:
     """The model that a run of these options begins with: a --load_model decides its shape.
 
     Raises:
@@ -101,7 +101,7 @@ def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
         raise UserError(f"{source}: has {', '.join(wrong)}; {way_out}")
 
 
-def prepare(path: Path, config: TrainConfig) -> str:
+def prepare_init(path: Path, config: TrainConfig) -> str:
     """--train_stage 1: writes rwkv-init.pth where none is; returns what to say.
 
     Raises:

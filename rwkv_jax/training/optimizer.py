@@ -165,7 +165,7 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
     return scales[0] if scales else jnp.float32(1)
 
 
-def at_step(opt_state: optax.OptState, steps: int) -> optax.OptState:
+def with_updates(opt_state: optax.OptState, steps: int) -> optax.OptState:
     """The same moments, with the learning rate of a run that has seen so many steps."""
 
     def moved(node: Any) -> Any:

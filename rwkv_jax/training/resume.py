@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from rwkv_jax.checkpoints import pth
 from rwkv_jax.checkpoints.store import About, Checkpoints, Unreadable
@@ -18,42 +16,41 @@ from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.model.initialisation import is_of_seed
 from rwkv_jax.parallel import distributed
 from rwkv_jax.parallel.sharding import STRATEGIES
+from rwkv_jax.training.build import build_optimizer
 from rwkv_jax.training.identity import WEIGHTS, changes, resumed_weights
 from rwkv_jax.training.initial_weights import check_shape, load, write_init
-from rwkv_jax.training.optimizer import at_step
+from rwkv_jax.training.optimizer import with_updates
 from rwkv_jax.training.run_folder import FINAL, INIT, export_path, exported, logged_tokens
 from rwkv_jax.training.schedule import Schedule
 from rwkv_jax.training.step import TrainState, abstract_state, fresh_moments
 
-MakeOptimizer = Callable[[ModelConfig], optax.GradientTransformation]
-
 
 class Start(NamedTuple):
-    """The step to do next, the state before it, what they are, and where they come from."""
+    """Where a run begins."""
 
-    step: int
-    state: TrainState
+    step: int  # the next one
+    state: TrainState  # before that step
     about: About
-    origin: str
+    origin: str  # of the state, in a few words
     resumed: bool  # from a checkpoint
 
 
-def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
-    """The options, with what the output folder decides: load_model, epoch_begin, warmup_steps −1.
+def resolve_folder(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
+    """Resolves what the output folder decides: load_model, epoch_begin, warmup_steps −1.
 
-    A folder with checkpoints is resumed, with the epoch_begin of its run. One that has none, but
-    has weights rwkv-{n}.pth, is a run of the official trainer (or one whose checkpoints were
-    removed): as there, in its train_stage 2 and 3, the largest n is loaded and miniepoch n + 1 is
-    the next; the one before it, if the file is damaged. Else rwkv-init.pth is loaded, if it is
-    there.
+    A folder with checkpoints is resumed, with the epoch_begin of its run. A folder with weights
+    rwkv-{n}.pth and no checkpoints is a run of the official trainer, or one whose checkpoints were
+    removed. It is continued as the official train_stage 2 and 3 do: the largest n is loaded, or the
+    n before it if the file is damaged, and miniepoch n + 1 is the next. In any other folder
+    rwkv-init.pth is loaded, if it exists.
 
     Raises:
-        UserError: the options would have such weights, or rwkv-final.pth, overwritten, or leave a
-            gap after them; or they are all damaged.
+        UserError: the options would overwrite such weights or rwkv-final.pth, or leave a gap after
+            them; or all of them are damaged.
     """
     steps = checkpoints.steps()
     for step in steps:
-        with contextlib.suppress(UserError):  # `start` names what is damaged
+        with contextlib.suppress(UserError):  # `restore_or_initialize` names what is damaged
             run = checkpoints.claim(step).run
             begin, warmup = config.epoch_begin, config.warmup_steps
             return dataclasses.replace(
@@ -78,14 +75,14 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
                 f"overwritten: to continue from it leave {option} out; else give another --proj_dir"
             )
     elif numbers:
-        return _continued(config, folder, numbers)
+        return _continue_exports(config, folder, numbers)
     if not config.load_model and (folder / INIT).exists():
         return dataclasses.replace(config, load_model=str(folder / INIT))
     return config
 
 
-def _continued(config: TrainConfig, folder: Path, numbers: list[int]) -> TrainConfig:
-    """The options with the newest of these weights that can be read, and the miniepoch after it."""
+def _continue_exports(config: TrainConfig, folder: Path, numbers: list[int]) -> TrainConfig:
+    """Resolves load_model to the newest readable weights, and epoch_begin to the next miniepoch."""
     damaged = []
     for number in [*numbers, -1] if (folder / INIT).exists() else numbers:
         path = export_path(folder, number)
@@ -113,34 +110,28 @@ def _continued(config: TrainConfig, folder: Path, numbers: list[int]) -> TrainCo
     )
 
 
-def start(
+def restore_or_initialize(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
-    make_optimizer: MakeOptimizer,
     schedule: Schedule,
     checkpoints: Checkpoints,
-    run: dict[str, Any],
+    identity: dict[str, Any],
 ) -> Start:
-    """In this order: the newest good checkpoint of this run, the load_model of `settle`, neither.
+    """Restores the newest good checkpoint; without one, loads or initializes the weights.
 
-    For the last, rwkv-init.pth is written first, so that a run always starts from weights that a
+    New weights are written to rwkv-init.pth first, so that a run always starts from weights that a
     file holds.
 
     Args:
-        config: settled.
-        schedule: whose first step is that of a run that has weights alone.
-        run: `run.identity`, which a checkpoint's has to equal.
+        config: of `resolve_folder`.
+        schedule: its first step is that of a run that starts from weights.
+        identity: of `identity.identity`; the checkpoint must have the same.
 
     Raises:
-        UserError: what is there cannot be used, or is of another run.
+        UserError: what the folder holds cannot be used, or belongs to another run.
     """
-
-    def abstract(model: ModelConfig) -> TrainState:
-        offload = STRATEGIES[config.strategy].offload
-        return abstract_state(mesh, model, make_optimizer(model), offload)
-
     if distributed.from_first(bool(checkpoints.steps())):
-        return _resume(config, abstract, schedule, checkpoints, run)
+        return _restore(config, mesh, schedule, checkpoints, identity)
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
     with distributed.first_ahead():
@@ -150,31 +141,32 @@ def start(
     if source == init and config.random_seed > 0:
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
             print(f"note: {source} is not of --random_seed {config.random_seed}: used as it is")
-    of_model = abstract(model)
-    where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
-    params = distributed.place(params, where)
-    opt_state = fresh_moments(make_optimizer(model), of_model)
+    abstract = _abstract_state(config, model, mesh, schedule)
+    params = distributed.place(params, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
+    opt_state = fresh_moments(build_optimizer(config, model, schedule)[1], abstract)
     origin = f"the weights of {source} and a fresh optimizer"
-    if _is_numbered_of(config, source):
+    if source == export_path(Path(config.proj_dir), config.epoch_begin - 1) != init:
         origin = (
             f"continued from {source} at miniepoch {config.epoch_begin}, with the weights alone: "
             "the optimizer and the warm-up start anew"
         )
-    return Start(
-        schedule.first_step, TrainState(params, opt_state), About(model, run=run), origin, False
-    )
+    state, about = TrainState(params, opt_state), About(model, run=identity)
+    return Start(schedule.first_step, state, about, origin, resumed=False)
 
 
-def _is_numbered_of(config: TrainConfig, source: Path) -> bool:
-    return source == Path(config.proj_dir) / f"rwkv-{config.epoch_begin - 1}.pth"
+def _abstract_state(
+    config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, schedule: Schedule
+) -> TrainState:
+    optimizer = build_optimizer(config, model, schedule)[1]
+    return abstract_state(mesh, model, optimizer, STRATEGIES[config.strategy].offload)
 
 
-def _resume(
+def _restore(
     config: TrainConfig,
-    abstract: Callable[[ModelConfig], TrainState],
+    mesh: jax.sharding.Mesh,
     schedule: Schedule,
     checkpoints: Checkpoints,
-    run: dict[str, Any],
+    identity: dict[str, Any],
 ) -> Start:
     # Every byte is compared by one process, not by each over the same network.
     saved, about = _newest_good(checkpoints) if distributed.is_first() else (0, None)
@@ -182,56 +174,93 @@ def _resume(
     about = about or checkpoints.claim(saved)
     source = checkpoints.folder / str(saved)
     check_shape(config, about.model, str(source))
-    another, changed = changes(about.run, run)
+    changed = _check_changes(config, about.run, identity, checkpoints.folder)
+    if changed:
+        _check_later_exports(config, schedule, about.run, changed, source)
+        print(f"note: this run was trained so far with {', '.join(changed)}")
+    tokens_then, tokens_now = (
+        run.get("samples a step", 0) * run.get("ctx_len", 0) for run in (about.run, identity)
+    )
+    step = max(schedule.first_step, saved * tokens_then // tokens_now)
+    state = checkpoints.restore(saved, _abstract_state(config, about.model, mesh, schedule))
+    opt_state = with_updates(state.opt_state, step - schedule.first_step)
+    state = state._replace(opt_state=opt_state)
+    run = {**identity, WEIGHTS: resumed_weights(about.run, identity)}
+    about = dataclasses.replace(about, run=run)
+    if step != saved:
+        _renumber(checkpoints, step, state, about)
+    return Start(step, state, about, f"resumed from {source}", resumed=True)
+
+
+def _check_changes(
+    config: TrainConfig, then: dict[str, Any], now: dict[str, Any], folder: Path
+) -> list[str]:
+    """What has changed since the checkpoint was written, as "name old, not new".
+
+    Raises:
+        UserError: the changes make it another run.
+    """
+    another, changed = changes(then, now)
     if another and not config.resume_anyway:
         same = "the same data and options"
         if all(change.startswith(WEIGHTS) for change in another):
             same = "them, or without --load_model"
         raise UserError(
-            f"{checkpoints.folder}: this run was begun with {', '.join(another)}; continue "
+            f"{folder}: this run was begun with {', '.join(another)}; continue "
             f"with {same}, give another --proj_dir, or --resume_anyway 1"
         )
-    then, now = about.run.get("precision"), run["precision"]
-    if then != now and "fp16" in (then, now):
+    precisions = then.get("precision"), now["precision"]
+    if precisions[0] != precisions[1] and "fp16" in precisions:
         raise UserError(
-            f"{checkpoints.folder}: precision {then}, not {now}: "
+            f"{folder}: precision {precisions[0]}, not {precisions[1]}: "
             "fp16 keeps a loss scale in its checkpoints; continue in the same, or start over with "
             "--load_model"
         )
-    if another or changed:
-        batch = about.run.get("samples a step", 0)
-        miniepoch = dataclasses.replace(schedule, batch=batch).miniepoch(saved)
-        folder = Path(config.proj_dir)
-        later = [export_path(folder, number) for number in exported(folder) if number >= miniepoch]
-        tokens = saved * batch * about.run.get("ctx_len", 0)
-        if not all(change.startswith("my_exit_tokens ") for change in another + changed):
-            # Else it is a finished run that continues for longer.
-            if (folder / FINAL).exists() and logged_tokens(folder) > tokens * (1 + 1e-6):
-                later.append(folder / FINAL)
-        if later:  # the newer checkpoints were damaged, or removed
-            raise UserError(
-                f"{later[0]}: is of a later step than {source}, and would be overwritten by a run "
-                f"with {', '.join(another + changed)}: move it, or give another --proj_dir"
-            )
-        print(f"note: this run was trained so far with {', '.join(another + changed)}")
-    tokens_per_step = [
-        then.get("samples a step", 0) * then.get("ctx_len", 0) for then in (about.run, run)
-    ]
-    step = max(schedule.first_step, saved * tokens_per_step[0] // tokens_per_step[1])
-    state = checkpoints.restore(saved, abstract(about.model))
-    state = state._replace(opt_state=at_step(state.opt_state, step - schedule.first_step))
-    about = dataclasses.replace(about, run={**run, WEIGHTS: resumed_weights(about.run, run)})
-    if step != saved:  # steps have another size from here on: the old numbers mean nothing
-        with distributed.first_ahead():
-            if step in checkpoints.steps():
-                checkpoints.set_aside(step)
-        checkpoints.save(step, state, about)
-        checkpoints.close()
-        with distributed.first_ahead():
-            for other in checkpoints.steps():
-                if other != step:
-                    checkpoints.set_aside(other)
-    return Start(step, state, about, f"resumed from {source}", True)
+    return another + changed
+
+
+def _check_later_exports(
+    config: TrainConfig,
+    schedule: Schedule,
+    then: dict[str, Any],
+    changed: list[str],
+    source: Path,
+) -> None:
+    """Refuses to overwrite .pth files of later steps, whose checkpoints were damaged or removed.
+
+    Args:
+        source: the checkpoint that is restored.
+
+    Raises:
+        UserError: there are such files.
+    """
+    saved, batch = int(source.name), then.get("samples a step", 0)
+    miniepoch = dataclasses.replace(schedule, batch=batch).miniepoch(saved)
+    folder = Path(config.proj_dir)
+    later = [export_path(folder, number) for number in exported(folder) if number >= miniepoch]
+    tokens = saved * batch * then.get("ctx_len", 0)
+    if not all(change.startswith("my_exit_tokens ") for change in changed):
+        # Else it is a finished run that is trained further.
+        if (folder / FINAL).exists() and logged_tokens(folder) > tokens * (1 + 1e-6):
+            later.append(folder / FINAL)
+    if later:
+        raise UserError(
+            f"{later[0]}: is of a later step than {source}, and would be overwritten by a run "
+            f"with {', '.join(changed)}: move it, or give another --proj_dir"
+        )
+
+
+def _renumber(checkpoints: Checkpoints, step: int, state: TrainState, about: About) -> None:
+    """Saves the state under another step: steps have another size from here on."""
+    with distributed.first_ahead():
+        if step in checkpoints.steps():
+            checkpoints.set_aside(step)
+    checkpoints.save(step, state, about)
+    checkpoints.close()
+    with distributed.first_ahead():
+        for other in checkpoints.steps():
+            if other != step:
+                checkpoints.set_aside(other)
 
 
 def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:

@@ -1,56 +1,163 @@
-"""When a run saves a checkpoint, and what happens when it cannot."""
+"""When a run saves, in which order, and what happens when it cannot."""
 
+import dataclasses
+import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
-from rwkv_jax.checkpoints.store import About, Checkpoints
-from rwkv_jax.config import TrainConfig
+import jax
+
+from rwkv_jax.checkpoints.store import About, Checkpoints, MiniepochLoss
 from rwkv_jax.errors import UserError
+from rwkv_jax.tracking.progress import tell
+from rwkv_jax.training.exports import Exporter
+from rwkv_jax.training.optimizer import with_updates
+from rwkv_jax.training.report import Report
+from rwkv_jax.training.run import Run
+from rwkv_jax.training.run_folder import FINAL
 from rwkv_jax.training.step import TrainState
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
 
 
 class Saver:
-    """Writes checkpoints when it is time to. What goes wrong is reported and retried, not raised.
+    """Saves the checkpoints and the .pth files of a run, in an order that loses neither.
 
-    Args:
-        say: takes a line for the person who watches.
+    The .pth files of a step are written before its checkpoint: whichever step a run resumes from,
+    no earlier file is missing. The first of them waits for the first checkpoint, since weights
+    without a checkpoint belong to another trainer or to a removed run; a resumed run writes what is
+    missing. As a context manager it waits for the last checkpoint.
     """
 
-    def __init__(self, checkpoints: Checkpoints, config: TrainConfig, say: Callable[[str], None]):
-        self._checkpoints, self._say = checkpoints, say
-        self._every_steps = config.save_every_steps
-        self._seconds = 60.0 * config.save_every_minutes or float("inf")
+    def __init__(self, run: Run, report: Report):
+        self._run, self._report = run, report
+        self._exporter = Exporter(run, report.say)
+        config = run.config
+        self._writer = CheckpointWriter(
+            run.checkpoints, config.save_every_steps, config.save_every_minutes, report.say
+        )
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.finish()
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be saved after a step, for the number of steps."""
+        return bool(self._exporter.due(step)) or self._writer.due(step + 1)
+
+    def overdue(self) -> bool:
+        """Whether a checkpoint is due for the time that has passed, as this process sees it."""
+        return self._writer.overdue()
+
+    def save(self, step: int, state: TrainState, stopping: bool) -> None:
+        """Saves the state after a step; while steps are skipped, .pth files only."""
+        self._report.catch_up()
+        exports = self._exporter.due(step)
+        keep = FINAL in exports or stopping or not self._report.skipped
+        checkpoint_first = bool(exports) and self._exporter.is_first
+        if keep and checkpoint_first:
+            self._checkpoint(step + 1, state, self._report.running)
+            self._writer.finish()
+        self._exporter.write(exports, state.params)
+        if keep and not checkpoint_first:
+            self._checkpoint(step + 1, state, self._report.running)
+
+    def save_before_bad_data(self, step: int, state: TrainState) -> None:
+        """Saves the state before a step whose batch cannot be read."""
+        if jax.process_count() == 1:  # the other processes are in this step already
+            self._report.catch_up()
+            self._checkpoint(step, state, self._report.running)
+
+    def stop_diverged(self, state: TrainState) -> NoReturn:
+        """Saves the state as it was before the skipped steps, and ends the run.
+
+        Raises:
+            UserError: always.
+        """
+        first = self._report.skipped[0]  # since then, only the step count of the schedule changed
+        updates = first - self._run.schedule.first_step
+        state = state._replace(opt_state=with_updates(state.opt_state, updates))
+        self._checkpoint(first, state, self._report.before)
+        saved = " and saved as before them" if self._writer.finish() else ""
+        raise UserError(
+            f"no finite loss or gradient in {self._report.PATIENCE} steps from step {first} on "
+            f"({self._report.at(first)}): stopped{saved}; a lower --lr_init, "
+            "--precision fp32 or other data may help"
+        )
+
+    def stop_early(self, step: int) -> NoReturn:
+        """Ends the process after a step that is saved.
+
+        Raises:
+            SystemExit: always, with status 1.
+        """
+        if self._writer.finish():
+            tell(f"stopped and saved at step {step + 1}: the same command resumes from there")
+        sys.exit(1)
+
+    def export_missing(self, state: TrainState) -> None:
+        """As `Exporter.write_missing`."""
+        self._exporter.write_missing(state.params)
+
+    def require_final(self, state: TrainState) -> None:
+        """As `Exporter.require_final`."""
+        self._exporter.require_final(state.params)
+
+    def _checkpoint(self, step: int, state: TrainState, loss: MiniepochLoss) -> None:
+        self._report.flush()
+        about = dataclasses.replace(self._run.start.about, loss=loss)
+        self._writer.save(step, state, about)
+
+
+class CheckpointWriter:
+    """Writes checkpoints. Errors are reported and the save is retried; they are not raised.
+
+    Args:
+        every_steps: steps between two checkpoints; 0: no such interval.
+        every_minutes: minutes between two checkpoints; 0: no such interval.
+        log: takes a line for the person who watches.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        every_steps: int,
+        every_minutes: float,
+        log: Callable[[str], None],
+    ):
+        self._checkpoints, self._log = checkpoints, log
+        self._every_steps = every_steps
+        self._seconds = 60.0 * every_minutes or float("inf")
         self._due_at = time.monotonic() + self._seconds
         self._begun = True
 
     def due(self, done: int) -> bool:
-        """Whether a checkpoint should be written now that so many steps are done."""
+        """Whether to write a checkpoint after this number of steps."""
         return bool(self._every_steps) and done % self._every_steps == 0
 
     def overdue(self) -> bool:
-        """Whether one should be written for the time that has passed, as this process sees it."""
-        self._telling(self._checkpoints.check)
+        """Whether to write a checkpoint for the time that has passed, as this process sees it."""
+        self._reporting(self._checkpoints.check)
         return time.monotonic() >= self._due_at
 
     def save(self, step: int, state: TrainState, about: About) -> None:
         """Starts a checkpoint; the arrays may be overwritten when this returns."""
         self._due_at = time.monotonic() + self._seconds
-        self._telling(
-            self._checkpoints.close
-        )  # if that of before failed, this is tried all the same
-        self._begun = self._telling(lambda: self._checkpoints.save(step, state, about))
+        self._reporting(self._checkpoints.close)  # an earlier failure does not prevent this save
+        self._begun = self._reporting(lambda: self._checkpoints.save(step, state, about))
 
     def finish(self) -> bool:
-        """Waits for the last checkpoint; whether it is on disk."""
-        return self._telling(self._checkpoints.close) and self._begun
+        """Waits for the last checkpoint; returns whether it is on disk."""
+        return self._reporting(self._checkpoints.close) and self._begun
 
-    def _telling(self, act: Callable[[], None]) -> bool:
+    def _reporting(self, act: Callable[[], None]) -> bool:
         try:
             act()
         except UserError as error:
-            self._say(f"warning: {error}; the earlier checkpoints are as they were")
+            self._log(f"warning: {error}; the earlier checkpoints are as they were")
             self._due_at = time.monotonic() + RETRY_SECONDS
             return False
         return True

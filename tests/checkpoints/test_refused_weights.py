@@ -54,7 +54,7 @@ READERS: dict[str, Callable[[str, Path], object]] = {
     "train --load_partial": lambda path, new: initial_weights.load(
         TrainConfig(load_model=path, load_partial=1), Path(path)
     ),
-    "plan": lambda path, new: initial_weights.model_of(TrainConfig(load_model=path)),
+    "plan": lambda path, new: initial_weights.initial_model(TrainConfig(load_model=path)),
     "generate": lambda path, new: generate.main(["--load_model", path, "--prompt", "a"]),
     "evaluate": lambda path, new: _evaluate(path, new.parent),
     "pth_to_orbax": lambda path, new: pth_to_orbax.main([path, str(new)]),

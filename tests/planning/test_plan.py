@@ -27,7 +27,7 @@ from rwkv_jax.parallel import sharding
 from rwkv_jax.plan import Plan
 from rwkv_jax.planning import batch_size, memory
 from rwkv_jax.planning.memory import GIB, Need
-from rwkv_jax.training.build import decide
+from rwkv_jax.training.build import resolve_config
 
 TINY = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=32, micro_bsz=1, precision="fp32")
 
@@ -206,7 +206,7 @@ def measured() -> dict[int, Need]:
     """The tiny step on one simulated device and on two, compiled without optimisation."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
-    config = decide(TINY, on_gpu=False)
+    config = resolve_config(TINY, on_gpu=False)
     with jax.numpy_dtype_promotion("standard"):
         found = {
             devices: memory.measure(config, config.model_config(), sharding.make_mesh(devices))
@@ -229,7 +229,7 @@ def test_what_is_measured(measured):
 
 
 def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys):
-    config = decide(TINY, on_gpu=False)
+    config = resolve_config(TINY, on_gpu=False)
     model, mesh = config.model_config(), sharding.make_mesh(1)
     need = Need(parameters=1, optimizer=2, passes=0, flops=0, traffic=0, compile_seconds=0.0)
 
@@ -271,7 +271,7 @@ def test_gpus_of_several_machines(monkeypatch):
 
 
 def some_plan(total: float, largest: int = 4, **options) -> Plan:
-    config = decide(
+    config = resolve_config(
         TrainConfig(size="0.1b", ctx_len=4096, devices=2, micro_bsz=2, **options), on_gpu=True
     )
     need = Need(GIB, 2 * GIB, int(total * GIB), 10**13, 67 * 10**9, 30.0)

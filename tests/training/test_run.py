@@ -8,18 +8,17 @@ import sys
 
 import pytest
 
-from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.training import identity, stopping
+from rwkv_jax.training import stopping
 from rwkv_jax.training.identity import WEIGHTS, changes, resumed_weights, weights_fingerprint
-from rwkv_jax.training.saver import Saver
+from rwkv_jax.training.saver import CheckpointWriter
 
 WAITING = """
 import time
-from rwkv_jax import run
-run.ONE_PRESS_SECONDS = 0.0  # any later SIGINT is a second one
+from rwkv_jax.training import stopping
+stopping.ONE_PRESS_SECONDS = 0.0  # any later SIGINT is a second one
 try:
-    with run.Stop(None) as stop:
+    with stopping.Stop(None) as stop:
         print("ready", flush=True)
         while not stop:
             time.sleep(0.01)
@@ -75,8 +74,8 @@ def test_which_signals_are_a_second_one(signals, said, leaves, monkeypatch):
     def leave(status):
         raise Left(status)
 
-    monkeypatch.setattr(identity.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(identity.os, "_exit", leave)
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(stopping.os, "_exit", leave)
     monkeypatch.setattr(stopping, "_write_error", words.append)
     sender, receiver = socket.socketpair()
     with sender:
@@ -110,9 +109,9 @@ def test_nohup_stays():
 
 COMPILING = """
 import hashlib
-from rwkv_jax import run
-run.ONE_PRESS_SECONDS = 0.0
-with run.Stop(None):
+from rwkv_jax.training import stopping
+stopping.ONE_PRESS_SECONDS = 0.0
+with stopping.Stop(None):
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**30)  # as XLA does, for minutes, and asks no one
 """
@@ -151,7 +150,7 @@ class Failing:
 def test_saved_is_said_only_of_what_was(also_next):
     said: list[str] = []
     checkpoints = Failing(also_next)
-    saver = Saver(checkpoints, TrainConfig(), said.append)
+    saver = CheckpointWriter(checkpoints, 0, 0.0, said.append)
     saver.save(6, None, None)
     assert checkpoints.saved == ([] if also_next else [6])
     assert saver.finish() is not also_next

@@ -13,8 +13,8 @@ from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.model.loss import head_loss
 from rwkv_jax.parallel import sharding
 from rwkv_jax.training import step
-from rwkv_jax.training.build import decide
-from rwkv_jax.training.optimizer import at_step, loss_scale, make_optimizer, unscale
+from rwkv_jax.training.build import resolve_config
+from rwkv_jax.training.optimizer import loss_scale, make_optimizer, unscale, with_updates
 
 MODEL = ModelConfig(n_layer=1, n_embd=32, vocab_size=20, head_size=16, dim_v=8)
 DEVICES, MICRO_BATCHES = 4, 2
@@ -54,7 +54,7 @@ def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
 
     def run(kinds: list[int], first: int):
         state, skipped = first_state(mesh, adam, stage), []
-        state = state._replace(opt_state=at_step(state.opt_state, first))
+        state = state._replace(opt_state=with_updates(state.opt_state, first))
         for kind in kinds:
             batch = np.full((MICRO_BATCHES, DEVICES, 9), GOOD, np.int32)
             batch[-1, -1, -1] = kind  # in the last sample of all
@@ -132,6 +132,6 @@ def test_float16_finds_its_scale_and_grows_it(strategy, monkeypatch):
 )
 def test_precision_follows_the_device(on_gpu, capability, expected):
     before = jax.config.values["jax_default_matmul_precision"]
-    assert decide(TrainConfig(), on_gpu, capability).precision == expected
-    assert decide(TrainConfig(precision="tf32"), on_gpu, capability).precision == "tf32"
+    assert resolve_config(TrainConfig(), on_gpu, capability).precision == expected
+    assert resolve_config(TrainConfig(precision="tf32"), on_gpu, capability).precision == "tf32"
     jax.config.update("jax_default_matmul_precision", before)

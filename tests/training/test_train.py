@@ -26,11 +26,14 @@ from rwkv_jax.checkpoints.store import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.model.initialisation import init_params
+from rwkv_jax.planning import batch_size
 from rwkv_jax.text.binidx import BinIdxWriter
 from rwkv_jax.text.dataset import Dataset, open_dataset
 from rwkv_jax.tracking import progress
 from rwkv_jax.training import build, report, schedule
-from rwkv_jax.training.optimizer import at_step
+from rwkv_jax.training import run as run_module
+from rwkv_jax.training.exports import Exporter, exports_after
+from rwkv_jax.training.optimizer import with_updates
 from rwkv_jax.training.report import Report
 from rwkv_jax.training.run_folder import lock
 from rwkv_jax.training.step import Metrics
@@ -127,7 +130,7 @@ STILL = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
 @pytest.fixture
 def standing_still(monkeypatch):
     """Steps that change nothing and cost nothing: for what happens around them."""
-    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
+    monkeypatch.setattr(run_module, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +375,7 @@ def test_a_checkpoint_that_was_not_fetched_is_not_set_aside(data, stopped, tmp_p
 def test_checkpoints_that_cannot_be_written_are_known_before_the_first_step(
     data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "build_step", None)
+    monkeypatch.setattr(run_module, "build_step", None)
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="checkpoints: cannot be written: it is not a folder"):
         train(config(data, tmp_path))
@@ -453,7 +456,7 @@ def stumbling(monkeypatch, finite: Callable[[int], bool]):
         ok = finite(next(steps))
         return state, Metrics(jnp.float32(1 if ok else np.nan), jnp.float32(0.0), jnp.bool(not ok))
 
-    monkeypatch.setattr(trainer, "build_step", lambda *_, **__: step)
+    monkeypatch.setattr(run_module, "build_step", lambda *_, **__: step)
 
 
 def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, capsys):
@@ -483,9 +486,9 @@ def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
 
 def test_a_run_that_was_stopped_so_goes_on_from_before(data, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "build_step", failing_from(7, build.build_step))
+        patch.setattr(run_module, "build_step", failing_from(7, build.build_step))
         with pytest.raises(UserError, match="in 3 steps from step 7 on"):
-            patch.setattr(trainer, "PATIENCE", 3)
+            patch.setattr(Report, "PATIENCE", 3)
             train(config(data, tmp_path))
     assert len(train(config(data, tmp_path))) == STEPS - 7
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
@@ -502,7 +505,7 @@ def failing_from(first: int, build_step):
             before, number = jax.tree.map(jnp.copy, state), next(steps)
             state, result = run_step(state, batch)
             if number >= first:
-                state = before._replace(opt_state=at_step(before.opt_state, number + 1))
+                state = before._replace(opt_state=with_updates(before.opt_state, number + 1))
             return state, result._replace(skipped=jnp.bool(number >= first))
 
         return step
@@ -512,9 +515,9 @@ def failing_from(first: int, build_step):
 
 def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, standing_still):
     options = config(data, tmp_path, micro_bsz=AUTO, devices=2, accumulate_grad_batches=2)
-    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 3)
+    monkeypatch.setattr(batch_size, "fitting_batch", lambda *_: 3)
     assert len(train(options)) == 1  # 12 samples a step
-    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 2)
+    monkeypatch.setattr(batch_size, "fitting_batch", lambda *_: 2)
     train(dataclasses.replace(options, my_exit_tokens=24 * T))
     assert train(options) == []
 
@@ -530,9 +533,9 @@ def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path,
 
         return lambda *_, **__: step
 
-    monkeypatch.setattr(trainer, "build_step", listening("accumulated"))
+    monkeypatch.setattr(run_module, "build_step", listening("accumulated"))
     train(config(data, tmp_path / "a", accumulate_grad_batches=2))
-    monkeypatch.setattr(trainer, "build_step", listening("at once"))
+    monkeypatch.setattr(run_module, "build_step", listening("at once"))
     train(config(data, tmp_path / "b", micro_bsz=2))
     assert {batch.shape for batch in seen["accumulated"]} == {(2, 1, T + 1)}
     assert {batch.shape for batch in seen["at once"]} == {(1, 2, T + 1)}
@@ -872,10 +875,10 @@ def test_an_export_has_a_checkpoint_from_the_first_on(data, run, stopped, tmp_pa
         there.append((path.name, Checkpoints(path.parent / "checkpoints").steps()[:1]))
         return try_export(self, path, params)
 
-    try_export = Report.try_export
+    try_export = Exporter._try
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "try_export", note)
-        patch.setattr(trainer, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
+        patch.setattr(Exporter, "_try", note)
+        patch.setattr(run_module, "build_step", lambda *_, **__: lambda state, _: (state, STILL))
         train(config(data, tmp_path / "a"))
     assert there[0] == ("rwkv-0.pth", [MINIEPOCH])
 
@@ -927,7 +930,9 @@ def test_the_official_exports(every, names):
     options = TrainConfig(epoch_save=every, my_exit_tokens=1498226207)
     demo = schedule.make_schedule(options, 16, 1498226207)
     ends = [step for step in range(2519, demo.last_step, 2520)] + [demo.last_step - 1]
-    exports = [name for step in ends for name in trainer._exports(options, demo, step)]
+    exports = [
+        name for step in ends for name in exports_after(demo, step, options.epoch_begin, every)
+    ]
     assert exports == [*(f"rwkv-{number}.pth" for number in names), "rwkv-final.pth"]
 
 
