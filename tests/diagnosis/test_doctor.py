@@ -118,10 +118,10 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
 
     def packages(name):
         if name not in installed:
-            raise doctor.importlib.metadata.PackageNotFoundError(name)
+            raise facts.importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", packages)
+    monkeypatch.setattr(facts.importlib.metadata, "version", packages)
     for variable in facts.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     nvidia_smi("NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, 9.0")
@@ -148,9 +148,9 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
 
 def test_a_driver_without_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "has_driver", lambda: True)
+    monkeypatch.setattr(rules, "has_driver", lambda: True)
     assert rules.why_no_gpu().startswith("jax sees no GPU; it says: Unknown backend cuda")
-    monkeypatch.setattr(doctor, "has_driver", lambda: False)
+    monkeypatch.setattr(rules, "has_driver", lambda: False)
     assert rules.why_no_gpu() == ""
     with pytest.raises(UserError, match="^--accelerator gpu: there is no NVIDIA driver here$"):
         train._choose_devices(TrainConfig(accelerator="gpu"))
@@ -190,7 +190,7 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     versions = {"jax": "0.10.2", "jaxlib": "0.10.2"}
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: versions.get(name, "1"))
+    monkeypatch.setattr(facts.importlib.metadata, "version", lambda name: versions.get(name, "1"))
     with pytest.raises(SystemExit) as exit:
         doctor.main()
     out = capsys.readouterr().out
@@ -205,8 +205,8 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("says", ["", "E0000 something"])
 def test_nothing_is_wrong_only_where_nothing_was_said(says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doctor"])
-    monkeypatch.setattr(facts, "run_trial", lambda: facts.Trial({}, {}, says, says))
-    monkeypatch.setattr(facts, "gather_facts", lambda _: changed(jax_says=says))
+    monkeypatch.setattr(doctor, "run_trial", lambda: facts.Trial({}, {}, says, says))
+    monkeypatch.setattr(doctor, "gather_facts", lambda _: changed(jax_says=says))
     doctor.main()
     *_, note, last = capsys.readouterr().out.splitlines()
     assert last == ("nothing else is wrong" if says else "nothing is wrong")
@@ -214,19 +214,19 @@ def test_nothing_is_wrong_only_where_nothing_was_said(says, monkeypatch, capsys)
 
 
 def trial(**changes) -> facts.Trial:
-    done = facts.Trial({}, {"fp32": self_test.KNOWN_LOSSES, "bf16": self_test.KNOWN_LOSSES}, "", "")
+    done = facts.Trial({}, {"fp32": rules.KNOWN_LOSSES, "bf16": rules.KNOWN_LOSSES}, "", "")
     return dataclasses.replace(done, **changes)
 
 
 def test_a_machine_that_computes_something_else():
-    assert "within 0 of" in self_test.self_test(trial(), "fp32")
+    assert "within 0 of" in rules.self_test(trial(), "fp32")
     for apart in (0.01, float("nan")):
-        losses = np.array(self_test.KNOWN_LOSSES)
+        losses = np.array(rules.KNOWN_LOSSES)
         losses[3] += apart
         with pytest.raises(UserError, match="computes something else"):
-            self_test.self_test(trial(losses={"fp32": losses}), "fp32")
-    losses = np.array(self_test.KNOWN_LOSSES) + 0.01
-    assert "within 0.01 of" in self_test.self_test(trial(losses={"bf16": losses}), "bf16")
+            rules.self_test(trial(losses={"fp32": losses}), "fp32")
+    losses = np.array(rules.KNOWN_LOSSES) + 0.01
+    assert "within 0.01 of" in rules.self_test(trial(losses={"bf16": losses}), "bf16")
 
 
 def test_fp16_steps_that_overflow_are_done_again(tmp_path):
@@ -234,17 +234,17 @@ def test_fp16_steps_that_overflow_are_done_again(tmp_path):
     self_test.write_self_test_data(tmp_path / "squares")
     with jax.numpy_dtype_promotion("standard"):
         losses = self_test.losses_of_small_model(tmp_path / "squares", "fp16")
-    assert "6 training steps" in self_test.self_test(trial(losses={"fp16": losses}), "fp16")
+    assert "6 training steps" in rules.self_test(trial(losses={"fp16": losses}), "fp16")
 
 
 def test_a_training_that_fails():
     failed = trial(losses={}, says="XlaRuntimeError: no kernel image")
     with pytest.raises(UserError, match="training fails: XlaRuntimeError: no kernel image"):
-        self_test.self_test(failed, "fp32")
+        rules.self_test(failed, "fp32")
 
 
 @pytest.mark.parametrize(
-    ("program", "facts", "losses", "start_says", "says"),
+    ("program", "found", "losses", "start_says", "says"),
     [
         ("raise MemoryError('no GPU')", {}, {}, "MemoryError: no GPU", "MemoryError: no GPU"),
         (
@@ -258,10 +258,10 @@ def test_a_training_that_fails():
     ],
     ids=["does not start", "fails in bf16", "crashes"],
 )  # fmt: skip
-def test_whatever_happens_to_the_trial(program, facts, losses, start_says, says, monkeypatch):
+def test_whatever_happens_to_the_trial(program, found, losses, start_says, says, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", program)
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    assert facts.run_trial() == facts.Trial(facts, losses, start_says, says)
+    assert facts.run_trial() == facts.Trial(found, losses, start_says, says)
 
 
 def test_a_trial_that_hangs(monkeypatch):
@@ -286,7 +286,7 @@ def wrong(precision, saved, cotangents):
 chunked_xla._wkv7.defvjp(chunked_xla._forward, wrong)
 """,
     "Adam": """
-from rwkv_jax import optimizer
+from rwkv_jax.training import optimizer
 adam = optimizer.adam
 optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
 """,
@@ -297,7 +297,7 @@ optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
 def test_a_broken_part_fails_the_self_test(part, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", BREAKAGES[part] + facts.TRIAL)
     with pytest.raises(UserError, match="computes something else"):
-        self_test.self_test(facts.run_trial(), "fp32")
+        rules.self_test(facts.run_trial(), "fp32")
 
 
 @pytest.mark.torch
@@ -321,4 +321,4 @@ def test_the_known_losses_are_torchs(tmp_path):
         loss, _ = torch_rwkv7.train_step(params, adam, batch[:, :-1], batch[:, 1:], options.lr_init)
         losses.append(loss)
     # LAPACK differs between processors in an orthogonal matrix's last bits, which bf16 rounds.
-    np.testing.assert_allclose(losses, self_test.KNOWN_LOSSES, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(losses, rules.KNOWN_LOSSES, rtol=0, atol=5e-5)

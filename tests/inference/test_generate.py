@@ -25,7 +25,6 @@ from rwkv_jax.inference.generation import Reply, Text
 from rwkv_jax.inference.sampling import DEFAULT, GREEDY, Made, Sampling, choose, sampling_logits
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.text import tokenizer
-from rwkv_jax.training import build
 
 ORACLE = Path(__file__).parents[1] / "data" / "oracles" / "tiny_v512_rand_fp32.pth"
 PROMPTS = [
@@ -473,7 +472,7 @@ def test_the_weights_are_loaded_as_the_device_takes_them(world_file, monkeypatch
     peaks = {}
     for precision in ("fp32", "bf16", "fp16"):
         tracemalloc.start()
-        monkeypatch.setattr(generate, "device_precision", lambda precision=precision: precision)
+        monkeypatch.setattr(generation, "device_precision", lambda precision=precision: precision)
         decoder = generation.load_decoder(str(world_file))
         peaks[precision] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -483,7 +482,7 @@ def test_the_weights_are_loaded_as_the_device_takes_them(world_file, monkeypatch
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability, expected in [((7, 5), "fp16"), ((8, 0), "bf16"), (None, "bf16")]:
         monkeypatch.setattr(
-            build, "current_compute_capability", lambda capability=capability: capability
+            precision, "current_compute_capability", lambda capability=capability: capability
         )
         assert precision.device_precision() == expected
 

@@ -236,7 +236,8 @@ def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys)
     def measure(config, *_):
         return dataclasses.replace(need, passes=100 + 10 * config.micro_bsz)
 
-    monkeypatch.setattr(memory, "measure", measure)
+    for user in (plan, batch_size):
+        monkeypatch.setattr(user, "measure", measure)
     assert batch_size.fitting_batch(config, model, mesh, limit=155) == 5
     assert batch_size.fitting_batch(config, model, mesh, limit=10**9) == 40320  # a miniepoch a step
     with pytest.raises(UserError, match="not even 1 fits the 0.0 GiB of cpu; try "):
@@ -259,7 +260,8 @@ def test_gpus_of_several_machines(monkeypatch):
         return Need(GIB, 2 * GIB, 5 * GIB, 1, 1, 1.0)
 
     monkeypatch.setattr(plan, "device_mesh", device_mesh)
-    monkeypatch.setattr(memory, "measure", measure)
+    for user in (plan, batch_size):
+        monkeypatch.setattr(user, "measure", measure)
     options = dataclasses.replace(TINY, devices=2, num_nodes=2, mesh="data=2,fsdp=2")
     result = plan.plan(options, GPU_TARGETS["h100"], search=False)
     assert asked == [(4, 2), {"data": 2, "fsdp": 2}]
@@ -372,8 +374,9 @@ def test_a_visit_of_the_state_has_to_fit_and_does_not_mislead_the_search(
         return Need(GIB, 2 * GIB, passes, 1, 1, 1.0, host=3 * GIB, visit=visit * GIB)
 
     monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
-    monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(memory, "available", lambda _: int(22.8 * GIB))
+    for user in (plan, batch_size):
+        monkeypatch.setattr(user, "measure", measure)
+    monkeypatch.setattr(plan, "available", lambda _: int(22.8 * GIB))
     options = dataclasses.replace(TINY, strategy="fsdp_offload")
     assert abs(plan.plan(options, GPU_TARGETS["rtx4090"]).largest - largest) <= 1
     assert len(measured) <= 3
@@ -457,7 +460,8 @@ def test_a_search_says_how_far_it_is(monkeypatch):
         )
 
     monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
-    monkeypatch.setattr(memory, "measure", measure)
+    for user in (plan, batch_size):
+        monkeypatch.setattr(user, "measure", measure)
     assert plan.plan(TINY, GPU_TARGETS["h100"]).largest == 60
     assert said[0] == (1, " (compilation 1 of at most 8)")
     assert said[1][1] == " (compilation 2 of at most 8; 1 fits)"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.errors import UserError
-from rwkv_jax.text import corpus, dataset, loader, tokenization, tokenizer
+from rwkv_jax.text import corpus, dataset, loader, token_cache, tokenization, tokenizer
 from rwkv_jax.text.binidx import BinIdxWriter, open_binidx
 from rwkv_jax.text.dataset import Dataset, fingerprint, open_dataset
 from rwkv_jax.text.loader import prefetch
@@ -245,7 +245,7 @@ def test_a_long_name(tmp_path):
 def test_jsonl_is_tokenized_once(tmp_path, cache, monkeypatch):
     path = write_jsonl(tmp_path, '{"text": "one two three four"}\n')
     first = open_dataset(path, 1).tokens.tolist()
-    monkeypatch.setattr(dataset, "tokenize", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(token_cache, "tokenize", lambda *_: pytest.fail("tokenized again"))
     assert open_dataset(path, 1).tokens.tolist() == first
     moved = path.rename(tmp_path / "cache" / "x.jsonl")
     assert open_dataset(moved, 1).tokens.tolist() == first

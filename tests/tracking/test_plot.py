@@ -57,7 +57,7 @@ def test_a_run_by_steps(run):
 
 def test_trend_is_a_mean_of_neighbours():
     noise = np.random.default_rng(0).normal(size=2000)
-    trend = charts._moving_average(noise)
+    trend = curves._moving_average(noise)
     assert trend[1000] == pytest.approx(noise[950:1051].mean())
     assert trend[0] == noise[0] and trend[-1] == pytest.approx(noise[-51:].mean())
 
@@ -176,7 +176,7 @@ def test_files_appear_whole(run, tmp_path):
 
 
 def test_without_matplotlib_the_page_is_drawn(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(charts.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["plot", str(run), "--output", str(tmp_path / "loss")])
     plot.main()
     assert (tmp_path / "loss.html").exists() and not (tmp_path / "loss.png").exists()
@@ -221,7 +221,7 @@ def test_wrong_command_lines(arguments, monkeypatch):
 
 def test_a_live_plot_follows_the_run(run, monkeypatch):
     clock = types.SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(plot.time, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(charts.time, "monotonic", lambda: clock.seconds)
     drawn = []
     monkeypatch.setattr(charts, "write_plots", lambda *given: drawn.append((clock.seconds, given)))
     live = LivePlot(run)
@@ -237,7 +237,7 @@ def test_a_live_plot_follows_the_run(run, monkeypatch):
 @pytest.mark.parametrize(("cost", "pause"), [(0.1, 30), (3, 60), (40, 300)])
 def test_a_slow_plot_is_drawn_less_often(run, monkeypatch, cost, pause):
     clock = types.SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(plot.time, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(charts.time, "monotonic", lambda: clock.seconds)
     drawn = []
 
     def draw(*_):
