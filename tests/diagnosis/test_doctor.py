@@ -137,12 +137,12 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
         patch.setattr(jax, "devices", lambda platform: ["a GPU"])
         assert rules.why_no_gpu().startswith("JAX_PLATFORMS=cpu,cuda puts the CPU first")
 
-    train._choose_devices(TrainConfig())
+    train.choose_devices(TrainConfig())
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("note: training on the CPU: there is a GPU (NVIDIA H100 80GB HBM3), but")
     with pytest.raises(UserError, match="^--accelerator gpu: there is a GPU"):
-        train._choose_devices(TrainConfig(accelerator="gpu"))
-    train._choose_devices(TrainConfig(accelerator="cpu"))
+        train.choose_devices(TrainConfig(accelerator="gpu"))
+    train.choose_devices(TrainConfig(accelerator="cpu"))
     assert capsys.readouterr().err == ""
 
 
@@ -153,7 +153,7 @@ def test_a_driver_without_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setattr(rules, "has_driver", lambda: False)
     assert rules.why_no_gpu() == ""
     with pytest.raises(UserError, match="^--accelerator gpu: there is no NVIDIA driver here$"):
-        train._choose_devices(TrainConfig(accelerator="gpu"))
+        train.choose_devices(TrainConfig(accelerator="gpu"))
 
 
 def test_two_cudas_at_once():

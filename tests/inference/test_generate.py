@@ -17,7 +17,7 @@ import rwkv_jax
 from rwkv_jax import generate
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
-from rwkv_jax.device.precision import PRECISIONS
+from rwkv_jax.device.precision import PRECISIONS, device_precision
 from rwkv_jax.errors import UserError
 from rwkv_jax.inference import decoder, generation
 from rwkv_jax.inference.decoder import Decoder
@@ -482,9 +482,9 @@ def test_the_weights_are_loaded_as_the_device_takes_them(world_file, monkeypatch
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability, expected in [((7, 5), "fp16"), ((8, 0), "bf16"), (None, "bf16")]:
         monkeypatch.setattr(
-            precision, "current_compute_capability", lambda capability=capability: capability
+            "rwkv_jax.device.precision.current_compute_capability", lambda c=capability: c
         )
-        assert precision.device_precision() == expected
+        assert device_precision() == expected
 
 
 def test_a_state_is_gone_on_from(world_file, tmp_path, capsys):
