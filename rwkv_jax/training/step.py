@@ -64,8 +64,8 @@ def make_step(
     are, to the bit.
 
     Args:
-        dtype: of the parameters as the passes read them, of the activations and of the gradients;
-            float16 wants an optimizer that begins with `optimizer.unscale`.
+        dtype: of the passes: parameters as they are read, activations and gradients; float16 wants
+            an optimizer that begins with `optimizer.unscale`.
         remat: what the backward pass computes again, as in `RWKV7.hidden`.
         head_chunk: as in `loss.head_loss`.
     """
@@ -87,9 +87,10 @@ def make_step(
     def update(state: TrainState, gradients: Params, metrics: Metrics) -> TrainState:
         """Clipping, Adam, weight decay: element by element, so also for a part of the tensors."""
         norm, skip = metrics.grad_norm, metrics.skipped
+        gradients = _float32(gradients)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
-                _float32(gradients), state.opt_state, state.params, norm=norm, skip=skip
+                gradients, state.opt_state, state.params, norm=norm, skip=skip
             )
             params = jax.tree.map(lambda p, u: jnp.where(skip, p, p + u), state.params, updates)
         return TrainState(params, opt_state)
@@ -102,13 +103,9 @@ def make_step(
         gradients, metrics = differentiate(weights, batch, loss_scale(state.opt_state))
         return update(state, gradients, metrics), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-    )
+    held = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
+    given = held, sharding.batch_sharding(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=given, out_shardings=(held, None))
 
 
 def programs(step: Any, state: TrainState, batch: Any) -> list[Program]:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,21 @@ def test_commands_on_data_run_without_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_no_function_is_longer_than_a_screen():
+    """60 lines, but for the body of a kernel, which is one computation."""
+    long = []
+    for package in LAYERS:
+        for path in files(package):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and not path.match("wkv7/triton/*.py"):
+                    if node.end_lineno - node.lineno >= 60:
+                        long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not long
+
+
+def test_the_picture_is_drawn_from_this_source():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
+    assert drawn["OUTPUT"].read_text("utf-8") == drawn["draw"](drawn["graph"]())
+    assert set(drawn["graph"]()) >= set(ROOMS) - {"errors", "files", "official_options", "config"}
