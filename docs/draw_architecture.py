@@ -84,7 +84,7 @@ def draw(edges: Graph) -> str:
     centre: dict[str, tuple[float, float]] = {}
 
     def below(node: str) -> float:
-        """The mean place of what a box imports: with the boxes in this order, fewer arrows cross."""
+        """The mean place of what a box imports; in this order fewer arrows cross."""
         places = [centre[to][0] for to in reduced(edges).get(node, set())]
         return sum(places) / len(places) if places else 0.0
 

@@ -87,8 +87,8 @@ def make_step(
     def update(state: TrainState, gradients: Params, metrics: Metrics) -> TrainState:
         """Clipping, Adam, weight decay: element by element, so also for a part of the tensors."""
         norm, skip = metrics.grad_norm, metrics.skipped
-        gradients = _float32(gradients)
         with jax.named_scope("optimizer"):
+            gradients = _float32(gradients)
             updates, opt_state = optimizer.update(
                 gradients, state.opt_state, state.params, norm=norm, skip=skip
             )

@@ -135,9 +135,18 @@ def test_examples_in_docstrings():
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
 def test_the_layout_names_every_module_and_folder(page):
     layout = re.search(r"^    rwkv_jax/ .*?^$", (ROOT / page).read_text("utf-8"), re.M | re.S)[0]
-    modules = {path.name for path in (ROOT / "rwkv_jax").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "rwkv_jax").glob("[a-z]*.py")}
     assert modules <= set(re.findall(r"\w+\.py", layout))
-    folders = {"rwkv_jax/", "pallas_kernels/", "data/", "convert/", "docs/", "notebooks/", "tests/"}
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "rwkv_jax").glob("*/__init__.py")}
+    folders = rooms | {
+        "rwkv_jax/",
+        "pallas_kernels/",
+        "data/",
+        "convert/",
+        "docs/",
+        "notebooks/",
+        "tests/",
+    }
     assert folders <= set(layout.split())
 
 
