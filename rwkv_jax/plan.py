@@ -69,7 +69,7 @@ def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
     count = config.devices * config.num_nodes
     with quiet_compiler():
         there = list(device_mesh(target, count, config.num_nodes).devices.flat)
-    mesh = sharding.mesh_of(there, sharding.groups(config.mesh, count))
+    mesh = sharding.mesh_from_devices(there, sharding.data_axis_size(config.mesh, count))
     model, limit = model_of(config), available(target)
     if search:
         largest, needs = find_largest(config, model, mesh, limit, target)

@@ -237,7 +237,7 @@ def _loop(
         report.flush()
         saver.save(step, state, dataclasses.replace(begin.about, loss=loss))
 
-    agree = distributed.make_agree(mesh)
+    any_process = distributed.make_any_process(mesh)
     peak = mesh.size * utilization.peak_flops(mesh.devices.flat[0].device_kind, config.precision)
     peak /= utilization.model_flops(model)
     written: dict[str, bool] = {}
@@ -273,7 +273,7 @@ def _loop(
                 )
 
             done, exports = step + 1, _exports(config, schedule, step)
-            stopping, due = agree((bool(stop), saver.overdue()), metrics.loss)
+            stopping, due = any_process((bool(stop), saver.overdue()), metrics.loss)
             if exports or stopping or due or saver.due(done):
                 report.catch_up()
                 keep = FINAL in exports or stopping or not report.skipped
@@ -290,7 +290,7 @@ def _loop(
                     tell(f"stopped and saved at step {done}: the same command resumes from there")
                 sys.exit(1)
     if not written.get(FINAL):  # failed, or got lost after all steps were done
-        params = distributed.to_first(state.params)
+        params = distributed.gather_to_first(state.params)
         if distributed.is_first():
             weights.save_pth(folder / FINAL, params)
 
@@ -343,7 +343,7 @@ def main() -> None:
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
     prepare_jax(deterministic=bool(config.deterministic))
-    with distributed.joined(config):
+    with distributed.process_group(config):
         train(config)
 
 

@@ -70,7 +70,7 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
 
     from rwkv_jax.config import TrainConfig
     from rwkv_jax.parallel import sharding
-    from rwkv_jax.parallel.distributed import place
+    from rwkv_jax.parallel.distributed import device_put_global
     from rwkv_jax.text.dataset import open_dataset
     from rwkv_jax.training import build
     from rwkv_jax.training.optimizer import learning_rate, make_optimizer
@@ -89,7 +89,7 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
     abstract = abstract_state(mesh, model, optimizer)
     moments = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = place(TrainState(params, moments), where)
+    state = device_put_global(TrainState(params, moments), where)
 
     def batch(step: int) -> jax.Array:
         return jnp.asarray(squares.batch(step, 1, config.micro_bsz)[None])

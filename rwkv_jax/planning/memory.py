@@ -21,7 +21,7 @@ from pallas_kernels.gpu_targets import (
 )
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.device.runtime import memory_fraction
-from rwkv_jax.errors import UserError, held_back
+from rwkv_jax.errors import UserError, suppress_stderr
 from rwkv_jax.files import cache_folder, written_whole
 from rwkv_jax.parallel import sharding
 from rwkv_jax.parallel.offload import bytes_of
@@ -92,7 +92,7 @@ def measure(
     kept = None
     if target:
         texts = [
-            f"{each.as_text()}{part.beside}" for each, part in zip(lowered, parts, strict=True)
+            f"{each.as_text()}{part.other_bytes}" for each, part in zip(lowered, parts, strict=True)
         ]
         made_by = f"{jax.__version__} {plugins()} {os.environ.get('XLA_FLAGS')} {cost.COUNTED}"
         program = "\n".join((*texts, target.text(), made_by))
@@ -108,7 +108,7 @@ def measure(
     parameters, optimizers = bytes_of(state.params), bytes_of(state.opt_state)
     offloaded = sharding.STRATEGIES[config.strategy].offload
     passes, *visits = [
-        _peak(one.memory_analysis()) + part.beside
+        _peak(one.memory_analysis()) + part.other_bytes
         for one, part in zip(compiled, parts, strict=True)
     ]
     need = Need(
@@ -165,7 +165,7 @@ def quiet_compiler() -> Iterator[None]:
     Raises:
         UserError: the compiler failed; its own first line says why.
     """
-    with held_back():
+    with suppress_stderr():
         try:
             yield
         except jax.errors.JaxRuntimeError as error:

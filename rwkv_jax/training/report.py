@@ -101,7 +101,7 @@ class Report(contextlib.ExitStack):
 
     def try_export(self, path: Path, params: Params) -> bool:
         """Writes a .pth; whether that worked."""
-        params, worked = distributed.to_first(params), False
+        params, worked = distributed.gather_to_first(params), False
         if distributed.is_first():
             try:
                 weights.save_pth(path, params)

@@ -143,7 +143,7 @@ def start(
         return _resume(config, abstract, schedule, checkpoints, run)
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
-    with distributed.first_ahead():
+    with distributed.first_process_first():
         if not config.load_model:
             write_init(init, config)
     model, params = load(config, source)
@@ -152,7 +152,7 @@ def start(
             print(f"note: {source} is not of --random_seed {config.random_seed}: used as it is")
     of_model = abstract(model)
     where = jax.tree.map(lambda leaf: leaf.sharding, of_model.params)
-    params = distributed.place(params, where)
+    params = distributed.device_put_global(params, where)
     opt_state = fresh_moments(make_optimizer(model), of_model)
     origin = f"the weights of {source} and a fresh optimizer"
     if _is_numbered_of(config, source):
@@ -222,12 +222,12 @@ def _resume(
     state = state._replace(opt_state=at_step(state.opt_state, step - schedule.first_step))
     about = dataclasses.replace(about, run={**run, WEIGHTS: resumed_weights(about.run, run)})
     if step != saved:  # steps have another size from here on: the old numbers mean nothing
-        with distributed.first_ahead():
+        with distributed.first_process_first():
             if step in checkpoints.steps():
                 checkpoints.set_aside(step)
         checkpoints.save(step, state, about)
         checkpoints.close()
-        with distributed.first_ahead():
+        with distributed.first_process_first():
             for other in checkpoints.steps():
                 if other != step:
                     checkpoints.set_aside(other)
