@@ -118,7 +118,7 @@ def _train(config: TrainConfig, mesh: jax.sharding.Mesh, folder: Path, began: fl
                 print(f"nothing left to do: all {schedule.last_step} steps are done, see {final}")
                 return
             _check_longer(final, schedule)
-        checkpoints.rehearse()
+        checkpoints.check_writable()
         stop = Stop(began + 60 * config.max_minutes if config.max_minutes else None)
         _loop(config, mesh, data, schedule, checkpoints, begin, stop)
     took = datetime.timedelta(seconds=round(time.monotonic() - began))
@@ -162,7 +162,7 @@ def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Check
     def claimed() -> int:
         for step in checkpoints.steps():
             with contextlib.suppress(UserError):
-                samples = checkpoints.claim(step).run.get("samples a step", 0)
+                samples = checkpoints.read_metadata(step).run.get("samples a step", 0)
                 micro_bsz, rest = divmod(samples, mesh.size * config.accumulate_grad_batches)
                 if micro_bsz and not rest:
                     return micro_bsz

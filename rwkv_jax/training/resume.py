@@ -11,7 +11,7 @@ import jax
 import optax
 
 from rwkv_jax.checkpoints import pth
-from rwkv_jax.checkpoints.store import About, Checkpoints, Unreadable
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
     step: int
     state: TrainState
-    about: About
+    about: Metadata
     origin: str
     resumed: bool  # from a checkpoint
 
@@ -54,7 +54,7 @@ def settle(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig:
     steps = checkpoints.steps()
     for step in steps:
         with contextlib.suppress(UserError):  # `start` names what is damaged
-            run = checkpoints.claim(step).run
+            run = checkpoints.read_metadata(step).run
             begin, warmup = config.epoch_begin, config.warmup_steps
             return dataclasses.replace(
                 config,
@@ -161,7 +161,7 @@ def start(
             "the optimizer and the warm-up start anew"
         )
     return Start(
-        schedule.first_step, TrainState(params, opt_state), About(model, run=run), origin, False
+        schedule.first_step, TrainState(params, opt_state), Metadata(model, run=run), origin, False
     )
 
 
@@ -179,7 +179,7 @@ def _resume(
     # Every byte is compared by one process, not by each over the same network.
     saved, about = _newest_good(checkpoints) if distributed.is_first() else (0, None)
     saved = distributed.from_first(saved)
-    about = about or checkpoints.claim(saved)
+    about = about or checkpoints.read_metadata(saved)
     source = checkpoints.folder / str(saved)
     check_shape(config, about.model, str(source))
     another, changed = changes(about.run, run)
@@ -234,12 +234,12 @@ def _resume(
     return Start(step, state, about, f"resumed from {source}", True)
 
 
-def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
+def _newest_good(checkpoints: Checkpoints) -> tuple[int, Metadata]:
     """The newest checkpoint without damage; those with damage are named and set aside."""
     damaged: list[tuple[int, UserError]] = []
     for step in checkpoints.steps():
         try:
-            about = checkpoints.about(step)
+            about = checkpoints.verify(step)
         except Unreadable:
             raise
         except UserError as error:

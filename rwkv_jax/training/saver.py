@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from rwkv_jax.checkpoints.store import About, Checkpoints
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.training.step import TrainState
@@ -34,7 +34,7 @@ class Saver:
         self._telling(self._checkpoints.check)
         return time.monotonic() >= self._due_at
 
-    def save(self, step: int, state: TrainState, about: About) -> None:
+    def save(self, step: int, state: TrainState, about: Metadata) -> None:
         """Starts a checkpoint; the arrays may be overwritten when this returns."""
         self._due_at = time.monotonic() + self._seconds
         self._telling(

@@ -208,7 +208,7 @@ def test_wrong_options_are_one_line(given, said):
 def test_the_only_process_of_a_machine_takes_all_of_its_devices(monkeypatch, tasks, named):
     unset_variables(monkeypatch)
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    assert distributed._named(parse_train_options(["--num_nodes", "2"])[0]) == named
+    assert distributed._initialize_arguments(parse_train_options(["--num_nodes", "2"])[0]) == named
 
 
 TORCH = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -244,7 +244,7 @@ def test_variables_of_torchrun_and_of_lightning(monkeypatch, given, variables, n
     unset_variables(monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = distributed._named(parse_train_options(given.split())[0])
+    found = distributed._initialize_arguments(parse_train_options(given.split())[0])
     keys = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
     assert tuple(found.get(key) for key in keys) == named
 

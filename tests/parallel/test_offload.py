@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.checkpoints import weights
-from rwkv_jax.checkpoints.store import About, Checkpoints
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.config import SIZES, ModelConfig, TrainConfig
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.model.rwkv7 import abstract_params
@@ -66,7 +66,7 @@ def test_a_state_on_the_host_is_saved_and_exported(tmp_path):
     weights.save_pth(tmp_path / "theirs.pth", init_params(MODEL, 0))
     assert (tmp_path / "ours.pth").read_bytes() == (tmp_path / "theirs.pth").read_bytes()
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, state, About(MODEL))
+        checkpoints.save(1, state, Metadata(MODEL))
         for leaf in jax.tree.leaves(state):  # as the next step does
             leaf.delete()
         checkpoints.close()

@@ -217,18 +217,18 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "BUILD on a tensor": (state_dict(a=tensor() + b"}" + text("offset") + number(9) + b"sb"), "no"),
     "BUILD on a storage": (
         state_dict(a=tensor(stored=storage() + b"}" + text("numel") + number(9) + b"sb")),
-        "sets the state of something that is no dict",
+        "sets the state of something that is not a dict",
     ),
     "BUILD on a function": (
         REBUILD + b"N}" + text("__code__") + b"Ns\x86b.",
-        "sets the state of something that is no dict",
+        "sets the state of something that is not a dict",
     ),
     "SETITEMS of a list": (b"](" + text("a") + b"Nu.", "no dict"),
     "SETITEMS of an odd number": (b"}(" + text("a") + b"u.", "no dict"),
     "APPENDS to a dict": (b"}(Ne.", "no list"),
-    "a tensor as a key": (b"}" + tensor() + b"Ns.", "keys that are no strings"),
-    "a deep tuple as a key": (b"})" + b"\x85" * _NESTED + b"Ns.", "keys that are no strings"),
-    "a list as a key": (b"}]Ns.", "keys that are no strings"),
+    "a tensor as a key": (b"}" + tensor() + b"Ns.", "keys that are not strings"),
+    "a deep tuple as a key": (b"})" + b"\x85" * _NESTED + b"Ns.", "keys that are not strings"),
+    "a list as a key": (b"}]Ns.", "keys that are not strings"),
     # Persistent ids.
     "persistent id: number": (b"K\x01Q.", "no tensor storage"),
     "persistent id: string": (text("0") + b"Q.", "no tensor storage"),
@@ -300,11 +300,11 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     ),
     # Sizes and nesting.
     "a memo index without end": (b"}r\xff\xff\xff\xff.", "memo"),
-    "a memo entry that is not there": (b"h\x09.", "cut short or damaged"),
-    "a string longer than the file": (b"X\xff\xff\xff\xffabc", "cut short or damaged"),
-    "a string that is not text": (b"X\x02\x00\x00\x00\xff\xff.", "cut short or damaged"),
-    "an empty stack": (b".", "cut short or damaged"),
-    "no mark": (b"t.", "cut short or damaged"),
+    "a memo entry that is not there": (b"h\x09.", "truncated or damaged"),
+    "a string longer than the file": (b"X\xff\xff\xff\xffabc", "truncated or damaged"),
+    "a string that is not text": (b"X\x02\x00\x00\x00\xff\xff.", "truncated or damaged"),
+    "an empty stack": (b".", "truncated or damaged"),
+    "no mark": (b"t.", "truncated or damaged"),
     "nested lists": (b"]" * _NESTED + b"a" * (_NESTED - 1) + b".", "no dict of tensors"),
     "nested tuples": (b")" + b"\x85" * _NESTED + b".", "no dict of tensors"),
     "nested dicts": (
@@ -382,10 +382,10 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
         "directory",
     ),
     "a record beyond the file": (_patched(archive(), CENTRAL, 42, b"\xff\xff\xff\x7f"), "damaged"),
-    "a record of another name": (_patched(archive(), LOCAL, 30, b"b"), "does not lie where"),
+    "a record of another name": (_patched(archive(), LOCAL, 30, b"b"), "is not where"),
     "a record longer than the file": (
         _patched(_patched(archive(), CENTRAL, 20, b"\0\0\0\x7f"), CENTRAL, 24, b"\0\0\0\x7f"),
-        "does not lie where",
+        "is not where",
     ),
     "a record whose sizes disagree": (_patched(archive(), CENTRAL, 24, b"\x09"), "compressed"),
     "a record that says zip64 but is not": (

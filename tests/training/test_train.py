@@ -399,7 +399,7 @@ def test_a_failed_save_is_tried_again_and_the_run_goes_on(data, run, tmp_path, m
     monkeypatch.setattr("rwkv_jax.training.saver.RETRY_SECONDS", 0.0)
     train(config(data, tmp_path))
     said = capsys.readouterr().out
-    assert said.count("but 0 are free; the earlier checkpoints are as they were") == 3
+    assert said.count("but only 0 MB are free; the earlier checkpoints are as they were") == 3
     assert Checkpoints(tmp_path / "checkpoints").steps() == [12, 10]
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
@@ -478,7 +478,7 @@ def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
     assert not (tmp_path / "rwkv-final.pth").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.steps() == [2, 1]
-    assert checkpoints.about(2).loss == store.MiniepochLoss(2.0, 2)
+    assert checkpoints.verify(2).loss == store.MiniepochLoss(2.0, 2)
 
 
 def test_a_run_that_was_stopped_so_goes_on_from_before(data, run, tmp_path, monkeypatch):
@@ -676,7 +676,7 @@ def test_load_partial_adds_layers(data, run, tmp_path, standing_still, capsys):
     train(dataclasses.replace(more, n_layer=3))
     assert "fresh: blocks.2.ln1.weight, blocks.2.ln1.bias, " in capsys.readouterr().out
     assert rwkv_jax.load_params(tmp_path / "rwkv-final.pth")[0].n_layer == 3
-    with pytest.raises(UserError, match="final.pth: .*layers too many blocks.1.ln1.weight"):
+    with pytest.raises(UserError, match="final.pth: .*too many layers blocks.1.ln1.weight"):
         train(dataclasses.replace(more, n_layer=1, proj_dir=str(tmp_path / "fewer")))
 
 
