@@ -169,7 +169,7 @@ def _auto_batch(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Check
         return 0
 
     known = distributed.from_first(claimed() if distributed.is_first() else 0)
-    return known or batch_size.fitting_batch(config, initial_weights.model_of(config), mesh)
+    return known or batch_size.fitting_micro_bsz(config, initial_weights.model_of(config), mesh)
 
 
 def _choose_devices(config: TrainConfig) -> jax.sharding.Mesh:

@@ -42,7 +42,7 @@ from rwkv_jax.planning import batch_size, memory
 from rwkv_jax.text import dataset
 from rwkv_jax.errors import run_command
 batch_size.device_memory = lambda _: (7 - 2 * jax.process_index()) * memory.GIB
-need = lambda config, *_: memory.Need(0, 0, 3 * config.micro_bsz * memory.GIB, 0, 0, 0)
+need = lambda config, *_: memory.StepCost(0, 0, 3 * config.micro_bsz * memory.GIB, 0, 0, 0)
 batch_size.measure = need
 batch = dataset.Dataset.batch
 def noting(self, step, world_size, micro_bsz, rows):

@@ -512,9 +512,9 @@ def failing_from(first: int, build_step):
 
 def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, standing_still):
     options = config(data, tmp_path, micro_bsz=AUTO, devices=2, accumulate_grad_batches=2)
-    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 3)
+    monkeypatch.setattr(trainer.plan, "fitting_micro_bsz", lambda *_: 3)
     assert len(train(options)) == 1  # 12 samples a step
-    monkeypatch.setattr(trainer.plan, "fitting_batch", lambda *_: 2)
+    monkeypatch.setattr(trainer.plan, "fitting_micro_bsz", lambda *_: 2)
     train(dataclasses.replace(options, my_exit_tokens=24 * T))
     assert train(options) == []
 
