@@ -32,7 +32,7 @@ from rwkv_jax.text.corpus import skipped_note
 from rwkv_jax.text.dataset import Dataset, open_dataset
 from rwkv_jax.text.loader import prefetch
 from rwkv_jax.text.sampler import MINIEPOCH
-from rwkv_jax.tracking.progress import tell
+from rwkv_jax.tracking.progress import print_line
 from rwkv_jax.training import initial_weights, utilization
 from rwkv_jax.training.build import RECOMPUTED, build_step, decide
 from rwkv_jax.training.identity import identity
@@ -287,7 +287,9 @@ def _loop(
                     save(done, state, report.running)
             if stopping and done < schedule.last_step:
                 if saver.finish():
-                    tell(f"stopped and saved at step {done}: the same command resumes from there")
+                    print_line(
+                        f"stopped and saved at step {done}: the same command resumes from there"
+                    )
                 sys.exit(1)
     if not written.get(FINAL):  # failed, or got lost after all steps were done
         params = distributed.gather_to_first(state.params)

@@ -25,7 +25,7 @@ from rwkv_jax.parallel.offload import Program, bytes_of
 from rwkv_jax.planning import cost
 from rwkv_jax.training.build import build_step
 from rwkv_jax.training.optimizer import learning_rate, make_optimizer
-from rwkv_jax.training.step import abstract_state, programs
+from rwkv_jax.training.step import TrainState, abstract_state, programs
 
 GIB = 2**30
 
@@ -76,49 +76,55 @@ def measure(
     Raises:
         UserError: the compiler failed.
     """
-    optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
-    state = abstract_state(mesh, model, optimizer)
-    shape = config.accumulate_grad_batches, mesh.size * config.micro_bsz, config.ctx_len + 1
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     began, cpu_began = time.monotonic(), _cpu_seconds()
     as_on_the_target = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with as_on_the_target if target else contextlib.nullcontext():
-        parts = programs(build_step(config, model, mesh, optimizer), state, batch)
+        state, parts = _programs(config, model, mesh)
         traced = [part.function.trace(*part.arguments) for part in parts]
         lowered = [each.lower() for each in traced]
     cached = _cache_file(parts, lowered, target) if target else None
     if cached:
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or of another version
             return StepCost(**json.loads(cached.read_text(encoding="utf-8")))
-
     kind = target.device_kind if target else mesh.devices.flat[0].device_kind
     what = f"compiling for {kind}, micro_bsz {config.micro_bsz}{progress} … "
     print(what, end="", file=sys.stderr, flush=True)
     with quiet_compiler():
         compiled = [each.compile() for each in lowered]
-    parameters, optimizers = bytes_of(state.params), bytes_of(state.opt_state)
+    parameters, moments = bytes_of(state.params), bytes_of(state.opt_state)
     offloaded = sharding.STRATEGIES[config.strategy].offload
     passes, *updates = [
         _peak(one.memory_analysis()) + part.other_bytes
         for one, part in zip(compiled, parts, strict=True)
     ]
-    step_cost = StepCost(
+    result = StepCost(
         parameters=parameters,
-        optimizer=optimizers,
+        optimizer=moments,
         passes=passes,
         flops=sum(cost.flops(one.jaxpr.jaxpr) for one in traced),
         traffic=sum(cost.memory_traffic(one.as_text()) for one in compiled),
         compile_seconds=_cpu_seconds() - cpu_began,
-        host=parameters + optimizers if offloaded else 0,
+        host=parameters + moments if offloaded else 0,
         update=max(updates, default=0),
         moved=sum(part.moved for part in parts),
     )
     seconds = time.monotonic() - began
-    print(f"{seconds:.0f} s: {step_cost.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    print(f"{seconds:.0f} s: {result.total / GIB:.2f} GiB", file=sys.stderr, flush=True)
     if cached:
         with contextlib.suppress(OSError):  # it is compiled again the next time
-            _write(cached, json.dumps(dataclasses.asdict(step_cost)))
-    return step_cost
+            _write(cached, json.dumps(dataclasses.asdict(result)))
+    return result
+
+
+def _programs(
+    config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, list[Program]]:
+    """The abstract state, and the programs of the step."""
+    optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))
+    state = abstract_state(mesh, model, optimizer)
+    shape = config.accumulate_grad_batches, mesh.size * config.micro_bsz, config.ctx_len + 1
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+    return state, programs(build_step(config, model, mesh, optimizer), state, batch)
 
 
 def _cache_file(parts: list[Program], lowered: list[Any], target: GpuTarget) -> Path:

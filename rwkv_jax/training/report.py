@@ -17,7 +17,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.model.rwkv7 import Params
 from rwkv_jax.parallel import distributed
 from rwkv_jax.text.dataset import Dataset
-from rwkv_jax.tracking.progress import LossWatch, ProgressLine, tell
+from rwkv_jax.tracking.progress import LossWatch, ProgressLine, print_line
 from rwkv_jax.tracking.step_log import StepLog
 from rwkv_jax.tracking.trackers import open_trackers
 from rwkv_jax.tracking.train_log import TrainLog
@@ -60,7 +60,7 @@ class Report(contextlib.ExitStack):
         if not is_first:
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         # Before a bar is drawn: a tracker may ask the person who watches.
-        self.say: Callable[[str], None] = tell
+        self.say: Callable[[str], None] = print_line
         options = _resolved(config, schedule, data, begin.about.model)
         trackers = open_trackers(
             config, begin.about.model, options, folder, lambda text: self.say(text), begin.resumed
@@ -84,7 +84,7 @@ class Report(contextlib.ExitStack):
             bar[config.enable_progress_bar],
             peak,
         )
-        self.say = self._progress.say
+        self.say = self._progress.print_line
         self.callback(self._progress.close)
         self.callback(self.flush)
 

@@ -353,12 +353,12 @@ def test_what_cannot_be_read_back_replaces_nothing(run, tmp_path, monkeypatch):
 def test_every_piece_is_looked_for(run, tmp_path, key, reason):
     """Orbax would read zeros where a process's part is missing, and say nothing."""
     shutil.copytree(run / "checkpoints" / "200", tmp_path / "200")
-    arrays = jax.tree.leaves(abstract().opt_state)
-    arrays.check(tmp_path / "200" / "opt_state", arrays)
+    leaves = jax.tree.leaves(abstract().opt_state)
+    arrays.check(tmp_path / "200" / "opt_state", leaves)
     database = ts.KvStore.open(arrays._database(tmp_path / "200" / "opt_state")).result()
     database.delete_range(ts.KvStore.KeyRange(key, key + "\0")).result()
     with pytest.raises(ValueError, match=reason):
-        arrays.check(tmp_path / "200" / "opt_state", arrays)
+        arrays.check(tmp_path / "200" / "opt_state", leaves)
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_a_model_of_the_pile_is_trained_and_measured_on_tokens(pile, tmp_path, c
     with BinIdxWriter(tmp_path / "tokens") as writer:
         writer.append(ids, [len(ids)])
     assert open_dataset(tmp_path / "tokens", 4, vocab_size=50304).tokens.tolist() == ids.tolist()
-    answers = [scoring.Answer(nats=80.0, first=True)]
+    answers = [scoring.SpanScore(nats=80.0, first=True)]
     monkeypatch.setattr(scoring, "score", lambda model, documents: [(0, answers)])
     result = evaluate.evaluate(rwkv_jax.load(pile), "text", tmp_path / "tokens")
     assert result["tokens"] == 40 and result["perplexity"] == np.exp(2)
