@@ -13,7 +13,7 @@ import numpy as np
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import cache_folder, written_whole
-from rwkv_jax.text.binidx import beside
+from rwkv_jax.text.binidx import append_suffix
 from rwkv_jax.tracking.curves import Curve, read_run
 
 POINTS = 800  # maximum points of a drawn curve
@@ -247,7 +247,7 @@ def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> li
 
 
 def output_paths(prefix: Path) -> list[Path]:
-    return [beside(prefix, ending) for ending in (".html", ".png")]
+    return [append_suffix(prefix, ending) for ending in (".html", ".png")]
 
 
 class LivePlot:

@@ -165,8 +165,8 @@ def test_no_text_is_given_to_a_model_of_the_pile(pile, tmp_path, reader):
     about = pile if reader == "generate" else tmp_path / "text.jsonl"
     assert str(caught.value) == (
         f"{about}: the model has a vocabulary of 50304, GPT-NeoX's, of the Pile models, so it is "
-        "not for the World tokenizer: no text can be given to it, only token files (binidx) made "
-        "by its own"
+        "not for the World tokenizer: it cannot read text, only token files (binidx) made "
+        "with its own tokenizer"
     )
 
 

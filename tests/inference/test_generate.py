@@ -706,7 +706,7 @@ def test_bad_files_of_prompts(tmp_path):
             ':2: is not {"prompt": "…"}: it has no string "prompt"',
         ),
         (b'{"prompt": "a"}\r\n{"prompt": "\\ud83d"}', ":2: character 0 of the text, '\\ud83d'"),
-        (b"{", ":1: is no JSON"),
+        (b"{", ":1: is not valid JSON"),
     ]:
         (tmp_path / "p.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="^[^\n]*$") as caught:

@@ -1000,7 +1000,7 @@ BAD_INPUT = {
     "--data_file nothing": r"nothing: no such file",
     "--data_file nothing.jsonl": r"nothing.jsonl: no such file",
     "--data_file empty.jsonl": r"empty.jsonl: ",
-    "--data_file no_json.jsonl": r"no_json.jsonl:2: is no JSON",
+    "--data_file no_json.jsonl": r"no_json.jsonl:2: is not valid JSON",
     "--data_file no_text.jsonl": r"no_text.jsonl:2: .* no string \"text\"",
     "--vocab_size 32": r"data: token \d+ has id \d+, outside the vocabulary of 32",
     "--ctx_len 3000": r"data: 2000 tokens are too few for ctx_len 3000",
@@ -1055,7 +1055,7 @@ def test_skipped_lines_are_listed_in_the_output(tmp_path, monkeypatch, capsys):
     assert error.startswith("error: nothing.pth: ")
     assert note == "note: bad lines skipped: 20; out/skipped.tsv lists them"
     first = Path("out/skipped.tsv").read_text("utf-8").split("\n")[0]
-    assert first.startswith("x.jsonl:2\tis no JSON: ") and first.endswith('\t"no"')
+    assert first.startswith("x.jsonl:2\tis not valid JSON: ") and first.endswith('\t"no"')
 
 
 def test_bad_input_is_one_line_of_the_process_too(data, tmp_path):
