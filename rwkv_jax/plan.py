@@ -94,7 +94,7 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
     traffic = cost.traffic / (target.bandwidth_gb_s * 1e9)
     host = cost.moved / (PCIE_GB_S * 1e9)
     limit = max(arithmetic, traffic) + host  # transfers do not overlap with the computation
-    where = " in the host's memory" if cost.host else ""
+    where = " in host memory" if cost.host else ""
     count = config.devices * config.num_nodes
     tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * count
     rows = {
@@ -103,23 +103,23 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         + (f" in {config.num_nodes} machines" if config.num_nodes > 1 else "")
         + f", {config.precision}, {RECOMPUTED[config.grad_cp]}"
         + (f", {config.strategy}" if count > 1 or cost.host else ""),
-        "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
-        "parameters": f"{_gib(cost.parameters)} float32 masters{where}",
+        "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens per step",
+        "parameters": f"{_gib(cost.parameters)} float32 master weights{where}",
         "optimizer": f"{_gib(cost.optimizer)} Adam's moments{where}",
-        "activations": f"{_gib(grows)} {grows / micro_bsz / GIB:.2f} GiB a sample",
+        "activations": f"{_gib(grows)} {grows / micro_bsz / GIB:.2f} GiB per sample",
         "gradients": f"{_gib(stays)} and working copies",
-        "peak": f"{_gib(cost.total)} a device; of its {target.memory_gb} GiB jax has "
+        "peak": f"{_gib(cost.total)} per device; of its {target.memory_gb} GiB jax has "
         f"{available(target) / GIB:.1f}, the rest is for the CUDA context and libraries: "
         + ("fits" if fits else "DOES NOT FIT"),
         "largest": f"micro_bsz {largest} fits: {_gib(costs[largest].total).strip()}"
-        + (", a miniepoch a step" if largest == max_micro_bsz(config, count) else "")
+        + (", a miniepoch per step" if largest == max_micro_bsz(config, count) else "")
         if largest
         else f"not even micro_bsz 1 fits; {SUGGESTIONS}",
-        "step": f"{cost.flops / 1e12:,.1f} TFLOP a device, {1e3 * arithmetic:,.0f} ms at "
+        "step": f"{cost.flops / 1e12:,.1f} TFLOP per device, {1e3 * arithmetic:,.0f} ms at "
         f"{rate:,g} TFLOP/s; {cost.traffic / 1e9:,.0f} GB of memory traffic, "
         f"{1e3 * traffic:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
-        "host": f"{cost.moved / 1e9:,.0f} GB to and from its memory, "
-        f"{1e3 * host:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(cost.host).strip()} there",
+        "host": f"{cost.moved / 1e9:,.0f} GB to and from host memory, "
+        f"{1e3 * host:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(cost.host).strip()} in it",
         "speed": f"at most {tokens / limit:,.0f} tokens/s by these limits of the card",
         "train": command,
     }

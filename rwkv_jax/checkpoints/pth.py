@@ -475,7 +475,7 @@ def _read_zip(mapped: mmap.mmap) -> _Contents:
     top = tops[0] + "/"
     for name in records:
         if not name.startswith(top) or ".." in name.split("/"):
-            raise _Refused(f"record {_show(name)} lies outside the folder {_show(top)}")
+            raise _Refused(f"record {_show(name)} is outside the folder {_show(top)}")
 
     def content(record: _Record) -> bytes:
         return mapped[record.start : record.start + record.size]

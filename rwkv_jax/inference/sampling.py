@@ -110,16 +110,16 @@ def sampling_logits(logits: Array, sampling: Sampling) -> Array:
     """
     p = jax.nn.softmax(logits, axis=-1)
 
-    def reach_top_p(kept: Array) -> Array:
-        return jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= sampling.top_p
+    def reach_top_p(mask: Array) -> Array:
+        return jnp.sum(jnp.where(mask, p, 0.0), axis=-1) >= sampling.top_p
 
-    def reach_top_k(kept: Array) -> Array:
-        return jnp.sum(kept, axis=-1, dtype=jnp.int32) >= sampling.top_k
+    def reach_top_k(mask: Array) -> Array:
+        return jnp.sum(mask, axis=-1, dtype=jnp.int32) >= sampling.top_k
 
-    cut = (sampling.top_p < 1) & (p < _threshold(p, reach_top_p))
-    cut |= (sampling.top_k > 0) & (p < _threshold(p, reach_top_k))
+    removed = (sampling.top_p < 1) & (p < _threshold(p, reach_top_p))
+    removed |= (sampling.top_k > 0) & (p < _threshold(p, reach_top_k))
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
-    return jnp.where(cut, -jnp.inf, scaled)
+    return jnp.where(removed, -jnp.inf, scaled)
 
 
 def _threshold(p: Array, enough: Callable[[Array], Array]) -> Array:

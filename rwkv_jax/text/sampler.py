@@ -43,7 +43,7 @@ def largest_magic_prime(tokens: int, ctx_len: int) -> int | None:
 
 
 def _is_prime(number: int) -> bool:
-    """By trial division: at most √number/2 steps, 16 thousand for 10⁹ slots."""
+    """Trial division: at most √number/2 steps, 16 thousand for 10⁹ slots."""
     if number < 4 or number % 2 == 0:
         return number in (2, 3)
     return all(number % divisor for divisor in range(3, math.isqrt(number) + 1, 2))

@@ -240,7 +240,7 @@ def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys)
     assert batch_size.fitting_micro_bsz(config, model, mesh, limit=155) == 5
     assert (
         batch_size.fitting_micro_bsz(config, model, mesh, limit=10**9) == 40320
-    )  # a miniepoch a step
+    )  # a miniepoch per step
     with pytest.raises(UserError, match="not even 1 fits the 0.0 GiB of cpu; try "):
         batch_size.fitting_micro_bsz(config, model, mesh, limit=109)
     assert batch_size.fitting_micro_bsz(config, model, mesh) == 1  # the default of a CPU
@@ -266,7 +266,7 @@ def test_gpus_of_several_machines(monkeypatch):
     result = plan.plan(options, GPU_TARGETS["h100"], search=False)
     assert asked == [(4, 2), {"data": 2, "fsdp": 2}]
     text = plan.report(result, 1, "")
-    assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens a step" in text
+    assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens per step" in text
 
 
 # What is printed.
@@ -288,16 +288,16 @@ def test_the_report():
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
     assert "12 layers of width 768, 191.1 M parameters" in lines["model"]
     assert lines["devices"].startswith("2 x NVIDIA H100 80GB HBM3, bf16, blocks recomputed")
-    assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens a step"
-    assert lines["parameters"].strip() == "1.00 GiB float32 masters"
+    assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens per step"
+    assert lines["parameters"].strip() == "1.00 GiB float32 master weights"
     assert lines["optimizer"].strip() == "2.00 GiB Adam's moments"
-    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB per sample"
     assert lines["gradients"].strip() == "1.00 GiB and working copies"
-    assert lines["peak"].strip().startswith("5.00 GiB a device; of its 79.1 GiB jax has 75.1,")
+    assert lines["peak"].strip().startswith("5.00 GiB per device; of its 79.1 GiB jax has 75.1,")
     assert lines["peak"].endswith("fits") and "NOT" not in lines["peak"]
     assert lines["largest"] == "micro_bsz 4 fits: 6.00 GiB"
     assert lines["step"] == (
-        "10.0 TFLOP a device, 10 ms at 989 TFLOP/s; 67 GB of memory traffic, 20 ms at 3,352 GB/s"
+        "10.0 TFLOP per device, 10 ms at 989 TFLOP/s; 67 GB of memory traffic, 20 ms at 3,352 GB/s"
     )
     assert lines["speed"].startswith("at most 819,689 tokens/s")
     assert lines["train"] == "python -m rwkv_jax.train"
@@ -306,11 +306,11 @@ def test_the_report():
 def test_the_report_of_one_batch():
     result = some_plan(5)
     alone = {2: result.costs[2]}
-    text = plan.report(result._replace(needs=alone, largest=2), 2, "")
+    text = plan.report(result._replace(costs=alone, largest=2), 2, "")
     assert "2.00 GiB with gradients and working copies" in text
     assert "gradients  " not in text and "leave --micro_bsz out to search" in text
     alone = {2: some_plan(90).costs[2]}
-    text = plan.report(result._replace(needs=alone, largest=0), 2, "")
+    text = plan.report(result._replace(costs=alone, largest=0), 2, "")
     assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
 
 
@@ -339,7 +339,7 @@ def test_the_parts_of_the_report_add_up_to_the_peak(passes, offload):
         for batch, gib in passes.items()
     }
     for batch in needs:
-        result = some_plan(5, strategy=strategy)._replace(needs=needs, largest=batch)
+        result = some_plan(5, strategy=strategy)._replace(costs=needs, largest=batch)
         lines = [line.split() for line in plan.report(result, batch, "").splitlines()]
         figures = {line[0]: float(line[1]) for line in lines if line[0] in (*PARTS, "peak")}
         assert all(figure >= 0 for figure in figures.values()), figures
@@ -352,13 +352,13 @@ def test_the_report_of_what_is_in_the_host_s_memory():
     result = some_plan(5, strategy="fsdp_offload")
     away = {"host": 3 * GIB, "update": 4 * GIB, "moved": 50 * 10**9}
     needs = {batch: dataclasses.replace(need, **away) for batch, need in result.costs.items()}
-    text = plan.report(result._replace(needs=needs), 2, "")
+    text = plan.report(result._replace(costs=needs), 2, "")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
-    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in the host's memory"
-    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in host memory"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB per sample"
     assert lines["gradients"].strip() == "4.00 GiB and working copies"
-    assert lines["peak"].strip().startswith("5.00 GiB a device")
-    assert lines["host"] == "50 GB to and from its memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB there"
+    assert lines["peak"].strip().startswith("5.00 GiB per device")
+    assert lines["host"] == "50 GB to and from host memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB in it"
     assert lines["speed"].startswith(f"at most {16384 / (2 + 67 / 3352):,.0f} tokens/s")
 
 
