@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from rwkv_jax.checkpoints.store import About, Checkpoints
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.model.rwkv7 import abstract_params
 from rwkv_jax.parallel.sharding import batch_sharding, make_mesh
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         checkpoints = Checkpoints(Path(name))
         begin = time.perf_counter()
-        checkpoints.save(1, state, About(model))
+        checkpoints.save(1, state, Metadata(model))
         blocked = time.perf_counter() - begin
         during = []
         while checkpoints.busy():

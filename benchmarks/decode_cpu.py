@@ -73,12 +73,12 @@ def ours(path: str, precision: str, batch: int):
         for _ in generate(decoder, texts, replies, SAME, GREEDY):
             pass
         return lambda: [reply.ids for reply in replies]
-    prompt = decoder.read(tokenizer.encode(PROMPTS[0]))
+    prompt = decoder.prefill(tokenizer.encode(PROMPTS[0]))
     state = decoder.batch([prompt] * batch, seed=0)
 
     def turn() -> None:
         nonlocal state
-        _, state = decoder.make(state, TOKENS[precision], GREEDY)
+        _, state = decoder.generate(state, TOKENS[precision], GREEDY)
 
     return turn
 

@@ -48,7 +48,7 @@ def unordered_sums(hlo: str) -> list[str]:
 def step(options: TrainConfig) -> str:
     """The optimized HLO of the step that train would run on an H100."""
     there = list(device_mesh(TARGET).devices.flat)
-    mesh = sharding.mesh_of(there, sharding.groups("", 1))
+    mesh = sharding.mesh_from_devices(there, sharding.data_axis_size("", 1))
     config = resolve_config(options, True, TARGET.compute_capability)
     model = config.model_config()
     optimizer = make_optimizer(config, learning_rate(config, model.n_embd, 0, 1e6))

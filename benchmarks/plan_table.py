@@ -51,7 +51,7 @@ def main() -> None:
         print(f"{options}: ", end="", file=sys.stderr, flush=True)
         arguments = [*options.split(), "--ctx_len", "4096", "--micro_bsz", str(micro_bsz)]
         target = find_target(gpu)
-        need = plan(parse_train_options(arguments)[0], target, search=False).needs[micro_bsz]
+        need = plan(parse_train_options(arguments)[0], target, search=False).costs[micro_bsz]
         rows.append(
             f"| {options} | {micro_bsz} | {target.device_kind} | {need.total / GIB:.1f} | "
             f"{tutorial or '–'} |"

@@ -40,7 +40,7 @@ from benchmarks import gpu_inputs, machine
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.device.runtime import prepare_jax
-from rwkv_jax.errors import CommandParser, UserError, last_words, one_line, run_command
+from rwkv_jax.errors import CommandParser, UserError, message_and_status, one_line, run_command
 from rwkv_jax.parallel import distributed, sharding
 from rwkv_jax.tracking.step_log import STEP_LOG, read_step_log
 from rwkv_jax.training import utilization
@@ -116,7 +116,7 @@ def prepare(arguments: list[str]) -> Prepared:
         if of_file != model:
             raise UserError(f"{config.load_model}: is of another shape than the options'")
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-        params = distributed.place(params, shardings)
+        params = distributed.device_put_global(params, shardings)
         return TrainState(params, fresh_moments(optimizer, abstract))
 
     return Prepared(compiled, config, model, rate, make_state, tokens, where, compile_s, from_disk)
@@ -176,7 +176,7 @@ def in_this_process(pipe: Connection, arguments: list[str], *more: Any) -> None:
         row["device_kind"] = jax.devices()[0].device_kind
         row |= measure(arguments, *more)
     except Exception as error:
-        row["error"] = one_line(last_words(error)[0].removeprefix("error: "))
+        row["error"] = one_line(message_and_status(error)[0].removeprefix("error: "))
     pipe.send(row)
 
 

@@ -15,7 +15,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
 from convert.st import is_safetensors, read_st
 from rwkv_jax.checkpoints import pth
 from rwkv_jax.checkpoints.store import open_newest
-from rwkv_jax.checkpoints.weights import infer_config, not_finite, without_state
+from rwkv_jax.checkpoints.weights import count_not_finite, infer_config, without_state
 from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.text.tokenizer import other_tokenizer
@@ -49,7 +49,7 @@ def describe(tensors: Mapping[str, pth.Array]) -> str:
         what = str(error)
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     size = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors.values())
-    bad = {name: not_finite(np.asarray(tensor)) for name, tensor in tensors.items()}
+    bad = {name: count_not_finite(np.asarray(tensor)) for name, tensor in tensors.items()}
     rows = [
         (name, _shape(tensor), str(tensor.dtype), f"{bad[name]:,} not finite" if bad[name] else "")
         for name, tensor in tensors.items()

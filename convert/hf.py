@@ -103,7 +103,7 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array], source: str) -> Non
         UserError: no RWKV-7 model, one that this layout cannot hold, or not writable.
     """
     there = weights.without_prefix(tensors)
-    config, tensors = weights.whole(there, source=source)
+    config, tensors = weights.validate_model(there, source=source)
     if config.head_size != HEAD_SIZE:
         raise UserError(
             f"{source}: heads are {config.head_size} wide: flash-linear-attention computes another "
@@ -172,7 +172,7 @@ def read_hf(folder: Path) -> dict[str, pth.Array]:
         names[name]: Turned(names[name], lazy, _hf_shape(names[name], lazy.shape))
         for name, lazy in found.items()
     }
-    _, model = weights.whole(tensors, source=str(folder))
+    _, model = weights.validate_model(tensors, source=str(folder))
     unused = {  # nothing reads them
         name: np.zeros(model[name].shape, model["emb.weight"].dtype)
         for name in _UNUSED

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = str(args.source)
     open_newest(
         args.source,
-        lambda _, tensors: pth.write(args.target, weights.checked(tensors, source), args.dtype),
+        lambda _, tensors: pth.write(
+            args.target, weights.with_finite_check(tensors, source), args.dtype
+        ),
     )
     print(f"wrote {args.target}")
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
     there = weights.without_prefix(pth.read(args.source))
-    _, model = weights.whole(there, source=str(args.source))
+    _, model = weights.validate_model(there, source=str(args.source))
     tensors = to_st({name: tensor for name, tensor in model.items() if name in there})
     with reporting_os_errors(args.target, "write"), written_whole(args.target) as temporary:
         write_safetensors(temporary, tensors, args.dtype)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.target.exists():
         raise UserError(f"{args.target}: exists already; give a new name")
     there = weights.without_prefix(read_st(args.source))
-    _, model = weights.whole(there, source=str(args.source))
+    _, model = weights.validate_model(there, source=str(args.source))
     pth.write(args.target, {name: tensor for name, tensor in model.items() if name in there})
     print(f"wrote {args.target}")
 

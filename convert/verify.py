@@ -18,7 +18,7 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
 
 from convert.st import is_safetensors, read_st
 from rwkv_jax.checkpoints import pth
-from rwkv_jax.checkpoints.weights import official_shapes, whole, without_prefix
+from rwkv_jax.checkpoints.weights import official_shapes, validate_model, without_prefix
 from rwkv_jax.config import ModelConfig, default_low_rank
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.text.tokenizer import VOCAB_SIZE
@@ -138,7 +138,7 @@ def verify(path: Path) -> dict[str, str]:
     """
     is_st = is_safetensors(path)
     tensors = read_st(path) if is_st else pth.read(path)
-    config, checked = whole(tensors, source=str(path))
+    config, checked = validate_model(tensors, source=str(path))
     for tensor in checked.values():
         np.asarray(tensor)
     model = Model(path, tensors, config)

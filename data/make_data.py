@@ -18,7 +18,7 @@ from data.compute_magic_prime import report
 from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import reporting_os_errors, scratch_folder
 from rwkv_jax.text import tokenizer
-from rwkv_jax.text.binidx import BinIdx, BinIdxWriter, beside, open_binidx, prefix_of
+from rwkv_jax.text.binidx import BinIdx, BinIdxWriter, append_suffix, open_binidx, prefix_of
 from rwkv_jax.text.corpus import SKIPPED, Corpus, add_options, find, skipped_note
 from rwkv_jax.text.sampler import choose_magic_prime
 from rwkv_jax.text.tokenization import progress_bar, tokenize
@@ -57,15 +57,15 @@ def make_data(text: Corpus, passes: int, ctx_len: int, prefix: Path, seed: int) 
                     )
                     bar.advance(task, len(items))
         verify(text, documents, open_binidx(shuffled), passes, seed)
-        skipped = beside(folder / "tokenized", SKIPPED)
+        skipped = append_suffix(folder / "tokenized", SKIPPED)
         with reporting_os_errors(prefix, "write"):
             for ending in (".bin", ".idx"):
-                os.replace(beside(shuffled, ending), beside(prefix, ending))
+                os.replace(append_suffix(shuffled, ending), append_suffix(prefix, ending))
             if skipped.exists():
-                os.replace(skipped, beside(prefix, SKIPPED))
-                print(skipped_note(beside(prefix, SKIPPED)), file=sys.stderr)
+                os.replace(skipped, append_suffix(prefix, SKIPPED))
+                print(skipped_note(append_suffix(prefix, SKIPPED)), file=sys.stderr)
             else:
-                beside(prefix, SKIPPED).unlink(missing_ok=True)  # of files that are replaced
+                append_suffix(prefix, SKIPPED).unlink(missing_ok=True)  # of files that are replaced
     return report(str(prefix), open_binidx(prefix), ctx_len)
 
 

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
-    """A model from an official-format `.pth`, or from a training run.
+    """Loads a model from an official-format `.pth`, or from a training run.
 
     Args:
-        path: the file, a run's `--proj_dir` (its newest checkpoint is taken), or one checkpoint.
+        path: the file, a run's `--proj_dir` (its newest checkpoint is used), or one checkpoint.
         dtype: of the weights and of the computation: "float32", "bfloat16" or "float16".
     Returns:
-        The module; see `RWKV7.forward`. Its shape is read off the file (`model.config`).
+        The module; see `RWKV7.forward`. Its configuration is inferred from the file
+        (`model.config`).
     Raises:
-        UserError: the file is missing, damaged, or no RWKV-7 model.
+        UserError: the file is missing, damaged, or not an RWKV-7 model.
     """
     import jax
 
@@ -45,9 +46,9 @@ def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":
 def load_params(
     path: str | os.PathLike[str], dtype: Any = "float32"
 ) -> tuple["ModelConfig", dict[str, Any]]:
-    """The configuration and the tree of parameters, NumPy arrays, that `load` builds on.
+    """Loads the configuration and the tree of parameters as NumPy arrays; used by `load`.
 
-    Memory is that of the tree in `dtype`: no wider copy of it is made on the way.
+    Peak memory is that of the tree in `dtype`: there is no intermediate copy in a wider dtype.
     """
     return _load(path, dtype, tuned=False)[:2]
 
@@ -55,10 +56,10 @@ def load_params(
 def load_tuned(
     path: str | os.PathLike[str], dtype: Any = "float32"
 ) -> tuple["ModelConfig", dict[str, Any], "np.ndarray | None"]:
-    """As `load_params`, with the tuned initial state that a file may hold beside the model.
+    """As `load_params`, and also loads a tuned initial state if the file has one.
 
-    The state is that of `weights.tuned_state`. All others refuse such a file: with another state to
-    begin in, it is another model.
+    The state has the layout of `weights.tuned_state`. All other loaders refuse such a file, because
+    a model with another initial state computes something else.
     """
     return _load(path, dtype, tuned=True)
 
@@ -68,7 +69,7 @@ def _load(
 ) -> tuple["ModelConfig", dict[str, Any], "np.ndarray | None"]:
     from pathlib import Path
 
-    import ml_dtypes  # noqa: F401  # by which NumPy knows "bfloat16"
+    import ml_dtypes  # noqa: F401  # registers "bfloat16" with NumPy
 
     from rwkv_jax.config import HEAD_SIZES
     from rwkv_jax.errors import UserError
@@ -89,19 +90,19 @@ def _load(
 
 
 def _import_jax() -> None:
-    """Imports jax where it would report, from each library of its CUDA plugin, a missing driver.
+    """Imports jax without the CUDA plugin's messages about a missing driver.
 
-    The plugin without a driver is what the extra `plan` installs. jax 0.10 prints as the libraries
-    are loaded, which no setting of it prevents.
+    The extra `plan` installs the plugin on machines without a driver. jax 0.10 prints these
+    messages when it loads the libraries, and no setting turns them off.
     """
     from importlib.util import find_spec
 
     from rwkv_jax.device.nvidia import has_driver
-    from rwkv_jax.errors import held_back
+    from rwkv_jax.errors import suppress_stderr
 
     if "jax" not in sys.modules and any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         if not has_driver():
-            with held_back():
+            with suppress_stderr():
                 import jax  # noqa: F401
 
 

@@ -1,7 +1,7 @@
-"""What a model and a run are made of, and the command line that is generated from it.
+"""Model and training options, and the command line generated from them.
 
 `TrainConfig`'s fields are the options of `python -m rwkv_jax.train`: name, type, default and help
-stand together, once. The names are the official trainer's.
+text are declared in one place. The names are the official trainer's.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from rwkv_jax.official_options import OFFICIAL_OPTIONS, OFFICIAL_VALUES, device_
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of an RWKV-7 (x070) model: all that is needed to build its tensors.
+    """The architecture of an RWKV-7 (x070) model: everything needed to build its tensors.
 
     Letters as in the shapes throughout: L layers, C width, V vocabulary, H heads of size N,
     F the channel mix's inner width.
@@ -67,7 +67,7 @@ def default_low_rank(n_embd: int) -> dict[str, int]:
     return {"dim_w": width(2.5), "dim_a": width(2.5), "dim_v": width(1.7), "dim_g": width(5.0)}
 
 
-HEAD_SIZES = (16, 32, 64, 128)  # that the WKV operation takes
+HEAD_SIZES = (16, 32, 64, 128)  # that the WKV operation supports
 
 # name: (n_layer, n_embd). `tiny` is for smoke runs: it trains in minutes on a CPU.
 SIZES = {
@@ -91,7 +91,7 @@ G1_LOW_RANK = {
     "13.3b": (192, 192, 128, 384),
 }
 
-# What is sharded, and where: sharding.STRATEGIES says what each means.
+# What is sharded over the devices; defined by sharding.STRATEGIES.
 STRATEGY_NAMES = (
     "deepspeed_stage_1",
     "deepspeed_stage_2",
@@ -107,7 +107,7 @@ STRATEGY_ALIASES = {
     "fsdp_offload": "deepspeed_stage_3_offload",
 }
 
-AUTO = -1  # what `--micro_bsz auto` becomes
+AUTO = -1  # the value of `--micro_bsz auto`
 
 
 def _number_or_auto(text: str) -> int:
@@ -117,7 +117,7 @@ def _number_or_auto(text: str) -> int:
 
 
 def _switch(text: str) -> int:
-    """0 or 1, also as Lightning writes them."""
+    """Parses 0 or 1, also as Lightning writes them."""
     return whole_number({"false": "0", "true": "1"}.get(text.lower(), text))
 
 
@@ -126,7 +126,7 @@ def _deterministic(text: str) -> int:
 
 
 def _among(choices: tuple[Any, ...]) -> Callable[[str], str]:
-    """Makes a choice of a word, without regard to case; another word stays as it is."""
+    """Parses a choice, ignoring case; any other word is returned unchanged."""
     return lambda text: next((name for name in choices if name.lower() == text.lower()), text)
 
 
@@ -146,9 +146,9 @@ def _option(
     """A field of `TrainConfig` that becomes `--name`.
 
     Args:
-        metavar: what its value is, in one word; empty: the choices.
-        least: the smallest value allowed.
-        parse: makes the value of a word; None: that of the choices, or the type of the default.
+        metavar: one word for the value; empty: the choices.
+        least: the smallest allowed value.
+        parse: parses the value; None: by the choices, or by the type of the default.
     """
     if parse is None and choices and isinstance(default, str):
         parse = _among(choices)
@@ -169,7 +169,7 @@ def _option(
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The options of `python -m rwkv_jax.train`, in the groups and words of its `--help`."""
+    """The options of `python -m rwkv_jax.train`, with the groups and texts of its `--help`."""
 
     # fmt: off
     size: str = _option(
@@ -187,30 +187,30 @@ class TrainConfig:
         "formula", "model", "formula|g1|W,A,V,G", "Low-rank widths of a fresh model: those of the "
         "official formula, of the released G1 model of this --size, or four numbers.")
     load_model: str = _option(
-        "", "model", "PATH", "Start from these weights, whose shape decides the model's: a .pth, "
-        "the output folder of a run, or one of its checkpoints. 0 or empty: those of proj_dir.",
+        "", "model", "PATH", "Initial weights; the model takes its shape from them: a .pth, the "
+        "output folder of a run, or one of its checkpoints. 0 or empty: those of proj_dir.",
         parse=_path_or_none)
     load_partial: int = _option(
-        0, "model", "", "1: tensors that the file lacks get a fresh initial value and are listed; "
-        "a tensor of another shape is refused.", 0, 1)
+        0, "model", "", "1: tensors that the file lacks are freshly initialised and listed; a "
+        "tensor of another shape is refused.", 0, 1)
     random_seed: int = _option(
-        0, "model", "SEED", "Seed of fresh initial weights; -1: another one each time.", least=-1)
+        0, "model", "SEED", "Seed of fresh initial weights; -1: another seed each time.", least=-1)
 
     data_file: str = _option(
         "", "data", "PATH", 'Text: X.jsonl (or .jsonl.gz, .jsonl.zst) with a "text" in each line, '
-        "X.txt, X.parquet, a folder of them, or a pattern in quotes. Or X, for the tokens X.bin "
-        "and X.idx (default: the checkout's data/demo.jsonl).",
+        "X.txt, X.parquet, a folder of them, or a quoted pattern. Or X, for the tokens X.bin and "
+        "X.idx (default: the checkout's data/demo.jsonl).",
         parse=_path_or_none)
     text_key: str = _option(
-        "text", "data", "KEY", "Key of a .jsonl, or column of a .parquet, that holds the text.")
+        "text", "data", "KEY", "Key of a .jsonl, or column of a .parquet, with the text.")
     on_bad_line: str = _option(
-        "stop", "data", "", "What to do about a line that cannot be used: stop with an error that "
-        "names it, or skip it; the skipped ones are counted, and listed in proj_dir/skipped.tsv.",
+        "stop", "data", "", "What to do with a line that cannot be used: stop with an error that "
+        "names it, or skip it; skipped lines are counted, and listed in proj_dir/skipped.tsv.",
         "stop", "skip")
     ctx_len: int = _option(512, "data", "TOKENS", "Length of a sample, T.", least=1)
     my_exit_tokens: int = _option(
-        0, "data", "TOKENS", "Train on so many tokens, then write rwkv-final.pth; 0: as many as "
-        "the data holds.", least=0)
+        0, "data", "TOKENS", "Train on this many tokens, then write rwkv-final.pth; 0: the number "
+        "of tokens in the data.", least=0)
     magic_prime: int = _option(
         0, "data", "PRIME", "The sampler's prime for this data and ctx_len; 0: computed. A given "
         "one is checked.", least=0)
@@ -220,15 +220,15 @@ class TrainConfig:
         "on a GPU; auto: as many as fit the device's memory (takes a few compilations).",
         least=AUTO, parse=_number_or_auto)
     accumulate_grad_batches: int = _option(
-        1, "training", "BATCHES", "Micro batches whose gradients are averaged into one step.",
-        least=1)
+        1, "training", "BATCHES", "Gradient accumulation: micro batches whose gradients are "
+        "averaged into one step.", least=1)
     lr_init: float | None = _option(
         None, "training", "RATE", "Peak learning rate (default 0.45/n_embd).", parse=float)
     lr_final: float | None = _option(
         None, "training", "RATE", "Final learning rate, at most lr_init (default "
         "lr_init·0.04/0.45).", least=0, parse=float)
     warmup_steps: int = _option(
-        10, "training", "STEPS", "Steps of linear warm-up from 1%; -1: 10 when the last "
+        10, "training", "STEPS", "Steps of linear warm-up from 1%; -1: 10 if the last "
         "rwkv-{n}.pth is continued, else none.", least=-1)
     beta1: float = _option(0.9, "training", "DECAY", "Adam's β₁.", least=0)
     beta2: float = _option(0.99, "training", "DECAY", "Adam's β₂.", least=0)
@@ -237,84 +237,86 @@ class TrainConfig:
     weight_decay: float = _option(
         0.001, "training", "FACTOR", "Decoupled weight decay of the matrices.", least=0)
     grad_clip: float = _option(
-        1.0, "training", "NORM", "Largest global norm of the gradient; 0: any.", least=0)
+        1.0, "training", "NORM", "Largest global norm of the gradient; 0: no limit.", least=0)
     grad_cp: int = _option(
-        -1, "training", "", "1: recompute each block in the backward pass, to save memory; 2: all "
-        "of it but its matrix products; 0: nothing; -1: 0 on a CPU, 1 on a GPU.", -1, 0, 1, 2)
+        -1, "training", "", "1: recompute each block in the backward pass to save memory; 2: "
+        "recompute all but the matrix products; 0: recompute nothing; -1: 0 on a CPU, 1 on a GPU.",
+        -1, 0, 1, 2)
     head_chunk: int = _option(
-        0, "training", "TOKENS", "Tokens, of the micro_bsz·ctx_len of a device, whose logits exist "
-        "at once; 0: automatic.", least=0)
+        0, "training", "TOKENS", "Number of tokens whose logits exist at once, out of a device's "
+        "micro_bsz·ctx_len; 0: automatic.", least=0)
     precision: str = _option(
-        "auto", "training", "", "Of the forward and backward pass (weights and Adam are float32); "
-        "auto: fp32 on a CPU, bf16 on a GPU, fp16 with a loss scale on one older than Ampere.",
+        "auto", "training", "", "Precision of the forward and backward pass (master weights and "
+        "Adam are float32); auto: fp32 on a CPU, bf16 on a GPU, fp16 with a loss scale on one "
+        "older than Ampere.",
         "auto", "bf16", "fp32", "tf32", "fp16")
     epoch_count: int = _option(
-        0, "training", "MINIEPOCHS", "Stop after so many miniepochs of 40320 samples, even before "
-        "my_exit_tokens; 0: do not.", least=0)
+        0, "training", "MINIEPOCHS", "Stop after this many miniepochs of 40320 samples, even "
+        "before my_exit_tokens; 0: no limit.", least=0)
     epoch_begin: int = _option(
-        0, "training", "MINIEPOCH", "Miniepoch to begin with, when weights alone are loaded.",
-        least=0)
+        0, "training", "MINIEPOCH", "First miniepoch, if the run starts from weights without a "
+        "checkpoint.", least=0)
     train_stage: int = _option(
         3, "training", "", "1: write rwkv-init.pth and stop; 2, 3: train, and in a folder without "
-        "checkpoints continue from its last rwkv-{n}.pth; 0: train without looking for those. None "
-        "overwrites finished weights.",
+        "checkpoints continue from its last rwkv-{n}.pth; 0: train without looking for such files. "
+        "No stage overwrites finished weights.",
         0, 1, 2, 3)
 
     proj_dir: str = _option(
-        "out", "output", "FOLDER", "Where the .pth files, checkpoints and logs go.",
+        "out", "output", "FOLDER", "Folder for the .pth files, checkpoints and logs.",
         parse=path_argument)
     epoch_save: int = _option(
-        10, "output", "MINIEPOCHS", "Write rwkv-{n}.pth and a checkpoint every so many miniepochs, "
-        "from the first on, and after the last whole one; 0: only then.", least=0)
+        10, "output", "MINIEPOCHS", "Write rwkv-{n}.pth and a checkpoint every N miniepochs, "
+        "starting with the first, and after the last whole one; 0: only after the last.", least=0)
     save_every_steps: int = _option(
-        0, "output", "STEPS", "Write a checkpoint every so many steps as well; 0: never.", least=0)
+        0, "output", "STEPS", "Also write a checkpoint every N steps; 0: never.", least=0)
     save_every_minutes: float = _option(
-        30.0, "output", "MINUTES", "Write a checkpoint every so many minutes as well; 0: never.",
-        least=0)
+        30.0, "output", "MINUTES", "Also write a checkpoint every N minutes; 0: never.", least=0)
     keep_last: int = _option(
-        2, "output", "CHECKPOINTS", "How many checkpoints are kept, the newest.", least=1)
+        2, "output", "CHECKPOINTS", "Number of checkpoints to keep.", least=1)
     max_minutes: float = _option(
-        0.0, "output", "MINUTES", "Save and stop after so many minutes, for jobs with a time limit "
-        "(leave time for the save); 0: do not.", least=0)
+        0.0, "output", "MINUTES", "Save and stop after N minutes, for jobs with a time limit "
+        "(leave time for the save); 0: no limit.", least=0)
     resume_anyway: int = _option(
-        0, "output", "", "1: resume from the checkpoint although the data, ctx_len, the batch or "
-        "what the run began with has changed, at the same number of tokens.", 0, 1)
+        0, "output", "", "1: resume even if the data, ctx_len, the batch or the run's starting "
+        "point has changed, at the same number of tokens.", 0, 1)
     plot: int = _option(
-        0, "output", "", "1: draw the loss as it falls, in proj_dir/loss.html and loss.png.", 0, 1)
+        0, "output", "", "1: plot the loss during training in proj_dir/loss.html and loss.png.",
+        0, 1)
     wandb: str = _option(
         "", "output", "PROJECT", "Weights & Biases project to log to; empty: none.")
     tensorboard: int = _option(
-        0, "output", "", "1: write TensorBoard's event files to proj_dir/tensorboard.", 0, 1)
+        0, "output", "", "1: write TensorBoard event files to proj_dir/tensorboard.", 0, 1)
     enable_progress_bar: str = _option(
         "auto", "output", "", "auto: a bar on a terminal, lines in a file.",
         "auto", "True", "False")
 
     accelerator: str = _option(
-        "auto", "machine", "", "What to run on; cuda is gpu.", "auto", "gpu", "cuda", "cpu")
+        "auto", "machine", "", "Type of device; cuda means gpu.", "auto", "gpu", "cuda", "cpu")
     devices: int = _option(
-        0, "machine", "NUMBER|auto", "How many of them, on each machine; 0, -1 or auto: all.",
+        0, "machine", "NUMBER|auto", "Number of devices on each machine; 0, -1 or auto: all.",
         least=-1, parse=device_count)
     num_nodes: int = _option(
-        1, "machine", "MACHINES", "Machines that train together; every one runs the same command "
-        "(docs/many-gpus.md).", least=1)
+        1, "machine", "MACHINES", "Number of machines that train together; all run the same "
+        "command (docs/many-gpus.md).", least=1)
     deterministic: int = _option(
-        0, "machine", "", "1: the same bytes from every run, on a GPU as well, which takes longer "
-        "there and some memory; on a CPU it is so anyway.", 0, 1, parse=_deterministic)
+        0, "machine", "", "1: every run produces the same bytes on a GPU, at some cost in time and "
+        "memory; on a CPU this is always so.", 0, 1, parse=_deterministic)
     coordinator_address: str = _option(
-        "", "machine", "HOST:PORT", "Address of the first machine, where neither SLURM, Open "
-        "MPI, Kubernetes nor torchrun provides it.")
+        "", "machine", "HOST:PORT", "Address of the first machine, if SLURM, Open MPI, Kubernetes "
+        "or torchrun does not provide it.")
     process_id: int = _option(
         -1, "machine", "NUMBER", "Number of this machine, from 0; with --coordinator_address.",
         least=-1)
     strategy: str = _option(
-        "auto", "machine", "NAME", "What is sharded over the devices: Adam's moments and the "
-        "master weights (deepspeed_stage_1 or zero1), the gradients too (deepspeed_stage_2 or "
-        "zero2), the parameters too (deepspeed_stage_3 or fsdp); with _offload added to stage 2 or "
-        "3, zero2 or fsdp, masters and moments are in the host's memory; auto: deepspeed_stage_2.",
+        "auto", "machine", "NAME", "What to shard over the devices: master weights and Adam's "
+        "moments (deepspeed_stage_1 or zero1), also gradients (deepspeed_stage_2 or zero2), also "
+        "parameters (deepspeed_stage_3 or fsdp). With _offload (for stage 2 and 3, zero2 and "
+        "fsdp), master weights and moments are in host memory. auto: deepspeed_stage_2.",
         "auto", *STRATEGY_NAMES, *STRATEGY_ALIASES)
     mesh: str = _option(
-        "", "machine", "data=D,fsdp=F", "The state is sharded over F devices, D times (default: "
-        "over all of them).")
+        "", "machine", "data=D,fsdp=F", "Shard the state over F devices, in D copies (default: "
+        "over all devices).")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -333,7 +335,7 @@ class TrainConfig:
             "accelerator": {"cuda": "gpu"},
             "devices": {-1: 0},
         }
-        for name, values in same.items():  # "0" is what the official scripts write for none
+        for name, values in same.items():  # the official scripts write "0" for none
             value = getattr(self, name)
             object.__setattr__(self, name, values.get(value, value))
         for name in ("beta1", "beta2"):
@@ -345,9 +347,9 @@ class TrainConfig:
             self.learning_rates(0)
         if self.train_stage == 1 and self.load_model:
             raise UserError(
-                f"--train_stage 1 --load_model {self.load_model}: stage 1 writes fresh weights "
-                "alone; leave --train_stage out to train from that file, with --load_partial 1 if "
-                "it lacks tensors"
+                f"--train_stage 1 --load_model {self.load_model}: stage 1 only writes fresh "
+                "weights; leave out --train_stage to train from that file, with --load_partial 1 "
+                "if it lacks tensors"
             )
 
     def learning_rates(self, n_embd: int) -> tuple[float, float]:
@@ -361,7 +363,7 @@ class TrainConfig:
         if final > init:
             raise UserError(
                 f"--lr_final {final:g} is above --lr_init {init:g}, so that the learning rate "
-                "would rise: give a smaller one, or leave it out for lr_init·0.04/0.45"
+                "would rise: give a smaller value, or leave it out for lr_init·0.04/0.45"
             )
         return init, final
 
@@ -397,51 +399,16 @@ class TrainConfig:
 
 
 def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
-    """The command line as a `TrainConfig`, and what to say of the official options that it has.
+    """Parses the command line.
 
     Returns:
-        The options, and at most two lines: those that others replace, and those without effect.
+        The options, and at most two notes about official options: those that were replaced, and
+        those without effect.
 
     Raises:
         UserError: an option or a value cannot be used.
     """
-    parser = CommandParser(
-        prog="python -m rwkv_jax.train",
-        usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
-        description="Pretrain an RWKV-7 model, or continue training one. Without options: the 0.1b "
-        "model on the demo text. A run that was stopped is resumed by the same command.",
-        epilog="The other options of the official trainers and of Lightning's Trainer are known "
-        "too: docs/options.md lists what is done with each.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    groups: dict[str, Any] = {}
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for name, field in fields.items():
-        group = field.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        default = field.default
-        told = "" if default in ("", -1, 0, 0.0, None) else f" (default {default})"
-        choices = field.metadata["choices"] or ()
-        # Without a value, as in Lightning: on.
-        on = {"const": "True"} if "True" in choices else {"const": 1} if choices == (0, 1) else {}
-        groups[group].add_argument(
-            f"--{name}",
-            type=field.metadata["parse"],
-            metavar=field.metadata["metavar"],
-            help=(field.metadata["help"].removesuffix(".") + told + ".").replace("%", "%%"),
-            **({"nargs": "?", **on} if on else {}),
-        )
-    for name, option in OFFICIAL_OPTIONS.items():
-        if option.becomes:
-            parse = option.parse or fields[option.becomes].metadata["parse"]
-            parser.add_argument(f"--{name}", dest=name, type=parse, help=argparse.SUPPRESS)
-        else:  # which Lightning takes without a value, too
-            parser.add_argument(
-                f"--{name}", dest=name, nargs="?", const="True", help=argparse.SUPPRESS
-            )
-    options = vars(parser.parse_args(arguments))
+    options = vars(_parser().parse_args(arguments))
     official = {name: options.pop(name) for name in OFFICIAL_OPTIONS if name in options}
     notes = {
         "replaced here": _renamed(official, options),
@@ -456,30 +423,70 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     return config, [f"{text}: {'; '.join(each)}" for text, each in notes.items() if each]
 
 
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m rwkv_jax.train",
+        usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
+        description="Pretrain an RWKV-7 model, or continue training one. Without options: the 0.1b "
+        "model on the demo text. A run that was stopped is resumed by the same command.",
+        epilog="Other options of the official trainers and of Lightning's Trainer are recognised; "
+        "docs/options.md lists them.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, field in fields.items():
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = field.default
+        suffix = "" if default in ("", -1, 0, 0.0, None) else f" (default {default})"
+        choices = field.metadata["choices"] or ()
+        # An option without a value is on, as in Lightning.
+        on = {"const": "True"} if "True" in choices else {"const": 1} if choices == (0, 1) else {}
+        groups[group].add_argument(
+            f"--{name}",
+            type=field.metadata["parse"],
+            metavar=field.metadata["metavar"],
+            help=(field.metadata["help"].removesuffix(".") + suffix + ".").replace("%", "%%"),
+            **({"nargs": "?", **on} if on else {}),
+        )
+    for name, option in OFFICIAL_OPTIONS.items():
+        if option.becomes:
+            parse = option.parse or fields[option.becomes].metadata["parse"]
+            parser.add_argument(f"--{name}", dest=name, type=parse, help=argparse.SUPPRESS)
+        else:  # Lightning also accepts these without a value
+            parser.add_argument(
+                f"--{name}", dest=name, nargs="?", const="True", help=argparse.SUPPRESS
+            )
+    return parser
+
+
 def _renamed(official: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """Adds to `options` what they have under an official name; returns what to say of each."""
-    said = []
+    """Moves values given under an official name to our option; returns a note for each."""
+    notes = []
     for name, value in official.items():
         option = OFFICIAL_OPTIONS[name]
-        here = option.becomes
-        if not here:
+        ours = option.becomes
+        if not ours:
             continue
         if option.agreeing is not None and str(value) not in option.agreeing:
             raise _refused(name, value)
-        if options.setdefault(here, value) != value:
+        if options.setdefault(ours, value) != value:
             raise UserError(
-                f"--{name} {value} and --{here} {options[here]}: two names of one option; give one"
+                f"--{name} {value} and --{ours} {options[ours]}: two names of one option; give one"
             )
-        said.append(f"--{name} (by --{here} {value})")
+        notes.append(f"--{name} (by --{ours} {value})")
     for name, value in options.items():
-        if taken := OFFICIAL_VALUES.get((name, str(value).lower())):
-            options[name] = taken
-            said.append(f"--{name} {value} (by {taken})")
-    return said
+        if our_value := OFFICIAL_VALUES.get((name, str(value).lower())):
+            options[name] = our_value
+            notes.append(f"--{name} {value} (by {our_value})")
+    return notes
 
 
 def _without_effect(official: dict[str, Any]) -> list[str]:
-    """What to say of the options that do nothing here, those of one reason together."""
+    """Notes about options without effect, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for name, value in official.items():
         option = OFFICIAL_OPTIONS[name]

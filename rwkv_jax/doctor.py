@@ -1,8 +1,8 @@
-"""`python -m rwkv_jax.doctor`: what this machine would train on, and what is wrong with it.
+"""`python -m rwkv_jax.doctor`: reports what this machine would train on, and its problems.
 
-Facts are gathered first; then rules over the facts say what is wrong, in plain words and with the
-way out. jax's facts, and the losses of a small model that is trained for a few steps, come from one
-process of their own, so that a driver that crashes or a GPU that is full is something to report.
+First facts are collected; then rules over the facts report problems, each with a fix. jax's facts
+and the losses of a small model that is trained for a few steps come from a subprocess, so that a
+crashing driver or a full GPU can be reported.
 """
 
 import os
@@ -22,14 +22,14 @@ from rwkv_jax.errors import CommandParser, UserError, run_command
 
 
 def report(facts: Facts) -> Iterator[tuple[str, str]]:
-    """The facts, a heading and a line each."""
+    """The facts, as (heading, line)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "system", f"{platform.platform()}, Python {platform.python_version()}, {cpus} CPU cores"
     yield "packages", ", ".join(f"{x} {facts.versions.get(x, 'missing')}" for x in PACKAGES)
     plugins = [f"{name} {facts.versions[name]}" for name in PLUGINS if name in facts.versions]
     yield "CUDA", ", ".join(plugins) or "jax has no CUDA plugin"
     if not facts.gpus:
-        yield "driver", facts.driver_says or "no NVIDIA driver (no nvidia-smi)"
+        yield "driver", facts.driver_error or "no NVIDIA driver (no nvidia-smi)"
     for gpu in facts.gpus:
         yield (
             "GPU",
@@ -45,14 +45,14 @@ def report(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """On two cores of a slow virtual machine: 8 s, nearly all of it compiling and imports; then 6,
-    as compiled programs are kept.
+    """Takes 8 s on two cores of a slow virtual machine, nearly all of it compilation and imports;
+    6 s after that, because compiled programs are cached.
     """
     CommandParser(
         prog="python -m rwkv_jax.doctor",
-        description="Say what this machine would train on, which kernels would run, and what is "
-        "wrong with drivers, packages and settings; then train a small model for some steps whose "
-        "losses are known. Exits with 1 when something is wrong.",
+        description="Report the device and kernels that training would use, and problems with "
+        "drivers, packages and settings; then train a small model for a few steps and compare its "
+        "losses with known values. Exits with 1 if there is a problem.",
     ).parse_args()
     print("starting jax, and training a small model on it …", flush=True)
     began = time.monotonic()
@@ -73,9 +73,9 @@ def main() -> None:
         print(f"problem: {problem}")
     if wrong:
         sys.exit(1)
-    if facts.jax_says:
-        print(f"note: jax says as it starts: {facts.jax_says}")
-    print("nothing else is wrong" if facts.jax_says else "nothing is wrong")
+    if facts.jax_error:
+        print(f"note: jax printed at start-up: {facts.jax_error}")
+    print("nothing else is wrong" if facts.jax_error else "nothing is wrong")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one error class that a person is meant to read, and how commands meet it."""
+"""`UserError`, the error class for users, and how commands report it."""
 
 import argparse
 import contextlib
@@ -20,17 +20,17 @@ from rwkv_jax import __version__
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """An input from the user cannot be used.
 
-    The message is one line that names the file or option, the value, and the way out.
+    The message is one line that names the file or option, the value, and a fix.
     Commands print it without a traceback; library callers catch it as a `ValueError`.
     """
 
 
 def path_argument(text: str) -> str:
-    """The path that a command line gives: `~` and `~user` expanded, as in `--proj_dir=~/out`.
+    """Expands `~` and `~user` in a path argument, as in `--proj_dir=~/out`.
 
-    Shells leave them as they are after an equals sign.
+    Shells do not expand them after an equals sign.
 
     Raises:
         argparse.ArgumentTypeError: it is empty, or there is no such user.
@@ -39,15 +39,17 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError("it is empty; give a path")
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text}: is nobody's home folder; ./{text} names a file")
+        raise argparse.ArgumentTypeError(
+            f"{text}: there is no such user; for a file, write ./{text}"
+        )
     return path
 
 
 def whole_number(text: str) -> int:
-    """An integer of 64 bits, also as in 1e6.
+    """Parses an integer of 64 bits, also written as 1e6.
 
     Raises:
-        argparse.ArgumentTypeError: it is no integer, or a larger one.
+        argparse.ArgumentTypeError: it is not an integer, or beyond 64 bits.
     """
     try:
         value = int(text)
@@ -65,7 +67,7 @@ def whole_number(text: str) -> int:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong command line as the one line of a `UserError`.
+    """An ArgumentParser that reports a wrong command line as a `UserError` of one line.
 
     Arguments of `type=Path` are parsed by `path_argument`, those of `type=int` by `whole_number`.
     """
@@ -74,12 +76,14 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(*arguments, **settings)
         self.register("type", int, whole_number)
         self.register("type", Path, lambda text: Path(path_argument(text)))
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's leaves out -1e-4
+        self._negative_number_matcher = re.compile(
+            r"-\.?\d"
+        )  # argparse's own pattern does not match -1e-4
         version = f"rwkv-jax {__version__}"
         self.add_argument("--version", action="version", version=version, help="Print the version.")
 
     def parse_known_args(self, *arguments: Any, **settings: Any) -> Any:
-        """As the base class, whose Pythons before 3.13 make an empty list of `--name=--`."""
+        """As the base class; before Python 3.13 it turns `--name=--` into an empty list."""
         namespace, rest = super().parse_known_args(*arguments, **settings)
         for action in self._actions:
             value = getattr(namespace, action.dest, None)
@@ -90,15 +94,15 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         first = next(iter(unknown.split()), "")
-        near = self._near(first.partition("=")[0])
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        similar = self._similar(first.partition("=")[0])
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         takes_files = any(action.dest == "data_file" for action in self._actions)
         if takes_files and first and os.path.exists(first):  # the shell has expanded a pattern
-            hint = "; of several files give the folder, or a pattern in quotes"
+            hint = "; for several files, give the folder or a quoted pattern"
         raise UserError(f"{message}{hint} (--help lists the options)")
 
-    def _near(self, typed: str) -> list[str]:
-        """The options that one may have meant: a longer or shorter name, else a similar one."""
+    def _similar(self, typed: str) -> list[str]:
+        """Suggestions for an unknown option: longer or shorter names, else similar ones."""
         if not typed.startswith("--"):
             return []
         typed = "--" + typed[2:].replace("-", "_")
@@ -110,7 +114,7 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def _no_traceback_in_a_notebook() -> Iterator[None]:
-    """What the exit of a command means is printed; IPython's `%run -m` adds nothing to it."""
+    """Keeps IPython's `%run -m` from adding a traceback to an error that is already printed."""
     try:
         yield
     except SystemExit as status:
@@ -122,17 +126,17 @@ def _no_traceback_in_a_notebook() -> Iterator[None]:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0 on success, 2 on `UserError`, 130 on Ctrl-C.
 
-    What a terminal that is not UTF-8 cannot show becomes a question mark, and no error. A standard
-    stream that is closed (`>&-`) is empty, or takes everything. Warnings of libraries are not
-    shown, unless Python is asked for them (`-W`, `PYTHONWARNINGS`).
+    On a terminal that is not UTF-8, characters that cannot be shown become question marks. A closed
+    standard stream (`>&-`) is replaced by the null device. Warnings of libraries are not shown,
+    unless Python is asked for them (`-W`, `PYTHONWARNINGS`).
 
-    A bug ends in one line, too, that names a file with the traceback. So does what jax, or the
-    system, cannot do for lack of memory.
+    A bug is also reported in one line, which names a file with the traceback. If jax or the system
+    runs out of memory, one line says so.
     """
 
-    def complain(words: object) -> None:
-        with contextlib.suppress(OSError):  # nobody may be reading
-            print(one_line(words), file=sys.stderr, flush=True)
+    def print_error(message: object) -> None:
+        with contextlib.suppress(OSError):  # the stream may be closed
+            print(one_line(message), file=sys.stderr, flush=True)
 
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -144,48 +148,48 @@ def run_command(main: Callable[[], None]) -> NoReturn:
                 warnings.simplefilter("ignore")
             main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `… | head` closed our output: not an error of ours
+    except BrokenPipeError:  # `… | head` closed our output: not an error
         sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
-        words, status = last_words(error)
-        complain(words)
+        message, status = message_and_status(error)
+        print_error(message)
         sys.exit(status)
     finally:
         _discard_output()
     sys.exit(0)
 
 
-def last_words(error: BaseException) -> tuple[str, int]:
-    """What a command that this ends says of it, and its exit status."""
+def message_and_status(error: BaseException) -> tuple[str, int]:
+    """The message and the exit status for an exception that ends a command."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
-    if isinstance(error, OSError):  # without a file name: of standard output
+    if isinstance(error, OSError):  # an error of standard output has no file name
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror or error}", 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    words, status = _unforeseen(error)
-    return f"error: {words}", status
+    message, status = _unexpected(error)
+    return f"error: {message}", status
 
 
-def one_line(words: object) -> str:
-    """Text in one line, with escapes for what would begin another one or move the cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
+def one_line(message: object) -> str:
+    """The message in one line; characters that break the line or move the cursor are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
 
 
-def _unforeseen(error: BaseException) -> tuple[str, int]:
-    """What to say of an exception that no code of ours expects, and the exit status."""
+def _unexpected(error: BaseException) -> tuple[str, int]:
+    """The message and the exit status for an unexpected exception."""
     first = next(iter(str(error).splitlines()), "")
     jax = sys.modules.get("jax")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
-        return f"out of memory: {first}; give a smaller model or batch, or free memory", 2
+        return f"out of memory: {first}; use a smaller model or batch, or free some memory", 2
     if jax and isinstance(error, jax.errors.JaxRuntimeError):
         return f"jax: {first}", 2
-    where = traceback.extract_tb(error.__traceback__)[-1].filename
-    if os.path.basename(where) == "xla_bridge.py":  # of no class that would tell
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if os.path.basename(raised_in) == "xla_bridge.py":  # jax raises no specific class for this
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        how = f"JAX_PLATFORMS={platforms}: jax does not start with it" if platforms else "jax fails"
-        return f"{how}: {first or type(error).__name__}; run python -m rwkv_jax.doctor", 2
+        what = f"JAX_PLATFORMS={platforms}: jax does not start" if platforms else "jax fails"
+        return f"{what}: {first or type(error).__name__}; run python -m rwkv_jax.doctor", 2
     name = f"{type(error).__name__}: {first}"
     try:
         with tempfile.NamedTemporaryFile(
@@ -195,13 +199,14 @@ def _unforeseen(error: BaseException) -> tuple[str, int]:
     except OSError:
         traceback.print_exception(error)
         return f"unexpected {name}; please report it with the traceback above", 1
-    return f"unexpected {name}; please report it with {file.name}, which holds the traceback", 1
+    return f"unexpected {name}; please report it with the traceback in {file.name}", 1
 
 
 def _open_closed_streams() -> None:
-    """In place of a closed standard stream, one that is empty or takes everything.
+    """Replaces a closed standard stream: stdin by an empty one, stdout and stderr by a null device.
 
-    Else the next file that is opened would get its number, and what libraries print.
+    Otherwise the next opened file would get its file descriptor, and libraries would print into
+    that file.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
@@ -216,7 +221,7 @@ def _open_closed_streams() -> None:
 
 
 def _discard_output() -> None:
-    """What cannot be written goes nowhere; else Python would try it again at the exit."""
+    """Discards output that cannot be written; otherwise Python would retry at exit."""
     for name in ("stdout", "stderr"):
         with contextlib.suppress(OSError, ValueError):
             number = getattr(sys, name).fileno()
@@ -230,8 +235,8 @@ def _discard_output() -> None:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside, SIGTERM, and SIGHUP of a terminal that goes away, raise SystemExit where they would
-    end the process at once: so that what has to be removed or saved is.
+    """Context in which SIGTERM and SIGHUP (a closed terminal) raise SystemExit, so that clean-up
+    code runs. Handlers that are already installed stay.
     """
     numbers = [
         number
@@ -242,7 +247,7 @@ def signals_raise() -> Iterator[None]:
 
     def leave(number: int, _: object) -> NoReturn:
         for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # the cleaning up is not to be cut short
+            signal.signal(each, signal.SIG_IGN)  # do not interrupt the clean-up
         sys.exit(128 + number)
 
     for number in numbers:
@@ -255,16 +260,16 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """What libraries of any language write to standard error inside is not shown.
+def suppress_stderr() -> Iterator[None]:
+    """Suppresses what libraries, in any language, write to standard error inside the block.
 
-    Unless it fails by another exception than a `UserError`, which says why.
+    It is shown if the block raises anything but a `UserError`.
     """
     if sys.stderr:
         sys.stderr.flush()
     try:
         before = os.dup(2)
-    except OSError:  # it is closed
+    except OSError:  # standard error is closed
         yield
         return
     with tempfile.TemporaryFile() as held:

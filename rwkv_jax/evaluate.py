@@ -1,18 +1,16 @@
 """`python -m rwkv_jax.evaluate`: measures a model on text, LAMBADA or the arithmetic task.
 
-All three are one question to the model: how likely is each token of a document, given its own
-beginning, and is it the model's first choice? A greedy continuation is an answer exactly if every
-token of the answer is the first choice after those before it, so nothing has to be generated.
+All three tasks need the same from the model: the probability of each token of a document given the
+tokens before it, and whether it is the argmax. Greedy decoding gives an answer exactly if every
+token of the answer is the argmax after those before it, so nothing has to be generated.
 """
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
@@ -23,7 +21,7 @@ from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.errors import CommandParser, UserError, path_argument, run_command
 from rwkv_jax.files import check_writable, reporting_os_errors, written_whole
 from rwkv_jax.inference.decoder import NOT_FINITE
-from rwkv_jax.inference.scoring import group_by_length, score
+from rwkv_jax.inference.scoring import Document, SpanScore, in_groups, score
 from rwkv_jax.inference.tasks import TASKS, item_documents
 from rwkv_jax.model.rwkv7 import RWKV7
 from rwkv_jax.text import tokenizer
@@ -41,13 +39,26 @@ from rwkv_jax.text.corpus import (
 )
 from rwkv_jax.text.tokenization import progress_bar
 
-Array = jax.Array
 
+class _Totals(NamedTuple):
+    """Sums over the scored documents."""
 
-# Tasks: texts → documents -------------------------------------------------------------------------
+    documents: int = 0
+    answers: int = 0
+    right: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
 
-
-# Results ------------------------------------------------------------------------------------------
+    def add(self, document: Document, scores: Sequence[SpanScore]) -> "_Totals":
+        return _Totals(
+            self.documents + 1,
+            self.answers + len(scores),
+            self.right + sum(score.first for score in scores),
+            self.tokens + sum(end - begin for begin, end in document.spans),
+            self.bytes + document.nbytes,
+            self.nats + sum(score.nats for score in scores),
+        )
 
 
 def evaluate(
@@ -58,26 +69,27 @@ def evaluate(
     text_key: str = "text",
     on_bad_line: str = "stop",
 ) -> dict[str, Any]:
-    """The numbers of one task on one file, with a progress bar on standard error.
+    """Computes the metrics of one task on one file, with a progress bar on standard error.
 
-    text: `bits_per_byte` (unless the model has another tokenizer), and `perplexity` of a token.
-    lambada: `accuracy`, and `perplexity` of a last word. arithmetic: `exact_match`, the part of all
-    answers that greedy decoding gives.
+    text: `bits_per_byte` (unless the model has another tokenizer), and `perplexity` per token.
+    lambada: `accuracy`, and `perplexity` of the last word. arithmetic: `exact_match`, the fraction
+    of answers that greedy decoding gives.
 
     Args:
         task: a name in `TASKS`.
-        path: text, all that `corpus.find` takes; for the task text also a binidx prefix, and any
-            other file, as one text.
-        limit: documents, from the first; 0: all.
+        path: text, anything that `corpus.find` accepts; for the task text also a binidx prefix;
+            any other file is read as one text.
+        limit: number of documents, from the first; 0: all.
         text_key, on_bad_line: as for `dataset.open_dataset`; `skipped` lines are counted, and
             listed in NAME.skipped.tsv in the current folder.
 
     Raises:
-        UserError: the data cannot be used, or holds nothing.
+        UserError: the data cannot be used, or has no text.
     """
     skipped: list[BadLine] = []
     V = model.config.vocab_size
     is_world = not tokenizer.other_tokenizer(V)
+    corpus = None
     if task == "text" and is_binidx(path):
         data = open_binidx(path)
         documents, total = item_documents(data, V), len(data)
@@ -87,48 +99,50 @@ def evaluate(
         documents, total = TASKS[task](corpus.documents(skipped)), 0
         if not limit and all(file.is_file() for file in corpus.files):
             total = sum(1 for _ in corpus.documents())
-    total = limit or total
-    counts = {"documents": 0, "answers": 0, "right": 0, "tokens": 0, "bytes": 0}
-    nats = 0.0
-    with progress_bar() as bar:
-        progress = bar.add_task(task, total=total or None)
-        for group in group_by_length(documents, limit):
-            for number, answers in score(model, group):
-                counts["answers"] += len(answers)
-                counts["right"] += sum(answer.first for answer in answers)
-                counts["tokens"] += sum(end - begin for begin, end in group[number].spans)
-                counts["documents"] += 1
-                counts["bytes"] += group[number].nbytes
-                nats += sum(answer.nats for answer in answers)
-                bar.advance(progress)
-            if not math.isfinite(nats):
-                raise UserError(NOT_FINITE)
-    if not counts["bytes" if is_world else "tokens"]:
+    totals = _score_all(model, task, documents, limit, limit or total)
+    if not (totals.bytes if is_world else totals.tokens):
         first = [f": every line was skipped; {bad.where}: {bad.reason}" for bad in skipped[:1]]
         raise UserError(f"{path}: holds no text" + "".join(first))
-    shown = {"task": task, "file": str(path), "documents": counts["documents"]}
-    if skipped:
+    result: dict[str, Any] = {"task": task, "file": str(path), "documents": totals.documents}
+    if corpus and skipped:
         listed = Path(corpus.stem + SKIPPED)
         with writing_skipped(listed) as rows:
             rows.writelines(bad.row() for bad in skipped)
         print(skipped_note(listed), file=sys.stderr)
-        shown["skipped"] = len(skipped)
+        result["skipped"] = len(skipped)
+    return result | _metrics(task, totals, is_world)
+
+
+def _score_all(
+    model: RWKV7, task: str, documents: Iterator[Document], limit: int, total: int
+) -> _Totals:
+    totals = _Totals()
+    with progress_bar() as bar:
+        progress = bar.add_task(task, total=total or None)
+        for group in in_groups(documents, limit):
+            for number, scores in score(model, group):
+                totals = totals.add(group[number], scores)
+                bar.advance(progress)
+            if not math.isfinite(totals.nats):
+                raise UserError(NOT_FINITE)
+    return totals
+
+
+def _metrics(task: str, totals: _Totals, is_world: bool) -> dict[str, Any]:
     if task == "text":
-        shown |= {"tokens": counts["tokens"]}
-        if is_world:  # the bytes of another tokenizer are not known
-            shown |= {
-                "bytes": counts["bytes"],
-                "bits_per_byte": nats / math.log(2) / counts["bytes"],
-            }
-        return shown | {"perplexity": _exp(nats / counts["tokens"])}
-    right = counts["right"] / counts["answers"]
+        metrics: dict[str, Any] = {"tokens": totals.tokens}
+        if is_world:  # the bytes of another tokenizer's tokens are not known
+            bits = totals.nats / math.log(2)
+            metrics |= {"bytes": totals.bytes, "bits_per_byte": bits / totals.bytes}
+        return metrics | {"perplexity": _exp(totals.nats / totals.tokens)}
+    accuracy = totals.right / totals.answers
     if task == "lambada":
-        return shown | {"accuracy": right, "perplexity": _exp(nats / counts["answers"])}
-    return shown | {"answers": counts["answers"], "exact_match": right}
+        return {"accuracy": accuracy, "perplexity": _exp(totals.nats / totals.answers)}
+    return {"answers": totals.answers, "exact_match": accuracy}
 
 
 def _corpus(path: str | Path, task: str, text_key: str, on_bad_line: str) -> Corpus:
-    """The text; for the task text any file, whatever its name ends in, is one."""
+    """The text; for the task text, any file whatever its extension is read as one text."""
     file = Path(path)
     if task == "text" and file.exists() and not file.is_dir() and not is_text(file):
         return Corpus(str(path), (file,))
@@ -142,10 +156,10 @@ def _exp(nats: float) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "python -m rwkv_jax.evaluate",
-        description="Measure a model on text: a .jsonl, .txt or .parquet, a folder of them, or a "
-        "pattern in quotes. text: bits per byte and perplexity, also of a binidx, and of any other "
-        "file as one text; lambada: how often the last word of a text is the model's choice, and "
-        "its perplexity; arithmetic: how often greedy decoding gives the answer exactly. Prints a "
+        description="Evaluate a model on text: a .jsonl, .txt or .parquet, a folder of them, or a "
+        "quoted pattern. text: bits per byte and perplexity, also of a binidx; any other file is "
+        "read as one text. lambada: how often the last word of a text is the model's choice, and "
+        "its perplexity. arithmetic: how often greedy decoding gives the exact answer. Prints one "
         "line of JSON.",
         epilog="example: python -m rwkv_jax.evaluate --load_model out --data_file held_out.jsonl",
     )
@@ -162,15 +176,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--task", choices=TASKS, default="text", help="what to measure (text)")
     parser.add_argument(
-        "--limit", type=int, default=0, help="only so many documents, from the first (0: all)"
+        "--limit",
+        type=int,
+        default=0,
+        help="number of documents to evaluate, from the first (0: all)",
     )
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="of the computation (default: fp32 on a CPU, bf16 on a GPU, fp16 on those before "
-        "Ampere)",
+        help="precision of the computation (default: fp32 on a CPU, bf16 on a GPU, fp16 on one "
+        "older than Ampere)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the result to this file"
+    )
     args = parser.parse_args(argv)
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: give 0 (all) or more")

@@ -1,4 +1,4 @@
-"""Files on disk: where ours are kept, written whole or not at all, and errors in one line."""
+"""Files: the cache folder, atomic writes, and one-line errors."""
 
 import contextlib
 import errno
@@ -15,8 +15,9 @@ from rwkv_jax.errors import UserError, signals_raise
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`; if it cannot be written, one in `$TMPDIR`
-    that is removed when the process ends.
+    """The cache folder: `$XDG_CACHE_HOME/rwkv_jax`, or `~/.cache/rwkv_jax`.
+
+    If it is not writable, a folder in `$TMPDIR` that is removed when the process ends.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache, "rwkv_jax")
@@ -26,15 +27,15 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        return Path(_folder_of_this_process(str(folder), error.strerror or str(error)).name)
+        return Path(_temporary_cache(str(folder), error.strerror or str(error)).name)
     return folder
 
 
 @functools.cache
-def _folder_of_this_process(instead_of: str, why: str) -> tempfile.TemporaryDirectory:
+def _temporary_cache(instead_of: str, why: str) -> tempfile.TemporaryDirectory:
     print(
-        f"note: {instead_of}: {why}: nothing is kept for the next time; set XDG_CACHE_HOME to a "
-        "folder that can be written",
+        f"note: {instead_of}: {why}: the cache is not writable, so nothing is cached; set "
+        "XDG_CACHE_HOME to a writable folder",
         file=sys.stderr,
     )
     return tempfile.TemporaryDirectory(prefix="rwkv_jax-", ignore_cleanup_errors=True)
@@ -42,9 +43,9 @@ def _folder_of_this_process(instead_of: str, why: str) -> tempfile.TemporaryDire
 
 @contextlib.contextmanager
 def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
-    """Turns an OSError into the `UserError` "PATH: cannot ACTION: reason".
+    """Converts an OSError into the `UserError` "PATH: cannot ACTION: reason".
 
-    A device is not read: some have no end.
+    Reading a device is refused, because some never end.
     """
     try:
         if action == "read" and path.is_char_device():
@@ -56,7 +57,7 @@ def reporting_os_errors(path: Path, action: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under, which then replaces it; gone if anything fails."""
+    """A temporary path beside `path`; it replaces `path` at the end, or is removed on failure."""
     temporary = _beside(path)
     try:
         yield temporary
@@ -67,7 +68,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises before long work what `written_whole` would raise at its end; leaves nothing behind.
+    """Checks, before long work, that `written_whole` can write there; leaves no file.
 
     Raises:
         UserError: a file cannot be written there.
@@ -79,15 +80,15 @@ def check_writable(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    if path.exists() and not path.is_file():  # a folder; a device, which has to stay one
+    if path.exists() and not path.is_file():  # a folder, or a device, which must not be replaced
         raise OSError(errno.EINVAL, "it is not a regular file; give another name")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def try_lock(file: int, shared: bool = False) -> bool:
-    """Whether an open file could be locked: until it is closed, or the process ends in any way.
+    """Locks an open file until it is closed or the process ends; returns whether it succeeded.
 
-    False where another process has it, and also where the system or the disk has no locks.
+    False if another process holds the lock, and also if the system or the disk has no locks.
     """
     try:
         import fcntl
@@ -100,14 +101,14 @@ def try_lock(file: int, shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder `.NAME.…` beside `target` for what is unfinished, removed when the block ends.
+    """A folder `.NAME.…` beside `target` for unfinished files, removed when the block ends.
 
-    SIGTERM and SIGHUP end the block, and with it the process, by SystemExit. What a process left
-    that had no time for that (SIGKILL, a power cut) is removed by the next: each folder holds a
-    file that is locked as long as its process lives.
+    SIGTERM and SIGHUP end the block and the process by SystemExit. The remains of a process that
+    could not clean up (SIGKILL, power loss) are removed by the next one: each folder contains a
+    file that stays locked while its process lives.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     with signals_raise():
         with reporting_os_errors(target, "write"):
@@ -121,7 +122,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             with reporting_os_errors(target, "write"):
-                # Renamed when it is locked: nobody finds it unlocked while we live.
+                # Locked before the rename, so that no other process sees it unlocked.
                 lock = os.open(folder / "new", os.O_RDWR | os.O_CREAT)
                 try_lock(lock)
                 os.rename(folder / "new", folder / "lock")
@@ -134,7 +135,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes new names survive a power cut, on systems where folders can be flushed."""
+    """Flushes a folder so that new names survive a power loss (where the system supports it)."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

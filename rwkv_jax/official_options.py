@@ -1,8 +1,8 @@
-"""Options of the official trainers and of Lightning's Trainer that are no fields of `TrainConfig`.
+"""Options of the official trainers and of Lightning's Trainer that are not in `TrainConfig`.
 
-The official train.py (RWKV-LM: RWKV-v4neo, RWKV-v5, RWKV-v7/train_temp) has options of its own,
-takes those of `pytorch_lightning.Trainer` (1.9.5), and replaces some of the latter by values of its
-own. What is done with each here is in one table; docs/options.md shows it.
+The official train.py (RWKV-LM: RWKV-v4neo, RWKV-v5, RWKV-v7/train_temp) has its own options,
+accepts those of `pytorch_lightning.Trainer` (1.9.5), and overwrites some of the latter. One table
+defines the handling of each; docs/options.md shows it.
 """
 
 import argparse
@@ -16,13 +16,13 @@ OFF = ("0", "0.0", "False", "None", "")
 
 
 class OfficialOption(NamedTuple):
-    """What is done with an option.
+    """The handling of an option.
 
     Attributes:
-        reason: why it has no effect; why other values are refused.
-        agreeing: the values that are accepted, without regard to case; None: any.
-        becomes: the field of `TrainConfig` that takes its value; empty: it has no effect.
-        parse: makes that value of a word; None: as for the field.
+        reason: why it has no effect, or why other values are refused.
+        agreeing: accepted values, ignoring case; None: any.
+        becomes: the field of `TrainConfig` that gets its value; empty: it has no effect.
+        parse: parses the value; None: use the field's parser.
     """
 
     reason: str
@@ -42,7 +42,7 @@ def _each(
 
 
 def device_count(text: str) -> int:
-    """Of a number of devices as Lightning writes it; 0: all."""
+    """Parses Lightning's device count; 0 means all."""
     if "," in text:
         which = text.strip("[], ")
         raise argparse.ArgumentTypeError(
@@ -56,12 +56,12 @@ def device_count(text: str) -> int:
 
 def _gpus(text: str) -> int:
     if text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is no GPU: --accelerator cpu trains without")
+        raise argparse.ArgumentTypeError("0 GPUs: use --accelerator cpu to train without a GPU")
     return device_count(text)
 
 
 def _minutes(text: str) -> float:
-    """Of a time as Lightning writes it."""
+    """Parses Lightning's DD:HH:MM:SS into minutes."""
     try:
         days, hours, minutes, seconds = map(int, text.split(":"))
     except ValueError:
@@ -71,96 +71,99 @@ def _minutes(text: str) -> float:
 
 
 OFFICIAL_OPTIONS: dict[str, OfficialOption] = {
-    # Of RWKV-v7/train_temp/train.py and its scripts.
+    # RWKV-v7/train_temp/train.py and its scripts.
     **_each("my_testing MODEL_TYPE", "every model here is x070", ("x070",)),
     **_each("dim_att", "in x070 it equals n_embd"),  # compared with it in parse_train_options
     **_each(
         "data_type",
-        "text is known by its ending, anything else is binidx",
+        "text files are recognised by their extension; everything else is binidx",
         ("binidx", "jsonl"),
     ),
-    **_each("ds_bucket_mb", "XLA sizes and schedules the communication itself"),
-    **_each("kernel", "the WKV kernel follows the device and the precision"),
-    **_each("epoch_steps", "a miniepoch is 40320 samples, there as here"),
-    # Of RWKV-v4neo/train.py and RWKV-v5/train.py.
+    **_each("ds_bucket_mb", "XLA chooses the size and schedule of communication"),
+    **_each("kernel", "the WKV kernel is chosen by device and precision"),
+    **_each("epoch_steps", "a miniepoch is 40320 samples in both trainers"),
+    # RWKV-v4neo/train.py and RWKV-v5/train.py.
     **_each(
         "my_pile_stage",
-        "it is --train_stage since RWKV-7; 0 and 4 drew random samples, and 2 had other learning "
-        "rates",
+        "its name is --train_stage since RWKV-7; 0 and 4 drew random samples, and 2 had other "
+        "learning rates",
         ("3", "1"),
         "train_stage",
     ),
     **_each("head_size_a", "", None, "head_size"),
-    **_each("head_size_divisor", "the epsilon of ln_x is that of 8, 64e-5", ("8",)),
+    **_each("head_size_divisor", "the epsilon of ln_x is 64e-5, which corresponds to 8", ("8",)),
     **_each("pre_ffn head_qk tiny_att_dim my_pos_emb", "x070 has no such part", (*OFF, "-1")),
     **_each("tiny_att_layer", "x070 has no tiny attention"),
     **_each("dropout", "x070 is trained without dropout", OFF),
-    **_each("layerwise_lr", "w0 always learns at twice the rate", ("1",)),
+    **_each("layerwise_lr", "w0 always has twice the learning rate", ("1",)),
     **_each("weight_decay_final", "the weight decay is constant", ("-1", "-1.0", *OFF)),
     **_each("my_pile_edecay", "the learning rate follows a cosine", OFF),
-    **_each("my_pile_version", "one file holds all the data", ("1",)),
+    **_each("my_pile_version", "all data is in one file", ("1",)),
     **_each("my_pile_shift", "samples begin at multiples of ctx_len", ("-1", *OFF)),
-    **_each("my_random_steps", "no step draws random samples", OFF),
+    **_each("my_random_steps", "no random samples are drawn", OFF),
     **_each("my_qa_mask", "every token counts in the loss", OFF),
     **_each("my_exit", "--epoch_count and --my_exit_tokens end a run", ("99999999",)),
     **_each("train_type", "all parameters are trained", OFF),
-    **_each("my_ffn_shift my_att_shift", "the official source does not read it either"),
+    **_each("my_ffn_shift my_att_shift", "the official source code does not read it either"),
     **_each(
         "my_sample_len my_img_version my_img_size my_img_bit my_img_clip my_img_clip_scale "
         "my_img_l1_scale my_img_encoder",
-        "it belongs to a --data_type that is not accepted",
+        "it belongs to a --data_type that is not supported",
     ),
-    # Of Lightning's Trainer: those that have a meaning here.
+    # Lightning's Trainer: options with an equivalent here.
     **_each("gradient_clip_val", "", None, "grad_clip"),
     **_each("gpus", "", None, "devices", _gpus),
     **_each("max_time", "", None, "max_minutes", _minutes),
-    # … those that the official trainer replaces, or that only its unused parts read.
+    # … options that the official trainer overwrites, or that only unused parts read.
     **_each("max_epochs min_epochs min_steps", "--epoch_count and --my_exit_tokens end a run"),
     **_each("enable_checkpointing", "--epoch_save and --save_every_minutes choose what is saved"),
     **_each("logger", "--wandb and --tensorboard choose the trackers"),
-    **_each("log_every_n_steps track_grad_norm", "step_log.tsv has each step, with its norm"),
+    **_each("log_every_n_steps track_grad_norm", "step_log.tsv has every step and its norm"),
     **_each("replace_sampler_ddp", "the order of samples is the official one"),
     **_each(
         "num_sanity_val_steps check_val_every_n_epoch val_check_interval limit_val_batches "
         "limit_test_batches limit_predict_batches inference_mode",
-        "nothing is validated while training; rwkv_jax.evaluate does it",
+        "neither trainer validates during training; use rwkv_jax.evaluate",
     ),
     **_each("auto_lr_find auto_scale_batch_size", "the official trainer calls no tuner either"),
-    # … those that have nothing to act on.
-    **_each("default_root_dir", "everything is in --proj_dir"),
-    **_each("enable_model_summary", "the model is described in a line"),
+    # … options without an object here.
+    **_each("default_root_dir", "all output is in --proj_dir"),
+    **_each("enable_model_summary", "one line describes the model"),
     **_each("profiler", "kt/s and MFU are in the progress line"),
     **_each("sync_batchnorm", "the model has no batch norm"),
-    **_each("benchmark", "it is cuDNN's; XLA chooses among its kernels itself"),
+    **_each("benchmark", "the option is for cuDNN; XLA chooses its own kernels"),
     **_each("detect_anomaly", "a step that is not finite is skipped and reported"),
-    **_each("amp_backend amp_level", "--precision decides it"),
+    **_each("amp_backend amp_level", "--precision decides this"),
     **_each("move_metrics_to_cpu", "the metrics of a step are always fetched"),
     **_each("multiple_trainloader_mode", "there is one data file"),
-    **_each("reload_dataloaders_every_n_epochs", "the step alone decides its samples"),
+    **_each(
+        "reload_dataloaders_every_n_epochs",
+        "the samples of a step depend on the step number alone",
+    ),
     **_each("auto_select_gpus", "CUDA_VISIBLE_DEVICES selects GPUs"),
-    # … those that would train something else, or on something else.
+    # … options that would change the training or its device.
     **_each("gradient_clip_algorithm", "the gradient's global norm is clipped", ("norm", *OFF)),
     **_each("max_steps", "--epoch_count and --my_exit_tokens end a run", ("-1", "None")),
-    **_each("fast_dev_run overfit_batches", "--my_exit_tokens makes a run short", OFF),
-    **_each("limit_train_batches", "--my_exit_tokens makes a run short", ("1.0", "None")),
+    **_each("fast_dev_run overfit_batches", "--my_exit_tokens shortens a run", OFF),
+    **_each("limit_train_batches", "--my_exit_tokens shortens a run", ("1.0", "None")),
     **_each(
         "resume_from_checkpoint",
-        "the run in --proj_dir is resumed by itself; --load_model takes weights",
+        "the run in --proj_dir is resumed automatically; --load_model loads weights",
         OFF,
     ),
-    **_each("num_processes", "one process runs all --devices of a machine", ("1", *OFF)),
-    **_each("tpu_cores ipus", "a run is on GPUs or on the CPU", OFF),
-    **_each("callbacks plugins", "no code is loaded by name", OFF),
-    # Of the launchers of DeepSpeed and torch.
-    **_each("local_rank local-rank", "LOCAL_RANK says it"),
-    **_each("deepspeed", "--strategy decides it"),
-    **_each("deepspeed_config", "--strategy and the options of training decide it", OFF),
+    **_each("num_processes", "one process uses all --devices of a machine", ("1", *OFF)),
+    **_each("tpu_cores ipus", "training runs on GPUs or on the CPU", OFF),
+    **_each("callbacks plugins", "code is not loaded by name", OFF),
+    # The launchers of DeepSpeed and torch.
+    **_each("local_rank local-rank", "read from LOCAL_RANK"),
+    **_each("deepspeed", "--strategy decides this"),
+    **_each("deepspeed_config", "--strategy and the training options decide this", OFF),
 }
 
-# (option, value): the value that it stands for.
+# (option, official value) → our value.
 OFFICIAL_VALUES: dict[tuple[str, str], str] = {
-    # Lightning's, which shard nothing: the numbers are the same, and of what is sharded here this
-    # is the nearest.
+    # Lightning's strategies without sharding. The numbers are the same; this is the closest
+    # strategy here.
     ("strategy", "ddp"): "deepspeed_stage_1",
     ("strategy", "ddp_find_unused_parameters_false"): "deepspeed_stage_1",
     ("strategy", "ddp_find_unused_parameters_true"): "deepspeed_stage_1",

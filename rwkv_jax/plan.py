@@ -1,7 +1,7 @@
-"""`python -m rwkv_jax.plan`: whether a run fits a GPU that is not here, and how fast it could be.
+"""`python -m rwkv_jax.plan`: memory and speed of a run on a GPU that this machine does not have.
 
-The very step that `rwkv_jax.train` would run with these options is compiled for the GPU, and XLA's
-own plan of its memory is read. That takes no GPU, only the compiler: the extra `plan`.
+Compiles the step that `rwkv_jax.train` would run with the same options for the GPU, and reads XLA's
+memory plan. This needs no GPU, only the compiler (the extra `plan`).
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from rwkv_jax.device.runtime import override_settings
 from rwkv_jax.errors import CommandParser, UserError, run_command
 from rwkv_jax.model.rwkv7 import summary
 from rwkv_jax.parallel import sharding
-from rwkv_jax.planning.batch_size import WAYS_OUT, find_largest, most_samples
-from rwkv_jax.planning.memory import GIB, Need, available, measure, quiet_compiler
+from rwkv_jax.planning.batch_size import SUGGESTIONS, find_largest_micro_bsz, max_micro_bsz
+from rwkv_jax.planning.memory import GIB, StepCost, available, measure, quiet_compiler
 from rwkv_jax.training.build import RECOMPUTED, resolve_config
 from rwkv_jax.training.initial_weights import initial_model
 
-PCIE_GB_S = 25  # each way, what a card's 16 lanes of PCIe 4.0 reach
+PCIE_GB_S = 25  # in each direction; 16 lanes of PCIe 4.0 reach this
 
 
 def find_target(gpu: str) -> GpuTarget:
-    """The GPU of that name.
+    """Finds the GPU of that name.
 
     Raises:
-        UserError: it is not known, or the compiler is not installed.
+        UserError: the GPU is not known, or the compiler is not installed.
     """
     if gpu not in GPU_TARGETS:
         what = f"--gpu {gpu}: not known" if gpu else "--gpu is needed"
@@ -46,53 +46,55 @@ def find_target(gpu: str) -> GpuTarget:
     if not can_compile():
         raise UserError(
             "the compiler for GPUs is not installed: pip install -e '.[plan]', or "
-            "'rwkv-jax[plan]'; beside jax's plugin for CUDA 13, nvidia-cuda-nvcc and absl-py"
+            "'rwkv-jax[plan]': jax's plugin for CUDA 13, nvidia-cuda-nvcc and absl-py"
         )
     return GPU_TARGETS[gpu]
 
 
 class Plan(NamedTuple):
-    """Steps for one GPU and one set of options, by their micro_bsz; the largest that fits, or 0."""
+    """The cost of a step on one GPU by micro_bsz; `largest` is the largest that fits, or 0."""
 
     target: GpuTarget
     config: TrainConfig
     model: ModelConfig
-    needs: dict[int, Need]
+    costs: dict[int, StepCost]
     largest: int
 
 
 def plan(config: TrainConfig, target: GpuTarget, search: bool = True) -> Plan:
-    """Measures micro_bsz (-1, or 0: 1) and, to `search`, what it takes to know the largest."""
+    """Measures one micro_bsz (-1 or 0: 1) and, with `search`, the batches needed to find the
+    largest.
+    """
     start = max(config.micro_bsz, 1)
     config = dataclasses.replace(config, devices=config.devices or 1, micro_bsz=start)
     config = resolve_config(config, on_gpu=True, capability=target.compute_capability)
     count = config.devices * config.num_nodes
     with quiet_compiler():
-        there = list(device_mesh(target, count, config.num_nodes).devices.flat)
-    mesh = sharding.mesh_of(there, sharding.groups(config.mesh, count))
+        devices = list(device_mesh(target, count, config.num_nodes).devices.flat)
+    mesh = sharding.mesh_from_devices(devices, sharding.data_axis_size(config.mesh, count))
     model, limit = initial_model(config), available(target)
     if search:
-        largest, needs = find_largest(config, model, mesh, limit, target)
+        largest, costs = find_largest_micro_bsz(config, model, mesh, limit, target)
     else:
-        needs = {start: measure(config, model, mesh, target)}
-        largest = start if needs[start].total <= limit else 0
-    return Plan(target, config, model, needs, largest)
+        costs = {start: measure(config, model, mesh, target)}
+        largest = start if costs[start].total <= limit else 0
+    return Plan(target, config, model, costs, largest)
 
 
 def report(result: Plan, micro_bsz: int, command: str) -> str:
-    """What `main` prints of a plan, at one of its micro_bsz."""
-    target, config, model, needs, largest = result
-    need = needs[micro_bsz]
-    fits = need.total <= available(target)
-    grows = _grown(needs, micro_bsz)
-    stays = need.temporary - grows
+    """The text that `main` prints for a plan, at one of its micro_bsz."""
+    target, config, model, costs, largest = result
+    cost = costs[micro_bsz]
+    fits = cost.total <= available(target)
+    grows = _grown(costs, micro_bsz)
+    stays = cost.temporary - grows
     in_16_bits = config.precision in ("bf16", "fp16")
     rate = target.tensor_tflops if in_16_bits else target.fp32_tflops
-    arithmetic = need.flops / (rate * 1e12)
-    memory = need.traffic / (target.bandwidth_gb_s * 1e9)
-    host = need.moved / (PCIE_GB_S * 1e9)
-    limit = max(arithmetic, memory) + host  # one waits for the other
-    where = " in the host's memory" if need.host else ""
+    arithmetic = cost.flops / (rate * 1e12)
+    traffic = cost.traffic / (target.bandwidth_gb_s * 1e9)
+    host = cost.moved / (PCIE_GB_S * 1e9)
+    limit = max(arithmetic, traffic) + host  # transfers do not overlap with the computation
+    where = " in host memory" if cost.host else ""
     count = config.devices * config.num_nodes
     tokens = micro_bsz * config.accumulate_grad_batches * config.ctx_len * count
     rows = {
@@ -100,53 +102,53 @@ def report(result: Plan, micro_bsz: int, command: str) -> str:
         "devices": f"{count} x {target.device_kind}"
         + (f" in {config.num_nodes} machines" if config.num_nodes > 1 else "")
         + f", {config.precision}, {RECOMPUTED[config.grad_cp]}"
-        + (f", {config.strategy}" if count > 1 or need.host else ""),
-        "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens a step",
-        "parameters": f"{_gib(need.parameters)} float32 masters{where}",
-        "optimizer": f"{_gib(need.optimizer)} Adam's moments{where}",
-        "activations": f"{_gib(grows)} {grows / micro_bsz / GIB:.2f} GiB a sample",
+        + (f", {config.strategy}" if count > 1 or cost.host else ""),
+        "batch": f"micro_bsz {micro_bsz}, ctx_len {config.ctx_len}: {tokens:,} tokens per step",
+        "parameters": f"{_gib(cost.parameters)} float32 master weights{where}",
+        "optimizer": f"{_gib(cost.optimizer)} Adam's moments{where}",
+        "activations": f"{_gib(grows)} {grows / micro_bsz / GIB:.2f} GiB per sample",
         "gradients": f"{_gib(stays)} and working copies",
-        "peak": f"{_gib(need.total)} a device; of its {target.memory_gb} GiB jax has "
-        f"{available(target) / GIB:.1f}, the rest is the CUDA context's and libraries': "
+        "peak": f"{_gib(cost.total)} per device; of its {target.memory_gb} GiB jax has "
+        f"{available(target) / GIB:.1f}, the rest is for the CUDA context and libraries: "
         + ("fits" if fits else "DOES NOT FIT"),
-        "largest": f"micro_bsz {largest} fits: {_gib(needs[largest].total).strip()}"
-        + (", a miniepoch a step" if largest == most_samples(config, count) else "")
+        "largest": f"micro_bsz {largest} fits: {_gib(costs[largest].total).strip()}"
+        + (", a miniepoch per step" if largest == max_micro_bsz(config, count) else "")
         if largest
-        else f"not even micro_bsz 1 fits; {WAYS_OUT}",
-        "step": f"{need.flops / 1e12:,.1f} TFLOP a device, {1e3 * arithmetic:,.0f} ms at "
-        f"{rate:,g} TFLOP/s; {need.traffic / 1e9:,.0f} GB of memory traffic, "
-        f"{1e3 * memory:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
-        "host": f"{need.moved / 1e9:,.0f} GB to and from its memory, "
-        f"{1e3 * host:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(need.host).strip()} there",
+        else f"not even micro_bsz 1 fits; {SUGGESTIONS}",
+        "step": f"{cost.flops / 1e12:,.1f} TFLOP per device, {1e3 * arithmetic:,.0f} ms at "
+        f"{rate:,g} TFLOP/s; {cost.traffic / 1e9:,.0f} GB of memory traffic, "
+        f"{1e3 * traffic:,.0f} ms at {target.bandwidth_gb_s:,g} GB/s",
+        "host": f"{cost.moved / 1e9:,.0f} GB to and from host memory, "
+        f"{1e3 * host:,.0f} ms at {PCIE_GB_S} GB/s; {count} x {_gib(cost.host).strip()} in it",
         "speed": f"at most {tokens / limit:,.0f} tokens/s by these limits of the card",
         "train": command,
     }
-    if not need.host:
+    if not cost.host:
         del rows["host"]
-    if need.visit > need.passes:
-        rows["activations"] = f"{_gib(0)} at the fullest moment, the update of the state"
-        rows["gradients"] = f"{_gib(need.visit)} and the part of the state that is being updated"
-    elif len(needs) == 1:  # one batch does not tell what grows with it
-        rows["activations"] = f"{_gib(need.temporary)} with gradients and working copies"
+    if cost.update > cost.passes:
+        rows["activations"] = f"{_gib(0)} at the peak, which is the update of the state"
+        rows["gradients"] = f"{_gib(cost.update)} and the part of the state that is being updated"
+    elif len(costs) == 1:  # one batch does not show what grows with the batch
+        rows["activations"] = f"{_gib(cost.temporary)} with gradients and working copies"
         del rows["gradients"]
-    if len(needs) == 1:
-        rows["largest"] = "leave --micro_bsz out to search for the largest that fits"
+    if len(costs) == 1:
+        rows["largest"] = "leave out --micro_bsz to search for the largest that fits"
         if not fits:
-            rows["largest"] += f", or {WAYS_OUT}"
+            rows["largest"] += f", or {SUGGESTIONS}"
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items())
 
 
-def _grown(needs: dict[int, Need], micro_bsz: int) -> float:
-    """Bytes of a need's `temporary` that grow with the batch, of 0 to all of it.
+def _grown(costs: dict[int, StepCost], micro_bsz: int) -> float:
+    """Bytes of a step's `temporary` that grow with the batch, between 0 and all of it.
 
-    By the line through the smallest batch that was measured and this one (or the next).
+    From the line through the smallest measured batch and this one (or the next).
     """
-    smallest, *larger = sorted(needs)
-    temporary = needs[micro_bsz].temporary
+    smallest, *larger = sorted(costs)
+    temporary = costs[micro_bsz].temporary
     if not larger:
         return temporary
     other = max(micro_bsz, larger[0])
-    slope = (needs[other].passes - needs[smallest].passes) / (other - smallest)
+    slope = (costs[other].passes - costs[smallest].passes) / (other - smallest)
     return min(max(slope * micro_bsz, 0.0), temporary)
 
 
@@ -158,10 +160,11 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m rwkv_jax.plan",
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
-        description="Whether a run fits a GPU, how large a batch does, and how fast a step could "
-        "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run: "
-        "once where --micro_bsz is a number, else three to eight times to find the largest.",
-        epilog="Every option of python -m rwkv_jax.train is taken; those that matter are --size, "
+        description="Plan a run on a GPU that this machine does not have: whether it fits, the "
+        "largest batch that fits, and the step time. Compiles the step that python -m "
+        "rwkv_jax.train would run, once if --micro_bsz is a number, else three to eight times to "
+        "find the largest.",
+        epilog="Accepts every option of python -m rwkv_jax.train; these affect the plan: --size, "
         "--n_layer, --n_embd, --ctx_len, --micro_bsz, --accumulate_grad_batches, --grad_cp, "
         "--head_chunk, --precision, --devices, --num_nodes and --strategy.",
         allow_abbrev=False,
@@ -170,11 +173,11 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     override_settings()
     jax.config.update("jax_platforms", "cpu")
-    # A kernel's program names the lines that it was traced from: without them, what was compiled
-    # once is known again wherever the code lies, and after every change that changes no program.
+    # A kernel's program names the source lines that it was traced from. Without these locations the
+    # cache key does not depend on where the code is or on edits that do not change the program.
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    # What is compiled for a GPU that is not there cannot be loaded again: jax would write it into
-    # the cache of `JAX_COMPILATION_CACHE_DIR`, and warn whenever it finds it there.
+    # A program compiled for an absent GPU cannot be loaded again: jax would write it to the cache
+    # of `JAX_COMPILATION_CACHE_DIR`, and warn whenever it finds it there.
     jax.config.update("jax_enable_compilation_cache", False)
     config, _ = parse_train_options(rest)
     result = plan(config, find_target(options.gpu), search=config.micro_bsz < 1)
@@ -187,13 +190,13 @@ def main() -> None:
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
-    """The command line less one option and its value."""
-    kept, skip = [], False
+    """The command line without one option and its value."""
+    others, skip = [], False
     for argument in arguments:
         if not skip and argument.partition("=")[0] != option:
-            kept.append(argument)
+            others.append(argument)
         skip = argument == option
-    return kept
+    return others
 
 
 if __name__ == "__main__":

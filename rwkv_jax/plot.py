@@ -1,6 +1,6 @@
-"""`python -m rwkv_jax.plot RUN…`: loss curves, as a page (HTML, in one piece) and a picture (PNG).
+"""`python -m rwkv_jax.plot RUN…`: loss curves as a self-contained HTML page and a PNG.
 
-The page needs nothing but a browser; the picture needs matplotlib (the extra `plot`).
+The page works in any browser; the PNG needs matplotlib (the extra `plot`).
 """
 
 import math
@@ -24,48 +24,13 @@ from rwkv_jax.tracking.curves import (
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m rwkv_jax.plot",
-        description="Draw the loss of one or more runs, to compare them: OUTPUT.html, which needs "
-        "nothing but a browser, and OUTPUT.png, where matplotlib is installed.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        type=Path,
-        metavar="RUN",
-        help="A run's folder (its step_log.tsv is read, else its train_log.txt), or such a file, "
-        "of the official trainer for instance.",
-    )
-    parser.add_argument(
-        "--reference",
-        action="store_true",
-        help=f"Also draw the official curve, {REFERENCE_NAME}, ctx_len 512, batch 16; print how "
-        f"far each miniepoch is from it, and whether all are within {REFERENCE_WITHIN}.",
-    )
-    parser.add_argument(
-        "--ctx_len",
-        metavar="TOKENS",
-        type=int,
-        default=REFERENCE_CTX_LEN,
-        help="Length of a sample in the runs that have only a train_log.txt, to turn miniepochs "
-        "into tokens (default 512).",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="PATH",
-        type=Path,
-        default=Path("loss"),
-        help="Where to write PATH.html and PATH.png (default loss).",
-    )
-    options = parser.parse_args()
+    options = _parser().parse_args()
     if not options.runs and not options.reference:
-        raise UserError("name a run: its folder, or its train_log.txt (--help says more)")
+        raise UserError("give a run: its folder or its train_log.txt (see --help)")
     if options.ctx_len < 1:
         raise UserError(f"--ctx_len {options.ctx_len}: give 1 or more")
     if not options.output.name:
-        raise UserError(f"--output {options.output}: is a folder; give a name to put in it")
+        raise UserError(f"--output {options.output}: is a folder; add a file name")
     for path in output_paths(options.output):
         check_writable(path)
     curves = [read_run(run, options.ctx_len) for run in options.runs]
@@ -79,12 +44,51 @@ def main() -> None:
     for run in options.runs if options.reference else ():
         try:
             print(verdict(run))
-        except UserError as error:  # a run that has not come so far is drawn all the same
+        except UserError as error:  # a run without such a miniepoch yet is still drawn
             print(f"not compared: {error}")
     written = write_plots(curves, options.output)
     print("wrote " + " and ".join(map(str, written)))
     if len(written) == 1:
         print("for the .png as well: pip install matplotlib (the extra plot)")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m rwkv_jax.plot",
+        description="Plot the loss of one or more runs: OUTPUT.html, for any browser, and "
+        "OUTPUT.png if matplotlib is installed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="A run's folder (its step_log.tsv is read, else its train_log.txt), or such a file, "
+        "for example of the official trainer.",
+    )
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help=f"Also draw the official curve, {REFERENCE_NAME}, ctx_len 512, batch 16; print the "
+        f"difference of each miniepoch, and whether all are within {REFERENCE_WITHIN}.",
+    )
+    parser.add_argument(
+        "--ctx_len",
+        metavar="TOKENS",
+        type=int,
+        default=REFERENCE_CTX_LEN,
+        help="Length of a sample in runs with only a train_log.txt, to convert miniepochs to "
+        "tokens (default 512).",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        type=Path,
+        default=Path("loss"),
+        help="Where to write PATH.html and PATH.png (default loss).",
+    )
+    return parser
 
 
 if __name__ == "__main__":

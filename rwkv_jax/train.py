@@ -50,13 +50,13 @@ def train(config: TrainConfig) -> None:
                 print(prepare_init(folder / INIT, config))
             return
         with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_last)) as saved:
-            run = setup_run(config, mesh, saved, functools.partial(fitting_batch, mesh))
+            run = setup_run(config, mesh, saved, functools.partial(fitting_micro_bsz, mesh))
             describe(run)
             if is_finished(run):
                 final, steps = folder / FINAL, run.schedule.last_step
                 print(f"nothing left to do: all {steps} steps are done, see {final}")
                 return
-            saved.rehearse()
+            saved.check_writable()
             loop.train(run, Stop(began + 60 * config.max_minutes if config.max_minutes else None))
     print_end(run, time.monotonic() - began)
 
@@ -118,9 +118,9 @@ def make_folder(proj_dir: str) -> Path:
     return folder
 
 
-def fitting_batch(mesh: jax.sharding.Mesh, config: TrainConfig) -> int:
+def fitting_micro_bsz(mesh: jax.sharding.Mesh, config: TrainConfig) -> int:
     """The largest micro_bsz that fits the devices, for `--micro_bsz auto`."""
-    return batch_size.fitting_batch(config, initial_model(config), mesh)
+    return batch_size.fitting_micro_bsz(config, initial_model(config), mesh)
 
 
 def print_end(run: Run, seconds: float) -> None:
@@ -138,7 +138,7 @@ def main() -> None:
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
     prepare_jax(deterministic=bool(config.deterministic))
-    with distributed.joined(config):
+    with distributed.process_group(config):
         train(config)
 
 

@@ -2,6 +2,6 @@
 
 pth.py      PyTorch's container, without PyTorch
 weights.py  official tensor names and the tree of parameters
-arrays.py   the arrays of a checkpoint on disk, a piece at a time
-store.py    checkpoints of a run: save, verify, restore. All use of orbax is here
+arrays.py   the arrays of a checkpoint on disk, in pieces
+store.py    checkpoints of a run: save, verify, restore. The only module that uses orbax
 """

@@ -1,7 +1,7 @@
-"""The arrays of a checkpoint on disk: `read` and `write` parameters by the piece, `check` them all.
+"""The arrays of a checkpoint on disk: reads and writes them in pieces, and checks that all exist.
 
-Orbax keeps a tree as a database in a folder (OCDBT), with a zarr array for each leaf. It reads and
-writes whole leaves, which stack all layers; tensorstore, which it does that with, takes any part.
+Orbax stores a tree as a database in a folder (OCDBT), with a zarr array for each leaf. It reads and
+writes whole leaves, which stack all layers; the underlying tensorstore can access any part.
 """
 
 import collections
@@ -21,26 +21,27 @@ from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
-PIECE = 32 << 20  # bytes that are read, written or converted at once
-_LITERAL = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]{1,1024}")  # with letters of any script
+PIECE = 32 << 20  # bytes read, written or converted at once
+_LITERAL = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]{1,1024}")  # letters of any script
 
 
 @contextlib.contextmanager
 def literal(folder: Path) -> Iterator[Path]:
-    """A path to `folder` that orbax and tensorstore take literally: its own, or a link to it.
+    """A path to `folder` without characters that orbax and tensorstore interpret: the folder itself
+    or a symlink.
 
-    They expand patterns (`[v1]`, `a*b`), split at backslashes, take `/s3/` and `gs:/` for cloud
-    storage, take `link/..` for the folder of the link or reject it, and reject what is not UTF-8.
+    They expand patterns (`[v1]`, `a*b`), split at backslashes, treat `/s3/` and `gs:/` as cloud
+    storage, resolve `link/..` to the folder of the link or reject it, and reject non-UTF-8 paths.
 
     Raises:
-        UserError: there is no such path.
+        UserError: no such path can be created.
     """
     if ".." in folder.parts:
         folder = folder.resolve()
     if _LITERAL.fullmatch(str(folder)):
         yield folder
         return
-    if jax.process_count() > 1:  # orbax requires the same path in all of them
+    if jax.process_count() > 1:  # orbax requires the same path in all processes
         raise UserError(
             f"{folder}: several processes need a path of letters, digits, spaces and _/.,+=@~-"
         )
@@ -51,8 +52,8 @@ def literal(folder: Path) -> Iterator[Path]:
             link.symlink_to(folder)
         except OSError as error:
             raise UserError(
-                f"{folder}: a path with such characters needs a link in a temporary folder: "
-                f"{error.strerror}; set TMPDIR, or use letters and digits"
+                f"{folder}: a path with these characters needs a link in a temporary folder, which "
+                f"cannot be created: {error.strerror}; set TMPDIR, or use letters and digits"
             ) from None
         if not _LITERAL.fullmatch(str(link)):
             raise UserError(f"TMPDIR {link.parents[1]}: set it to a path of letters and digits")
@@ -61,14 +62,14 @@ def literal(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def read(folder: Path, config: ModelConfig) -> Iterator[dict[str, pth.Array]]:
-    """Official name → tensor, in the official order, of the database in `folder`.
+    """Opens the database in `folder`: official name → tensor, in the official order.
 
-    Values are read when they are used (`np.asarray`, to any dtype), within the context, and not
-    kept.
+    Values are read when they are used (`np.asarray`, to any dtype), only within the context, and
+    are not cached.
 
     Raises:
-        UserError: an array is not of such a model; or, when values are read, it is damaged.
-        ValueError: what tensorstore says of a damaged database.
+        UserError: an array does not belong to such a model; or, when values are read, is damaged.
+        ValueError: tensorstore's error for a damaged database.
     """
     with literal(folder) as path:
         yield _read(path, config, folder)
@@ -83,7 +84,7 @@ def _read(path: Path, config: ModelConfig, folder: Path) -> dict[str, pth.Array]
             raise UserError(
                 f"{leaf} is {array.dtype.name} {list(array.shape)}, not float32 {list(shape)}"
             )
-        if math.prod(_chunk(array)) > math.prod(shape):  # which reading would make room for
+        if math.prod(_chunk(array)) > math.prod(shape):  # reading would allocate a whole chunk
             raise UserError(f"{leaf} is stored in pieces of {list(_chunk(array))}")
     tensors: dict[str, pth.Array] = {}
     for name, shape in weights.official_shapes(config).items():
@@ -97,16 +98,16 @@ def write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -
     """Replaces the arrays of the database in `folder` by these tensors, in float32.
 
     Args:
-        folder: where orbax has written a tree with the leaves of such a model, of any shapes.
-        tensors: all that `weights.official_shapes` names.
+        folder: orbax has written a tree with the leaves of such a model here, of any shapes.
+        tensors: all tensors of `weights.official_shapes`.
     """
     with literal(folder) as path:
         _write(path, config, tensors)
 
 
 def _write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
-    # Arrays are of one database where there is a cache to keep it in. Otherwise each opens its own,
-    # and their commits are in each other's way.
+    # With a cache, all arrays share one open database; otherwise each opens its own and their
+    # commits conflict.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 1}})
     creating = {
         leaf: ts.open(
@@ -121,11 +122,11 @@ def _write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) 
     for failure in filter(None, failures):
         raise failure
     arrays = {leaf: future.result() for leaf, future in creating.items()}
-    batch, size = ts.Transaction(atomic=True), 0  # a commit makes files: not one for each piece
+    batch, size = ts.Transaction(atomic=True), 0  # each commit creates files, so not one per piece
     for name, shape in weights.official_shapes(config).items():
         leaf, layer = _leaf(name)
         array = arrays[leaf] if layer is None else arrays[leaf][layer]
-        values = np.asarray(tensors[name]).reshape(weights.flat(shape))
+        values = np.asarray(tensors[name]).reshape(weights.tree_shape(shape))
         for part in _pieces(values.shape):
             if size > PIECE:
                 batch.commit_sync()
@@ -136,15 +137,15 @@ def _write(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) 
 
 
 def check(folder: Path, arrays: Iterable[Any]) -> None:
-    """Looks on disk for every piece of every array that the database in `folder` should hold.
+    """Checks that every piece of every array that the database in `folder` should hold is on disk.
 
-    A piece that is missing would be read as zeros, without an error.
+    A missing piece would be read as zeros, without an error.
 
     Args:
-        arrays: with the `shape` and `dtype` of each; their names do not matter.
+        arrays: anything with the `shape` and `dtype` of each; their names do not matter.
 
     Raises:
-        ValueError: something is missing, or is no such array.
+        ValueError: a piece is missing, or the shapes and dtypes differ.
     """
     with literal(folder) as path:
         database = ts.KvStore.open(_database(path)).result()
@@ -158,12 +159,12 @@ def check(folder: Path, arrays: Iterable[Any]) -> None:
         differing = next(iter((expected - found) + (found - expected)))
         raise ValueError(
             f"{expected[differing]} arrays {list(differing[0])} of {differing[1]} cannot be read "
-            f"back: {found[differing]} are there"
+            f"back: {found[differing]} exist"
         )
     for name, array in opened.items():
         counts = np.ceil(np.divide(array.shape, _piece(array))).astype(int)
-        for place in np.ndindex(*counts):
-            if "/".join([name, "c", *map(str, place)]) not in keys:
+        for index in np.ndindex(*counts):
+            if "/".join([name, "c", *map(str, index)]) not in keys:
                 raise ValueError(f"a piece of {name} cannot be read back")
 
 
@@ -188,35 +189,35 @@ class _Tensor:
 
 
 def _leaf(name: str) -> tuple[str, int | None]:
-    """Orbax's name of the leaf that an official tensor is in, and its row there."""
-    path, layer = weights.place(name)
+    """Orbax's name of the leaf that contains an official tensor, and the row in it."""
+    path, layer = weights.parameter_path(name)
     return ".".join(path), layer
 
 
 def _leaves(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the leaves of such a model's tree."""
+    """Name → shape of the leaves of the model's tree."""
     shapes = {}
     for name, shape in weights.official_shapes(config).items():
         leaf, layer = _leaf(name)
-        row = weights.flat(shape)
+        row = weights.tree_shape(shape)
         shapes[leaf] = row if layer is None else (config.n_layer, *row)
     return shapes
 
 
 def _chunk(array: Any) -> tuple[int, ...]:
-    """The shape in which an array is stored: reading any of it reads as much."""
+    """The shape of the unit of reading (the chunk)."""
     return array.chunk_layout.read_chunk.shape
 
 
 def _piece(array: Any) -> tuple[int, ...]:
-    """The shape of what is stored under one key."""
+    """The shape of the values stored under one key."""
     return array.chunk_layout.write_chunk.shape or ()
 
 
 def _pieces(shape: tuple[int, ...], least: int = 1) -> list[slice]:
-    """Ranges of the first axis, about as long as each other, of `PIECE` bytes of float32 or less.
+    """Ranges of the first axis, of about equal length, each at most `PIECE` bytes of float32.
 
-    None but the last is shorter than `least`, whatever bytes that makes.
+    Only the last may be shorter than `least`, which has precedence over `PIECE`.
 
     >>> _pieces((10, PIECE // 16))
     [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
@@ -241,7 +242,7 @@ def _spec(folder: Path, leaf: str) -> dict[str, Any]:
 
 
 def _metadata(leaf: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Of an array that is stored in the pieces in which it is written."""
+    """The zarr metadata of an array whose chunks are the pieces that are written."""
     stacked = leaf.startswith("blocks.")
     row = shape[1:] if stacked else shape
     piece = (_pieces(row)[0].stop, *row[1:])

@@ -4,12 +4,12 @@ A `.pth` is a pickle that describes tensors plus the raw bytes of their storages
 are in use: a zip of uncompressed records (`NAME/data.pkl`, `NAME/data/0`, …), written by
 `torch.save` since 1.6, and the older sequence of five pickles followed by the storages.
 
-Files come from strangers, so nothing in them is trusted. The pickle runs on a small stack machine
-(`_unpickle`) that knows the opcodes and names a state dict is made of and refuses every other by
-name; it builds plain Python values and immutable records, and calls nothing that a file names.
-Tensors become views of the mapped file only once their bounds have been checked. Member names are
-looked up, never used as paths. What a file can make us allocate is bounded by constants here and,
-for the tensors, by `MAX_EXPANSION` times the file's own size.
+Files are untrusted. The pickle runs on a small stack machine (`_unpickle`) that supports only the
+opcodes and names of a state dict, and refuses all others by name; it builds plain Python values and
+immutable records, and calls nothing that a file names. Tensors become views of the mapped file only
+after their bounds have been checked. Member names are looked up, never used as paths. The memory
+that a file can make us allocate is bounded by constants here and, for the tensors, by
+`MAX_EXPANSION` times the file's own size.
 """
 
 import mmap
@@ -19,7 +19,7 @@ import pickletools
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -32,7 +32,7 @@ from rwkv_jax.files import flush_folder, written_whole
 MAX_PICKLE = 2 << 20  # bytes; the 13.3b model's is 0.3 MB
 MAX_DIRECTORY = 8 << 20  # bytes; the 13.3b model's is 0.2 MB
 MAX_EXPANSION = 4  # bytes of tensors per byte of file; tied embedding and head take up to 2
-_MAX_COUNT = 1 << 48  # elements, strides and offsets beyond this are nonsense
+_MAX_COUNT = 1 << 48  # elements, strides and offsets beyond this are invalid
 _STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype(np.float32),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -49,7 +49,7 @@ _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 
 
 class Array(Protocol):
-    """What `write` needs of a tensor: its shape at once, its values (`np.asarray`) later."""
+    """A tensor for `write`: its shape is needed first, its values (`np.asarray`) later."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -59,7 +59,7 @@ class Array(Protocol):
 
 
 class _Refused(Exception):
-    """Why a file cannot be used; `read` puts the path in front and makes it a `UserError`."""
+    """The reason why a file cannot be used; `read` makes it a `UserError` that names the path."""
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -70,15 +70,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Nothing is copied or converted: bfloat16 stays `ml_dtypes.bfloat16`, tied tensors share
     memory, and bytes are read from the disk when an array is used (so checksums are not verified).
-    The mapping lives as long as an array does; replacing the file is safe meanwhile, truncating it
-    in place is not.
+    The mapping lives as long as any of its arrays. Meanwhile, replacing the file is safe, but
+    truncating it in place is not.
 
-    A state dict nested under `state_dict`, `module` or `model` is found; entries that are no
-    tensors are left out.
+    A state dict nested under `state_dict`, `module` or `model` is found; entries that are not
+    tensors are omitted.
 
     Raises:
-      UserError: the file is missing, cut short, of another kind, or holds what a state dict of
-        plain tensors does not need (every name and opcode but the known ones).
+      UserError: the file is missing, truncated, of another kind, or has a name or opcode that a
+        state dict of plain tensors does not need.
     """
     try:
         with open(path, "rb") as file:
@@ -99,25 +99,24 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         total = sum(_check_bounds(name, tensor) for name, tensor in tensors.items())
         if total > MAX_EXPANSION * len(mapped):
             raise _Refused(
-                f"its tensors share storage so often that {len(mapped)} bytes stand for {total}"
+                f"its tensors share storage so often that {len(mapped)} bytes expand to {total}"
             )
         return {name: _view(mapped, places, tensor) for name, tensor in tensors.items()}
     except _Refused as reason:
         raise UserError(f"{path}: {reason}") from None
 
 
-# What files begin with that are taken for models.
+# First bytes of files that users mistake for models.
 _OTHER_FILES = {
-    b"version https://git-lfs": "a Git LFS pointer, not the model itself: download the file it "
-    "stands for",
+    b"version https://git-lfs": "a Git LFS pointer, not the model: download the file itself",
     b"<": "a web page, not a model: download the file itself",
     b"\xef\xbb\xbf<": "a web page, not a model: download the file itself",
     b"GGUF": "a GGUF file of llama.cpp, not a .pth: download the model's .pth",
-    b"\x1f\x8b": "compressed by gzip: unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
-    b"\xfd7zXZ": "compressed by xz: unpack it first",
-    b"7z\xbc\xaf": "compressed by 7-Zip: unpack it first",
-    bytes(64): "zeros, not a .pth: the download has not ended; start it again",
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
+    b"\xfd7zXZ": "compressed with xz: unpack it first",
+    b"7z\xbc\xaf": "compressed with 7-Zip: unpack it first",
+    bytes(64): "only zeros, not a .pth: the download is incomplete; start it again",
     b"\x80": "a pickle that torch.save did not write, not a .pth",
 }
 
@@ -125,8 +124,8 @@ _OTHER_FILES = {
 def _what_is(head: bytes) -> str:
     if is_safetensors(head):
         return (
-            "is a safetensors file, not a .pth: convert it by python -m convert.st_to_pth, or the "
-            "folder of a Hugging Face model by python -m convert.hf_to_pth"
+            "is a safetensors file, not a .pth: convert it with python -m convert.st_to_pth, or "
+            "the folder of a Hugging Face model with python -m convert.hf_to_pth"
         )
     for begin, what in _OTHER_FILES.items():
         if head.lstrip(b"\r\n\t ").startswith(begin):
@@ -135,7 +134,7 @@ def _what_is(head: bytes) -> str:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file that begins so is one: a length, and a JSON object of that length."""
+    """Whether a file starts like safetensors: with a length, then a JSON object of that length."""
     return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32
 
 
@@ -154,7 +153,7 @@ class _Storage(NamedTuple):
 
 class _Tensor(NamedTuple):
     storage: _Storage
-    offset: int  # elements, as all below
+    offset: int  # in elements, as the fields below
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -187,123 +186,164 @@ def _unpickle(data: bytes, pos: int, storages: dict[str, _Storage]) -> tuple[Any
 
     Values are None, bool, int, float, str, tuple, list, dict and the records above. `storages`
     collects every storage that is referred to. Every opcode takes at least one byte and makes at
-    most one object, so time and memory are linear in the pickle's size. An argument that the end
-    cuts short is noticed when the next opcode is not there.
+    most one object, so time and memory are linear in the pickle's size. A truncated argument is
+    detected when the next opcode is missing.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    from_bytes = int.from_bytes
+    machine = _StackMachine(data, pos, storages)
     try:
         while True:
-            op = data[pos]
-            pos += 1
-            if op == _BINPUT:
-                memo[data[pos]] = stack[-1]
-                pos += 1
-            elif op == _BINGET:
-                stack.append(memo[data[pos]])
-                pos += 1
-            elif op == _LONG_BINPUT:
-                index = from_bytes(data[pos : pos + 4], "little")
-                if index > len(memo):  # picklers count up; free choice of keys can slow a dict
-                    raise _Refused("its pickle numbers its memo in an unusual way")
-                memo[index] = stack[-1]
-                pos += 4
-            elif op == _LONG_BINGET:
-                stack.append(memo[from_bytes(data[pos : pos + 4], "little")])
-                pos += 4
-            elif op == _BININT1:
-                stack.append(data[pos])
-                pos += 1
-            elif op == _BININT2:
-                stack.append(from_bytes(data[pos : pos + 2], "little"))
-                pos += 2
-            elif op == _BININT:
-                stack.append(from_bytes(data[pos : pos + 4], "little", signed=True))
-                pos += 4
-            elif op == _BINUNICODE:
-                size = from_bytes(data[pos : pos + 4], "little")
-                stack.append(data[pos + 4 : pos + 4 + size].decode("utf-8", "surrogatepass"))
-                pos += 4 + size
-            elif op == _MARK:
-                marks.append(len(stack))
-            elif op == _TUPLE:
-                mark = marks.pop()
-                stack[mark:] = [tuple(stack[mark:])]
-            elif op == _EMPTY_TUPLE:
-                stack.append(())
-            elif op in _TUPLES:
-                size = _TUPLES[op]
-                stack[-size] = tuple(stack[-size:])
-                del stack[len(stack) - size + 1 :]
-            elif op == _REDUCE:
-                arguments = stack.pop()
-                stack[-1] = _reduce(stack[-1], arguments)
-            elif op == _BINPERSID:
-                storage = _storage(stack[-1])
-                if storages.setdefault(storage.key, storage) != storage:
-                    raise _Refused(f"storage {_show(storage.key)} is described in two ways")
-                stack[-1] = storage
-            elif op in _CONSTANTS:
-                stack.append(_CONSTANTS[op])
-            elif op == _GLOBAL:
-                end = data.index(b"\n", data.index(b"\n", pos) + 1)
-                module, name = data[pos:end].decode("utf-8", "replace").split("\n")
-                if _Global(module, name) not in _KNOWN_GLOBALS:
-                    raise _Refused(
-                        f"its pickle names {_show(module + '.' + name)}, which a dict of tensors "
-                        "does not need: not loaded, as such a name can run code"
-                    )
-                stack.append(_Global(module, name))
-                pos = end + 1
-            elif op == _EMPTY_DICT:
-                stack.append({})
-            elif op == _SETITEMS or op == _SETITEM:
-                mark = marks.pop() if op == _SETITEMS else len(stack) - 2
-                keys, values = stack[mark::2], stack[mark + 1 :: 2]
-                del stack[mark:]
-                if type(stack[-1]) is not dict or len(keys) != len(values):
-                    raise _Refused("its pickle sets items of something that is no dict")
-                if not all(type(k) is str or type(k) is int and 0 <= k < 1 << 24 for k in keys):
-                    raise _Refused("its pickle has a dict with keys that are no strings")
-                stack[-1].update(zip(keys, values, strict=True))
-            elif op == _EMPTY_LIST:
-                stack.append([])
-            elif op == _APPENDS or op == _APPEND:
-                mark = marks.pop() if op == _APPENDS else len(stack) - 1
-                items = stack[mark:]
-                del stack[mark:]
-                if type(stack[-1]) is not list:
-                    raise _Refused("its pickle appends to something that is no list")
-                stack[-1].extend(items)
-            elif op == _BUILD:
-                # torch gives a state dict's OrderedDict the attribute _metadata: dropped.
-                del stack[-1]
-                if type(stack[-1]) is not dict:
-                    raise _Refused("its pickle sets the state of something that is no dict")
-            elif op == _LONG1:
-                size = data[pos]
-                stack.append(from_bytes(data[pos + 1 : pos + 1 + size], "little", signed=True))
-                pos += 1 + size
-            elif op == _BINFLOAT:
-                stack.append(struct.unpack_from(">d", data, pos)[0])
-                pos += 8
-            elif op == _PROTO:
-                if data[pos] != 2:
-                    raise _Refused(f"its pickle has protocol {data[pos]}; torch.save writes 2")
-                pos += 1
-            elif op == _STOP:
-                return stack.pop(), pos
-            else:
+            op = data[machine.pos]
+            machine.pos += 1
+            if op == _STOP:
+                return machine.stack.pop(), machine.pos
+            execute = _OPCODES.get(op)
+            if execute is None:
                 names = {ord(known.code): known.name for known in pickletools.opcodes}
                 name = names.get(op, f"{op:#04x}")
                 raise _Refused(
                     f"its pickle uses opcode {name}, which a dict of tensors does not need: "
                     "not loaded, as such an opcode can run code"
                 )
+            execute(machine, op)
     except (IndexError, KeyError, ValueError, struct.error):
-        raise _Refused("its pickle is cut short or damaged") from None
+        raise _Refused("its pickle is truncated or damaged") from None
+
+
+class _StackMachine:
+    """The state of `_unpickle`, with a method for each group of opcodes."""
+
+    def __init__(self, data: bytes, pos: int, storages: dict[str, _Storage]):
+        self.data, self.pos, self.storages = data, pos, storages
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def _argument(self, size: int) -> bytes:
+        self.pos += size
+        return self.data[self.pos - size : self.pos]
+
+    def _byte(self) -> int:
+        self.pos += 1
+        return self.data[self.pos - 1]
+
+    def _integer(self, size: int, signed: bool = False) -> int:
+        return int.from_bytes(self._argument(size), "little", signed=signed)
+
+    def memoize(self, op: int) -> None:
+        if op == _BINPUT:
+            index = self._byte()
+        else:
+            index = self._integer(4)
+            if index > len(self.memo):  # picklers count up; arbitrary keys can slow a dict
+                raise _Refused("its pickle numbers its memo in an unusual way")
+        self.memo[index] = self.stack[-1]
+
+    def recall(self, op: int) -> None:
+        self.stack.append(self.memo[self._byte() if op == _BINGET else self._integer(4)])
+
+    def push_number(self, op: int) -> None:
+        value: int | float
+        if op == _BININT1:
+            value = self._byte()
+        elif op == _BININT2:
+            value = self._integer(2)
+        elif op == _BININT:
+            value = self._integer(4, signed=True)
+        elif op == _LONG1:
+            value = self._integer(self._byte(), signed=True)
+        else:
+            value = struct.unpack(">d", self._argument(8))[0]
+        self.stack.append(value)
+
+    def push_text(self, op: int) -> None:
+        self.stack.append(self._argument(self._integer(4)).decode("utf-8", "surrogatepass"))
+
+    def push_constant(self, op: int) -> None:
+        self.stack.append(_CONSTANTS[op])
+
+    def push_empty(self, op: int) -> None:
+        empty: Any = {} if op == _EMPTY_DICT else [] if op == _EMPTY_LIST else ()
+        self.stack.append(empty)
+
+    def push_global(self, op: int) -> None:
+        end = self.data.index(b"\n", self.data.index(b"\n", self.pos) + 1)
+        module, name = self.data[self.pos : end].decode("utf-8", "replace").split("\n")
+        if _Global(module, name) not in _KNOWN_GLOBALS:
+            raise _Refused(
+                f"its pickle names {_show(module + '.' + name)}, which a dict of tensors "
+                "does not need: not loaded, as such a name can run code"
+            )
+        self.stack.append(_Global(module, name))
+        self.pos = end + 1
+
+    def mark(self, op: int) -> None:
+        self.marks.append(len(self.stack))
+
+    def build_tuple(self, op: int) -> None:
+        if op == _TUPLE:
+            mark = self.marks.pop()
+            self.stack[mark:] = [tuple(self.stack[mark:])]
+        else:
+            size = _TUPLES[op]
+            self.stack[-size] = tuple(self.stack[-size:])
+            del self.stack[len(self.stack) - size + 1 :]
+
+    def set_items(self, op: int) -> None:
+        mark = self.marks.pop() if op == _SETITEMS else len(self.stack) - 2
+        keys, values = self.stack[mark::2], self.stack[mark + 1 :: 2]
+        del self.stack[mark:]
+        if type(self.stack[-1]) is not dict or len(keys) != len(values):
+            raise _Refused("its pickle sets items of something that is not a dict")
+        if not all(type(k) is str or type(k) is int and 0 <= k < 1 << 24 for k in keys):
+            raise _Refused("its pickle has a dict with keys that are not strings")
+        self.stack[-1].update(zip(keys, values, strict=True))
+
+    def append_items(self, op: int) -> None:
+        mark = self.marks.pop() if op == _APPENDS else len(self.stack) - 1
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        if type(self.stack[-1]) is not list:
+            raise _Refused("its pickle appends to something that is not a list")
+        self.stack[-1].extend(items)
+
+    def reduce(self, op: int) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _reduce(self.stack[-1], arguments)
+
+    def build(self, op: int) -> None:
+        # torch sets the attribute _metadata of a state dict's OrderedDict: dropped.
+        del self.stack[-1]
+        if type(self.stack[-1]) is not dict:
+            raise _Refused("its pickle sets the state of something that is not a dict")
+
+    def push_storage(self, op: int) -> None:
+        storage = _storage(self.stack[-1])
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise _Refused(f"storage {_show(storage.key)} is described in two ways")
+        self.stack[-1] = storage
+
+    def check_protocol(self, op: int) -> None:
+        if (version := self._byte()) != 2:
+            raise _Refused(f"its pickle has protocol {version}; torch.save writes 2")
+
+
+_OPCODES: dict[int, Callable[[_StackMachine, int], None]] = {
+    **dict.fromkeys((_BINPUT, _LONG_BINPUT), _StackMachine.memoize),
+    **dict.fromkeys((_BINGET, _LONG_BINGET), _StackMachine.recall),
+    **dict.fromkeys((_BININT, _BININT1, _BININT2, _LONG1, _BINFLOAT), _StackMachine.push_number),
+    _BINUNICODE: _StackMachine.push_text,
+    **dict.fromkeys(_CONSTANTS, _StackMachine.push_constant),
+    **dict.fromkeys((_EMPTY_DICT, _EMPTY_LIST, _EMPTY_TUPLE), _StackMachine.push_empty),
+    _GLOBAL: _StackMachine.push_global,
+    _MARK: _StackMachine.mark,
+    **dict.fromkeys((_TUPLE, *_TUPLES), _StackMachine.build_tuple),
+    **dict.fromkeys((_SETITEM, _SETITEMS), _StackMachine.set_items),
+    **dict.fromkeys((_APPEND, _APPENDS), _StackMachine.append_items),
+    _REDUCE: _StackMachine.reduce,
+    _BUILD: _StackMachine.build,
+    _BINPERSID: _StackMachine.push_storage,
+    _PROTO: _StackMachine.check_protocol,
+}
 
 
 def _take(data: bytes, pos: int, size: int) -> bytes:
@@ -314,7 +354,7 @@ def _take(data: bytes, pos: int, size: int) -> bytes:
 
 
 def _show(text: str) -> str:
-    """`text` as a file may be quoted in a one-line message: escaped, and at most 80 characters."""
+    """Quotes a file's text for a one-line message: escaped, and at most 80 characters."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
 
@@ -323,9 +363,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
-    """What REDUCE would get from the three callables of a state dict."""
+    """The result of REDUCE for the three callables of a state dict."""
     if type(function) is not _Global or type(arguments) is not tuple:
-        raise _Refused("its pickle calls something that is no function")
+        raise _Refused("its pickle calls something that is not a function")
     if function == _ORDERED_DICT and len(arguments) == 0:
         return {}
     if function == _REBUILD_PARAMETER and len(arguments) == 3:
@@ -362,13 +402,13 @@ def _storage(identity: Any) -> _Storage:
             and _is_count(numel)
         ):
             return _Storage(key, _STORAGES[kind.name], numel)
-    raise _Refused("its pickle refers to something that is no tensor storage")
+    raise _Refused("its pickle refers to something that is not a tensor storage")
 
 
 def _find_state_dict(value: Any) -> dict[str, _Tensor]:
-    """The tensors of the outer dict or, when it has none, of the dict nested in it."""
+    """The tensors of the outer dict or, if it has none, of the dict nested in it."""
     if type(value) is not dict:
-        raise _Refused("holds no dict of tensors: save model.state_dict()")
+        raise _Refused("has no dict of tensors: save model.state_dict()")
     for candidate in [value, *(value.get(key) for key in ("state_dict", "module", "model"))]:
         if type(candidate) is dict:
             tensors = {
@@ -378,18 +418,18 @@ def _find_state_dict(value: Any) -> dict[str, _Tensor]:
             }
             if tensors:
                 return tensors
-    raise _Refused("holds no tensors")
+    raise _Refused("has no tensors")
 
 
 def _check_bounds(name: str, tensor: _Tensor) -> int:
-    """The bytes that a copy of `tensor` takes; refused when it reaches beyond its storage."""
+    """The bytes of a copy of `tensor`; refuses a tensor that reaches beyond its storage."""
     numel, last, sized = 1, tensor.offset, 1
     for size, stride in zip(tensor.shape, tensor.strides, strict=True):
         numel *= size
         sized *= max(size, 1)
         last += (size - 1) * stride
     stored = tensor.storage.numel
-    # numel > stored: an expanded (stride 0) tensor, which may stand for any amount of memory.
+    # numel > stored: an expanded (stride 0) tensor, which may represent any amount of memory.
     if numel > stored or (last >= stored if numel else sized >= _MAX_COUNT):
         raise _Refused(
             f"tensor {_show(name)} of shape {list(tensor.shape)} and strides "
@@ -435,7 +475,7 @@ def _read_zip(mapped: mmap.mmap) -> _Contents:
     top = tops[0] + "/"
     for name in records:
         if not name.startswith(top) or ".." in name.split("/"):
-            raise _Refused(f"record {_show(name)} lies outside the folder {_show(top)}")
+            raise _Refused(f"record {_show(name)} is outside the folder {_show(top)}")
 
     def content(record: _Record) -> bytes:
         return mapped[record.start : record.start + record.size]
@@ -455,8 +495,8 @@ def _read_zip(mapped: mmap.mmap) -> _Contents:
             raise _Refused(f"storage {_show(key)} is missing")
         if record.size != storage.numel * storage.dtype.itemsize:
             raise _Refused(
-                f"storage {_show(key)} has {record.size} bytes where {storage.numel} elements of "
-                f"{storage.dtype.name} are described"
+                f"storage {_show(key)} has {record.size} bytes, not those of {storage.numel} "
+                f"elements of {storage.dtype.name}"
             )
         places[key] = record.start
     return value, storages, places
@@ -467,12 +507,12 @@ def _what_zip_is(names: Iterable[str]) -> str:
         return "is a zip, but not PyTorch's: it needs one FOLDER/data.pkl"
     first = next(iter(names), "nothing")
     if first.endswith(".npy"):
-        return "is NumPy's .npz, not a .pth; a state that --save_state wrote is for --load_state"
+        return "is NumPy's .npz, not a .pth; give a state of --save_state to --load_state"
     return f"is a zip of {_show(first)}, not a .pth: unpack it first"
 
 
 def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
-    """Name → place of every record, from the central directory and each local header."""
+    """Name → position of every record, from the central directory and each local header."""
     try:
         count, size, start = _zip_end(mapped)
         if size > MAX_DIRECTORY:
@@ -497,7 +537,7 @@ def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
                     raise _Refused(_what_zip_is([name]))
                 raise _Refused(
                     f"record {_show(name)} is compressed or encrypted, which torch.save never "
-                    "does: save it again by torch.save"
+                    "does: save it again with torch.save"
                 )
             local = _LOCAL.unpack_from(mapped, header)
             name_at = header + _LOCAL.size
@@ -508,12 +548,12 @@ def _zip_records(mapped: mmap.mmap) -> dict[str, _Record]:
                 or mapped[name_at : name_at + local[9]] != raw_name
                 or begin + unpacked > start
             ):
-                raise _Refused(f"record {_show(name)} does not lie where the directory says")
+                raise _Refused(f"record {_show(name)} is not where the zip directory says")
             if name in records:
                 raise _Refused(f"record {_show(name)} occurs twice")
             records[name] = _Record(begin, unpacked)
     except (struct.error, IndexError, OverflowError):
-        raise _Refused("its zip directory is cut short or damaged") from None
+        raise _Refused("its zip directory is truncated or damaged") from None
     return records
 
 
@@ -521,7 +561,7 @@ def _zip_end(mapped: mmap.mmap) -> tuple[int, int, int]:
     """Number of records, size and start of the central directory."""
     end = mapped.rfind(b"PK\x05\x06", max(0, len(mapped) - _END.size - 0xFFFF))
     if end < 0:
-        raise _Refused("is cut short: the directory at the end of the zip is missing")
+        raise _Refused("is truncated: the directory at the end of the zip is missing")
     _, _, _, _, count, size, start, _ = _END.unpack_from(mapped, end)
     locator = end - _LOCATOR.size
     if locator >= 0 and mapped[locator : locator + 4] == b"PK\x06\x07":
@@ -554,7 +594,7 @@ _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def _read_legacy(mapped: mmap.mmap) -> _Contents:
-    """Pickles of magic, 1001, system facts, the value, the keys; then count and bytes a key."""
+    """Pickles of magic, 1001, system facts, the value, the keys; then count and bytes per key."""
     head = mapped[:MAX_PICKLE]
     storages: dict[str, _Storage] = {}
     pos = len(_LEGACY_MAGIC)
@@ -573,11 +613,11 @@ def _read_legacy(mapped: mmap.mmap) -> _Contents:
         storage = storages.get(key)
         count = int.from_bytes(mapped[pos : pos + 8], "little")
         if storage is None or count != storage.numel:
-            raise _Refused(f"storage {_show(key)} is not the one that its pickle describes")
+            raise _Refused(f"storage {_show(key)} differs from its description in the pickle")
         places[key] = pos + 8
         pos += 8 + count * storage.dtype.itemsize
         if pos > len(mapped):
-            raise _Refused(f"is cut short: storage {_show(key)} ends beyond the file")
+            raise _Refused(f"is truncated: storage {_show(key)} ends beyond the file")
     for key in storages:
         if key not in places:
             raise _Refused(f"storage {_show(key)} is missing")
@@ -591,13 +631,13 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Array], dtype: Any
     """Writes `tensors` as `torch.save` would write a dict of them, atomically.
 
     The same tensors give the same bytes. Shapes are needed first, values one tensor at a time and
-    in order, so lazy values keep memory at one tensor. Storages are aligned to 64 bytes, so that
-    readers can map them. `torch.load(path, weights_only=True, mmap=True)` reads it.
+    in order, so with lazy values only one tensor is in memory. Storages are aligned to 64 bytes, so
+    that readers can map them. `torch.load(path, weights_only=True, mmap=True)` reads the file.
 
     Args:
-      path: replaced when all is written and flushed; left as it was on any failure.
+      path: replaced when everything is written and flushed; unchanged on any failure.
       tensors: name → anything with `shape`, `dtype` and `__array__`.
-      dtype: what to convert to, rounding to nearest even; None keeps each tensor's own.
+      dtype: the dtype to convert to, rounding to nearest even; None: each tensor's own.
 
     Raises:
       UserError: the file cannot be written, or a finite value overflows float16.
@@ -672,7 +712,7 @@ def _describe(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
 
 
 _ALIGNMENT = 64
-_FOLDER = "archive"  # torch's own choice when it is given no file name
+_FOLDER = "archive"  # torch's default without a file name
 _NEEDS_ZIP64 = 0xFFFFFFFF
 _DOS_DATE = 1 << 5 | 1  # 1980-01-01, so that the bytes do not depend on the clock
 

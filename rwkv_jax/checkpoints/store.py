@@ -1,11 +1,11 @@
-"""Checkpoints of a run: all that is needed to continue as if nothing had happened. Orbax is here.
+"""Checkpoints of a run, with everything needed to resume exactly. The only module that uses orbax.
 
-`FOLDER/{step}/` holds the masters and the optimizer's state as two items, so that a reader who
-wants the model takes that alone, and a `manifest`: what the numbers are (`About`), and the size and
-SHA-256 of every file. It is written as `{step}.partial` and flushed, the manifest last; one rename
-then makes it a checkpoint, after all of it could be read back. So a folder that has a number for a
-name was complete once, and what has happened to it since shows when it is read: nothing is restored
-that does not match its manifest.
+`FOLDER/{step}/` holds the master weights and the optimizer state as two items, so that a reader can
+load the model alone, and a `manifest` with the description of the arrays (`Metadata`) and the size
+and SHA-256 of every file. It is written as `{step}.partial` and flushed, the manifest last. After
+it has been read back, one rename makes it a checkpoint. A folder whose name is a number was
+therefore complete once. Later damage is detected when it is read: nothing is restored that does not
+match its manifest.
 """
 
 import concurrent.futures
@@ -39,9 +39,9 @@ from rwkv_jax.files import flush_folder, reporting_os_errors
 from rwkv_jax.model.rwkv7 import Params, abstract_params
 from rwkv_jax.parallel import distributed
 
-# When a part of a save or a load fails, orbax raises that, and a line below reports it. It also
-# logs it, and abandons its other parts, each of which then complains: by absl's or asyncio's log,
-# as a coroutine that nobody awaited, or from a thread of tensorstore whose event loop is gone.
+# When a part of a save or a load fails, orbax raises its error, and we report it below. It also
+# logs it and abandons the other parts, whose errors then appear in absl's or asyncio's log, as
+# un-awaited coroutines, or from tensorstore threads whose event loop is closed.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
@@ -56,21 +56,21 @@ sys.unraisablehook = _report_unraisable
 
 OLDEST_ORBAX = (0, 12)  # as in pyproject.toml
 MANIFEST = "manifest"
-_FORMAT = 1  # raise it when what is written changes its meaning
-_MAX_MANIFEST = 16 << 20  # bytes; that of 13.3b on 1,000 processes takes less
+_FORMAT = 1  # increment this when the format changes
+_MAX_MANIFEST = 16 << 20  # bytes; the manifest of 13.3b on 1,000 processes is smaller
 _T = TypeVar("_T")
-_CUT_SHORT = re.compile(r"\d+\.partial(\.orbax.*)?")  # names of what a killed run leaves
+_UNFINISHED = re.compile(r"\d+\.partial(\.orbax.*)?")  # folders that a killed run leaves
 _POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 _MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are compared
 
 
 class Unreadable(UserError):
-    """A checkpoint that may be whole but cannot be read here and now."""
+    """The checkpoint cannot be read now, but it may be intact."""
 
 
 @dataclasses.dataclass
 class MiniepochLoss:
-    """The mean loss of the miniepoch so far: the running loss, and what train_log.txt gets."""
+    """The mean loss of the current miniepoch so far, for the progress line and train_log.txt."""
 
     total: float = 0.0
     steps: int = 0
@@ -88,14 +88,14 @@ class MiniepochLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """What the arrays of a checkpoint are.
+class Metadata:
+    """The description of a checkpoint's arrays.
 
     Attributes:
         model: the architecture.
-        loss: of the miniepoch in which the checkpoint lies.
-        run: what makes the run this run, and the step a place in it; names and values as `train`
-            compares them. Empty: a model alone.
+        loss: mean loss so far of the miniepoch in which the checkpoint was saved.
+        run: the run's identity, names and values that `train` compares; empty: a model without a
+            run.
     """
 
     model: ModelConfig
@@ -104,27 +104,27 @@ class About:
 
 
 def require_orbax() -> None:
-    """Refuses an orbax that can neither save nor restore what is written here.
+    """Refuses an orbax version that cannot save and restore our checkpoints.
 
     Raises:
-        UserError: it is older than `OLDEST_ORBAX`.
+        UserError: the installed orbax is older than `OLDEST_ORBAX`.
     """
     installed = importlib.metadata.version("orbax-checkpoint")
     if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST_ORBAX:
         wanted = ".".join(map(str, OLDEST_ORBAX))
         raise UserError(
-            f"orbax-checkpoint {installed} is installed, with which no checkpoint could be saved: "
-            f"pip install --upgrade 'orbax-checkpoint>={wanted}'"
+            f"orbax-checkpoint {installed} is installed, but saving checkpoints needs {wanted} or "
+            f"newer: pip install --upgrade 'orbax-checkpoint>={wanted}'"
         )
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` of them; one is written at a time.
+    """The checkpoints in one folder; keeps the newest `keep` and writes one at a time.
 
-    Only one process at a time may write to a folder: `run.lock` is for that.
+    Only one process at a time may write to a folder; `run_folder.lock` ensures that.
 
     Args:
-        folder: made when the first checkpoint is.
+        folder: created with the first checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -134,10 +134,10 @@ class Checkpoints:
         self._pending: concurrent.futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """The steps saved, newest first.
+        """The saved steps, newest first.
 
         Raises:
-            UserError: the folder is there, and cannot be read: that is not the same as empty.
+            UserError: the folder exists but cannot be read.
         """
         try:
             return sorted((int(path.name) for path in _numbered(self.folder)), reverse=True)
@@ -146,35 +146,35 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read: {error.strerror}") from None
 
-    def about(self, step: int) -> About:
-        """What the checkpoint of a step is, after every byte of it has been compared.
+    def verify(self, step: int) -> Metadata:
+        """Verifies every byte of a step's checkpoint and returns its metadata.
 
         Raises:
             UserError: it is damaged.
         """
         return _verify(self.folder / str(step))
 
-    def claim(self, step: int) -> About:
-        """What the checkpoint of a step says that it is, without a look at its other files.
+    def read_metadata(self, step: int) -> Metadata:
+        """Reads the manifest of a step's checkpoint without verifying the other files.
 
         Raises:
-            UserError: it does not say.
+            UserError: the manifest is missing or damaged.
         """
         return _read_manifest(self.folder / str(step))[0]
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step, laid out over the devices as `abstract` (with shardings) says.
+        """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-            UserError: it holds something else.
+            UserError: the checkpoint's arrays differ from `abstract`, or are damaged.
         """
-        with arrays.literal(self.folder) as folder, _reporting(self.folder / str(step)):
+        with arrays.literal(self.folder) as folder, _as_user_error(self.folder / str(step)):
             return type(abstract)(
                 **ocp.load_checkpointables(folder / str(step), abstract._asdict())
             )
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint, so that it is neither read nor counted nor removed again."""
+        """Renames a checkpoint so that it is no longer read, counted or removed."""
         aside = self.folder / f"{step}.aside"
         for number in itertools.count(2):
             if not os.path.lexists(aside):
@@ -183,10 +183,10 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         return aside
 
-    def rehearse(self) -> None:
-        """Saves a single number, looks for it on disk and removes it; in every process.
+    def check_writable(self) -> None:
+        """Saves a single number, checks that it is on disk, and removes it, in every process.
 
-        So that what can never be saved is known before the first step.
+        So a folder that cannot hold checkpoints is reported before the first step.
 
         Raises:
             UserError: no checkpoint can be written here.
@@ -199,7 +199,7 @@ class Checkpoints:
             with arrays.literal(self.folder) as folder:
                 _start_writing(folder / partial.name, items).result()
             if distributed.is_first():
-                _check(partial, items)
+                _check_readable(partial, items)
                 _delete(partial)
         except UserError as error:
             failure = str(error)
@@ -211,18 +211,19 @@ class Checkpoints:
         if distributed.from_first(bool(failure)) or failure:
             raise UserError(failure or f"{self.folder}: the first process cannot write there")
 
-    def save(self, step: int, state: Any, about: About) -> None:
-        """Copies the state off the devices, then writes in the background.
+    def save(self, step: int, state: Any, metadata: Metadata) -> None:
+        """Copies the state to the host, then writes it in the background.
 
-        What goes wrong there is raised by the next `save`, `check` or `close`. Older checkpoints
-        are removed when the new one is complete, and only then. A step that is there already is
-        left as it is.
+        Errors of the background write are raised by the next `save`, `check` or `close`. Older
+        checkpoints are removed only when the new one is complete. A step that is already saved is
+        left unchanged.
 
         Raises:
-            UserError: the last save failed, or this one cannot begin (no space, no permission).
+            UserError: the last save failed, or this one cannot start (no space, no permission).
         """
         self.close()
-        # One process's answer: the others may not see yet what it has just given its name.
+        # The first process decides: on a shared file system the others may not see the renamed
+        # folder yet.
         if distributed.from_first(distributed.is_first() and step in self.steps()):
             return
         refused = self._make_room(state) if distributed.is_first() else ""
@@ -237,29 +238,29 @@ class Checkpoints:
                 raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
             writing = stack.pop_all()
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-        described = dataclasses.asdict(about)  # as it is now
+        described = dataclasses.asdict(metadata)  # a copy: the loss changes during the write
         self._pending = self._writer.submit(
             self._finish, step, partial, writing, response, shapes, described
         )
 
     def check(self) -> None:
-        """Raises what went wrong with the last `save` (a `UserError`), if it is known by now."""
+        """Raises the error of the last `save` (a `UserError`) if it has already failed."""
         if self._pending is not None and self._pending.done():
             self.close()
 
     def close(self) -> None:
-        """Returns when the last `save` is on disk; raises the `UserError` of what went wrong."""
+        """Waits until the last `save` is on disk; raises its `UserError` if it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def _make_room(self, state: Any) -> str:
-        """Removes what a killed run left; returns why nothing can be written, or ""."""
+        """Removes the remains of a killed run; returns why nothing can be written, or ""."""
         try:
             _check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except UserError as error:
             return str(error)
-        _remove(self.folder, lambda name: bool(_CUT_SHORT.fullmatch(name)))
+        _remove(self.folder, lambda name: bool(_UNFINISHED.fullmatch(name)))
         return ""
 
     def _finish(
@@ -269,14 +270,14 @@ class Checkpoints:
         writing: contextlib.ExitStack,
         response: Any,
         shapes: Any,
-        about: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> None:
         try:
             with writing:
                 response.result()
             if distributed.is_first():
-                _check(partial, shapes._asdict())
-                _commit(partial, self.folder / str(step), about)
+                _check_readable(partial, shapes._asdict())
+                _commit(partial, self.folder / str(step), metadata)
         except Exception as error:
             _remove_failed(partial)
             raise UserError(f"{partial}: cannot be written: {_brief(error)}") from None
@@ -284,27 +285,27 @@ class Checkpoints:
             self._remove_older(step)
 
     def _remove_older(self, step: int) -> None:
-        """Leaves the newest `keep` up to a step; later ones are of a run that `start` sets aside.
+        """Keeps the newest `keep` up to a step; later ones belong to a run that resuming set aside.
 
-        What cannot be removed is tried again after the next save.
+        Checkpoints that cannot be removed are retried after the next save.
         """
         with contextlib.suppress(OSError, UserError):
             for old in [other for other in self.steps() if other <= step][self._keep :]:
-                # Renamed first: half of it under its own name would look damaged.
-                gone = self.folder / f"{old}.partial"
-                _delete(gone)
-                (self.folder / str(old)).rename(gone)
-                _delete(gone)
+                # Rename first, so that a partly removed checkpoint does not look damaged.
+                removed = self.folder / f"{old}.partial"
+                _delete(removed)
+                (self.folder / str(old)).rename(removed)
+                _delete(removed)
 
 
 def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Array]) -> None:
-    """Writes one checkpoint that holds a model and no optimizer, for `load_newest`.
+    """Writes one checkpoint with a model and no optimizer state, for `load_newest`.
 
     Little more than one tensor is in memory at a time, whatever the model's size.
 
     Args:
-        folder: becomes the checkpoint; appears under its name only when it is complete.
-        tensors: all of the official ones, in the official order.
+        folder: the checkpoint; it gets this name only when it is complete.
+        tensors: all official tensors, in the official order.
 
     Raises:
         UserError: it exists or cannot be written, or a tensor raises one.
@@ -315,14 +316,14 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
     partial = folder.with_name(f".{os.getpid()}.partial")
     _check_space(folder.parent, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
     try:
-        # Orbax writes the same tree of mere numbers, which makes it a checkpoint.
+        # Orbax writes the same tree with scalar leaves; `arrays.write` then replaces the arrays.
         numbers = jax.tree.map(lambda _: np.zeros((), np.float32), abstract_params(config))
         with arrays.literal(folder.parent) as parent:
             _start_writing(parent / partial.name, {"params": numbers}).result()
         arrays.write(partial / "params", config, tensors)
-        _check(partial, {"params": abstract_params(config)})
-        _commit(partial, folder, dataclasses.asdict(About(config)))
-    except UserError:  # of the tensors
+        _check_readable(partial, {"params": abstract_params(config)})
+        _commit(partial, folder, dataclasses.asdict(Metadata(config)))
+    except UserError:  # raised by the tensors
         raise
     except Exception as error:
         raise UserError(f"{folder}: cannot be written: {_brief(error)}") from None
@@ -331,14 +332,14 @@ def save_model(folder: Path, config: ModelConfig, tensors: Mapping[str, pth.Arra
 
 
 def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:
-    """The model of a checkpoint, or of the newest good checkpoint in a run's output folder.
+    """Loads the model of a checkpoint, or of the newest good checkpoint in a run's output folder.
 
     Returns:
-        The configuration and the tree of NumPy arrays of that dtype; little more is in memory on
-        the way. The optimizer's state is not read.
+        The configuration and the tree of NumPy arrays of that dtype. Peak memory is little more
+        than that tree. The optimizer state is not read.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
 
     return open_newest(
@@ -347,13 +348,14 @@ def load_newest(path: Path, dtype: Any = np.float32) -> tuple[ModelConfig, Param
 
 
 def open_newest(path: Path, use: Callable[[ModelConfig, dict[str, pth.Array]], _T]) -> _T:
-    """What `use` makes of the same model: its tensors by official name, in the official order.
+    """Calls `use` with the configuration and the tensors, and returns its result.
 
-    Values are read when they are used. The run may be training: if its trainer removes the
-    checkpoint meanwhile, `use` is called again, with the one that is then the newest.
+    The model is that of `load_newest`; its tensors are by official name, in the official order, and
+    their values are read when they are used. The run may still be training: if its trainer removes
+    the checkpoint meanwhile, `use` is called again with the newest one.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
     while True:
         with contextlib.ExitStack() as stack:
@@ -378,16 +380,16 @@ def _open_newest(
         try:
             return newest, *_open_model(newest, stack)
         except UserError as error:
-            if newest.is_dir():  # or a trainer has removed it
+            if newest.is_dir():  # otherwise a trainer has removed it
                 if len(steps) == 1:
                     raise
-                print(f"warning: {error}; taking the one before", file=sys.stderr, flush=True)
+                print(f"warning: {error}; using the previous one", file=sys.stderr, flush=True)
                 damaged.add(steps[0])
     if (folder / "_CHECKPOINT_METADATA").exists():
         raise UserError(f"{path}: an orbax checkpoint, but not one of rwkv-jax: no {MANIFEST}")
     if (folder / "config.json").exists():
         raise UserError(
-            f"{path}: is the folder of a Hugging Face model: convert it first, by "
+            f"{path}: is the folder of a Hugging Face model: convert it first with "
             f"python -m convert.hf_to_pth {shlex.quote(str(path))} model.pth"
         )
     raise UserError(
@@ -399,7 +401,7 @@ def _open_model(
     folder: Path, stack: contextlib.ExitStack
 ) -> tuple[ModelConfig, dict[str, pth.Array]]:
     config = _verify(folder, without="opt_state/").model
-    with _reporting(folder):
+    with _as_user_error(folder):
         return config, stack.enter_context(arrays.read(folder / "params", config))
 
 
@@ -420,24 +422,25 @@ def _check_space(folder: Path, nbytes: int) -> None:
         free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: a checkpoint takes {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} are free"
+            f"{folder}: a checkpoint takes {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB "
+            "are free"
         )
 
 
 def _start_writing(partial: Path, items: dict[str, Any]) -> Any:
-    """Orbax's save of `items` as the folder `partial`; returns when the arrays are copied."""
+    """Starts orbax's save of `items` to the folder `partial`; returns when arrays are copied."""
     context = ocp.Context()
-    # Weights hardly compress; and without it a file bounds the memory that reading it takes.
+    # Weights hardly compress; and without compression a file's size bounds the memory to read it.
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = _storage
-    # Otherwise, where it cannot make the folder, its threads wait minutes for it.
+    # Otherwise its threads wait for minutes if it cannot create the folder.
     context.asynchronous.create_directories_asynchronously = False
     with context:
         return ocp.save_checkpointables_async(partial, items, overwrite=True)
 
 
 def _remove(parent: Path, chosen: Callable[[str], bool]) -> bool:
-    """Removes the folders with such names; returns whether there were any."""
+    """Removes the folders whose names are `chosen`; returns whether there were any."""
     leftovers = [path for path in parent.glob("*") if chosen(path.name)]
     for leftover in leftovers:
         _delete(leftover)
@@ -445,10 +448,10 @@ def _remove(parent: Path, chosen: Callable[[str], bool]) -> bool:
 
 
 def _remove_failed(partial: Path) -> None:
-    """Removes what a failed save has written, until nothing has come for half a second.
+    """Removes the remains of a failed save, until no new file has appeared for half a second.
 
-    When a part of a save fails, orbax abandons the others, which still write, and make their
-    folders anew. What comes even later is removed by the next save.
+    When a part of a save fails, orbax abandons the others, which still write and create their
+    folders again. Files that appear even later are removed by the next save.
     """
     looks = 0
     for _ in range(50):
@@ -461,29 +464,29 @@ def _remove_failed(partial: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Removes a folder, or the link to one; what cannot be removed stays."""
+    """Removes a folder or a link to one; ignores errors."""
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _storage(path: tuple[Any, ...], leaf: Any) -> Any:
-    """In which pieces orbax stores an array: such that a layer can be read without the others."""
-    if leaf.ndim == 3:  # of stacked matrices
+    """The chunk shape in which orbax stores an array; a layer can be read on its own."""
+    if leaf.ndim == 3:  # stacked matrices
         return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
     if leaf.ndim == 2:
         return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=arrays.PIECE)
     return None
 
 
-def _check(partial: Path, items: Mapping[str, Any]) -> None:
-    """Raises what speaks against reading these trees of arrays back from disk."""
+def _check_readable(partial: Path, items: Mapping[str, Any]) -> None:
+    """Checks that these trees of arrays can be read back from disk; raises if not."""
     for name, tree in items.items():
         arrays.check(partial / name, jax.tree.leaves(tree))
 
 
-def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
-    """Flushes `partial`, adds the manifest and gives it its name."""
+def _commit(partial: Path, final: Path, metadata: dict[str, Any]) -> None:
+    """Flushes `partial`, adds the manifest and renames it to `final`."""
     files = sorted(_files(partial))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         digests = pool.map(lambda name: _digest(partial / name, flush=True), files)
@@ -491,8 +494,8 @@ def _commit(partial: Path, final: Path, about: dict[str, Any]) -> None:
             name: [(partial / name).stat().st_size, digest]
             for name, digest in zip(files, digests, strict=True)
         }
-    described = {"format": _FORMAT, **about, "files": entries}
-    body = json.dumps(described, indent=1).encode()
+    manifest = {"format": _FORMAT, **metadata, "files": entries}
+    body = json.dumps(manifest, indent=1).encode()
     with (partial / MANIFEST).open("wb") as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         file.flush()
@@ -520,14 +523,14 @@ def _digest(path: Path, flush: bool = False) -> str:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _verify(folder: Path, without: str = "/") -> About:
-    """Compares the files, but for those whose names begin with `without`, with the manifest.
+def _verify(folder: Path, without: str = "/") -> Metadata:
+    """Compares all files with the manifest, except those whose names begin with `without`.
 
     Raises:
-        UserError: names the first file that is not as it was written.
+        UserError: a file differs from what was written; the message names the first one.
     """
     try:
-        about, files = _read_manifest(folder)
+        metadata, files = _read_manifest(folder)
         expected = {name: entry for name, entry in files.items() if not name.startswith(without)}
         for name, (size, _) in expected.items():
             path = folder / name
@@ -543,27 +546,27 @@ def _verify(folder: Path, without: str = "/") -> About:
             digests = pool.map(lambda name: _digest(folder / name), expected)
             for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
                 if digest != found:
-                    raise UserError(f"{folder}: damaged: {name} has other content than was written")
+                    raise UserError(f"{folder}: damaged: {name} differs from what was written")
     except OSError as error:
         raise Unreadable(f"{folder}: cannot be read: {error.strerror}") from None
-    held = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
-    needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(about.model)))
-    if needed > 2 * held + _MARGIN:  # arrays of a kilobyte or less are compressed
-        raise UserError(f"{folder}: {held} bytes do not hold a model of {needed}")
-    return about
+    stored = sum(size for name, (size, _) in files.items() if name.startswith("params/"))
+    needed = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(metadata.model)))
+    if needed > 2 * stored + _MARGIN:  # arrays of a kilobyte or less are compressed
+        raise UserError(f"{folder}: {stored} bytes are too few for a model of {needed} bytes")
+    return metadata
 
 
-def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
-    """The manifest, every value of which has the type that it should."""
+def _read_manifest(folder: Path) -> tuple[Metadata, dict[str, tuple[int, str]]]:
+    """Reads the manifest and checks the type of every value."""
     path = folder / MANIFEST
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_reporting(path))
+        stack.enter_context(_as_user_error(path))
         _require_fetched(path)
         with path.open("rb") as file:
             content = file.read(_MAX_MANIFEST)
         digest, _, body = content.partition(b"\n")
         if digest != hashlib.sha256(body).hexdigest().encode():
-            raise ValueError("cut short or changed")
+            raise ValueError("truncated or changed")
         described = json.loads(body)
         if described["format"] != _FORMAT:
             raise Unreadable(
@@ -571,23 +574,23 @@ def _read_manifest(folder: Path) -> tuple[About, dict[str, tuple[int, str]]]:
             )
         numbers = described["model"]
         if not all(type(value) is int and 0 < value < 1 << 31 for value in numbers.values()):
-            raise ValueError("no model")
+            raise ValueError("not a model")
         total, steps = described["loss"]["total"], described["loss"]["steps"]
-        about = About(ModelConfig(**numbers), MiniepochLoss(float(total), int(steps)))
+        metadata = Metadata(ModelConfig(**numbers), MiniepochLoss(float(total), int(steps)))
         run = dict(described["run"])
         sizes = [run.get(name, 1) for name in ("samples a step", "ctx_len")]
         if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
-            raise ValueError("no run")
-        about = dataclasses.replace(about, run=run)
+            raise ValueError("not a run")
+        metadata = dataclasses.replace(metadata, run=run)
         files = {name: (int(size), str(sha)) for name, (size, sha) in described["files"].items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("a file outside the folder")
-        return about, files
+        return metadata, files
 
 
 @contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    """Turns whatever a file from elsewhere provokes into a `UserError` that names it."""
+def _as_user_error(path: Path) -> Iterator[None]:
+    """Converts any error caused by an untrusted file into a `UserError` that names the file."""
     try:
         yield
     except Unreadable:
@@ -603,20 +606,20 @@ def _reporting(path: Path) -> Iterator[None]:
 
 
 def _require_fetched(path: Path) -> None:
-    """Raises `Unreadable` where a link or a pointer stands for a file that is not here (yet)."""
+    """Raises `Unreadable` for a dangling link or a Git LFS / git-annex pointer."""
     if path.is_symlink() and not path.exists():
         raise Unreadable(f"{path}: is a link to {os.readlink(path)}, which has not been fetched")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(32).startswith(_POINTERS):
                 raise Unreadable(
-                    f"{path}: is a pointer of Git LFS or git-annex to a file, "
+                    f"{path}: is a Git LFS or git-annex pointer to a file, "
                     "which has not been fetched"
                 )
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
-    """The checkpoints in a folder: the directories with a number for a name."""
+    """The checkpoints in a folder: the directories whose name is a number."""
     for path in folder.iterdir():
         number = path.name.isascii() and path.name.isdigit() and len(path.name) < 19
         if number and path.name == str(int(path.name)) and path.is_dir():
@@ -624,9 +627,9 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 
 def _brief(error: Exception) -> str:
-    """One line of an error of any kind."""
+    """The first line of an error of any kind."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if "RESOURCE_EXHAUSTED" in text:  # as tensorstore calls it, at length
+    if "RESOURCE_EXHAUSTED" in text:  # tensorstore's long message for a full disk
         return "no space left on the device"
     line = next(iter(text.splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}" if not isinstance(error, OSError) else line[:200]

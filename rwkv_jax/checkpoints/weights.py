@@ -1,13 +1,13 @@
-"""Official tensor names ↔ our parameter tree: `load_pth`, `save_pth` and what they are made of.
+"""Official tensor names ↔ our parameter tree: `load_pth`, `save_pth` and their parts.
 
-A tree is a nested dict whose paths are the official names, `[out, in]` orientation kept, with the
-blocks' tensors stacked on a leading layer axis and vectors flat: `blocks.3.att.x_r` of shape
-[1, 1, C] is row 3 of `tree["blocks"]["att"]["x_r"]` of shape [L, C]. Conversion is therefore
+A tree is a nested dict whose paths are the official names. The `[out, in]` orientation is kept, the
+blocks' tensors are stacked on a leading layer axis, and vectors are flat: `blocks.3.att.x_r` of
+shape [1, 1, C] is row 3 of `tree["blocks"]["att"]["x_r"]` of shape [L, C]. Conversion is therefore
 renaming and stacking, and exact. `blocks.0.ln0`, which only the first block has, is `tree["ln0"]`.
 
 Importing is liberal about form (a `_forward_module.` prefix, flat vectors, any key order) and
-strict about content: a model is another one without a tensor that RWKV-7 does not have, and none
-with a value that is not finite. Exporting writes exactly what the official trainer would.
+strict about content: a file with a tensor that RWKV-7 does not have, or with a non-finite value, is
+refused. Exporting writes exactly what the official trainer would.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ from rwkv_jax.errors import UserError
 Params = dict[str, Any]  # nested; leaves are arrays
 
 # Name → dimensions, in the order in which the official modules register them; readers depend on
-# it (rwkv.cpp takes att.x_* in file order). w, a, v, g are the low-rank widths, F the inner width.
+# it (rwkv.cpp reads att.x_* in file order). w, a, v, g are the low-rank widths, F the inner width.
 _BEFORE = {"emb.weight": "VC"}
 _BLOCK = {
     "ln1.weight": "C",
@@ -69,21 +69,21 @@ _BLOCK = {
 }
 _AFTER = {"ln_out.weight": "C", "ln_out.bias": "C", "head.weight": "VC"}
 
-# Unused in the first block, whose value is v_first itself; many files leave them out.
+# Unused in the first block, whose value is v_first itself; many files omit them.
 _OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 _PREFIX = "_forward_module."  # DeepSpeed's wrapper
 _LISTED = 6  # names in one message
-_PIECE = 1 << 16  # values that are looked at together: of a size that stays in the cache
+_PIECE = 1 << 16  # values checked at a time; fits the CPU cache
 
 
 def load_pth(
     path: str | os.PathLike[str], expect: ModelConfig | None = None, dtype: Any = np.float32
 ) -> tuple[ModelConfig, Params]:
-    """The model in an official `.pth`: its configuration, read off the shapes, and its tree.
+    """Loads the model in an official `.pth`: its configuration, inferred from the shapes, and tree.
 
     Args:
       path: as for `pth.read`.
-      expect: refuse a model of any other shape, with the differences.
+      expect: refuse a model with any other configuration, and list the differences.
       dtype: of the returned arrays.
 
     Returns:
@@ -96,21 +96,21 @@ def load_pth(
 
 
 def open_pth(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, pth.Array]]:
-    """The model in an official `.pth` as `whole` gives it, without a copy: views of the file.
+    """Opens the model in an official `.pth` as `validate_model` returns it, as views of the file.
 
     Raises:
-      UserError: as `load_pth` does.
+      UserError: as `load_pth`.
     """
-    return whole(pth.read(path), source=str(path))
+    return validate_model(pth.read(path), source=str(path))
 
 
 def load_tuned_pth(
     path: str | os.PathLike[str], dtype: Any = np.float32
 ) -> tuple[ModelConfig, Params, np.ndarray | None]:
-    """As `load_pth`, and the tuned initial state that the file may hold beside the model.
+    """As `load_pth`, and also loads a tuned initial state if the file has one.
 
     Raises:
-      UserError: as `load_pth` and `tuned_state` do.
+      UserError: as `load_pth` and `tuned_state`.
     """
     tensors = pth.read(path)
     model = without_state(tensors)
@@ -121,39 +121,39 @@ def load_tuned_pth(
 
 
 def without_state(tensors: Mapping[str, pth.Array]) -> dict[str, pth.Array]:
-    """The tensors but for those of a tuned initial state (see `tuned_state`)."""
+    """The tensors without those of a tuned initial state (see `tuned_state`)."""
     return {name: tensor for name, tensor in tensors.items() if not _STATE.search(name)}
 
 
 def tuned_state(tensors: Mapping[str, pth.Array], config: ModelConfig, source: str) -> np.ndarray:
-    """What state tuning has made of the state in which every text begins: `att.time_state`.
+    """The tuned initial state: `att.time_state` of each layer.
 
     Returns:
-      [L, H, N, N] float32, value row and key column as in `model.State.wkv`. RWKV-7's tuners keep
-      it so (RWKV-PEFT turns it for fla's kernel, RWKV Runner hands it to the rwkv package as it
-      is); those of RWKV-5 and 6 keep its transpose.
+      [L, H, N, N] float32, value row and key column as in `model.State.wkv`. RWKV-7 tuners store
+      this layout (RWKV-PEFT transposes it for fla's kernel; RWKV Runner passes it unchanged to the
+      rwkv package). RWKV-5 and 6 tuners store the transpose.
 
     Args:
-      source: is put in front of errors.
+      source: prefix of error messages.
 
     Raises:
-      UserError: a layer has none, or it is not of this model, or not finite.
+      UserError: a layer has no state, or the state is not of this model, or not finite.
     """
     found = {name: t for name, t in without_prefix(tensors).items() if _STATE.search(name)}
     shape = (config.n_head, config.head_size, config.head_size)
     expected = {f"blocks.{layer}.att.time_state": shape for layer in range(config.n_layer)}
     if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:
-        there = "".join(f", {name} {list(t.shape)}" for name, t in [*found.items()][:1])
+        example = "".join(f", {name} {list(t.shape)}" for name, t in [*found.items()][:1])
         raise UserError(
             f"{source}: is not a tuned state of this model, which has blocks.N.att.time_state "
-            f"{list(shape)} for each of {config.n_layer} layers: there are {len(found)}{there}"
+            f"{list(shape)} for each of {config.n_layer} layers: there are {len(found)}{example}"
         )
-    tensors = checked(found, source)
+    tensors = with_finite_check(found, source)
     return np.stack([np.asarray(tensors[name], np.float32) for name in expected])
 
 
 def save_pth(path: str | os.PathLike[str], params: Params, dtype: Any = ml_dtypes.bfloat16) -> None:
-    """Writes the tree as an official `.pth` (bf16 like theirs), atomically, one tensor at a time.
+    """Writes the tree as an official `.pth` (bf16 by default), atomically, one tensor at a time.
 
     fp32 is rounded to nearest even. The same tree gives the same bytes.
 
@@ -184,7 +184,7 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def official_dims(n_layer: int) -> dict[str, str]:
-    """Name → dimensions, a letter each (see `official_shapes`), in the official order."""
+    """Name → dimensions, one letter each (see `official_shapes`), in the official order."""
     blocks = {
         f"blocks.{layer}.{name}": dims
         for layer in range(n_layer)
@@ -195,14 +195,14 @@ def official_dims(n_layer: int) -> dict[str, str]:
 
 
 def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
-    """The configuration of a model with these official names and shapes.
+    """Infers the configuration of a model from its official names and shapes.
 
     Layers are counted; width and vocabulary come from `emb.weight`, head size from `att.r_k`
-    [H, N], and the low-rank widths and the channel mix's from the first tensor that has them.
+    [H, N], and the low-rank widths and the channel mix's width from the first tensor with them.
 
     Raises:
-      UserError: not an RWKV-7 model (saying which kind it looks like), or tensors are missing or
-        of the wrong shape.
+      UserError: not an RWKV-7 model (the message names the kind of model it looks like), or tensors
+        are missing or have the wrong shape.
     """
     tensors = without_prefix(tensors)
     n_layer = _count_layers(tensors)
@@ -211,7 +211,7 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
     if min(V, C, H, N) < 1 or C != H * N:
         raise UserError(
             f"is not an RWKV-7 model: emb.weight [V, C] and att.r_k [H, N] give {V=}, {C=}, "
-            f"{H=}, {N=}, which have to be 1 or more with C = H·N"
+            f"{H=}, {N=}; they have to be 1 or more, with C = H·N"
         )
     config = ModelConfig(
         n_layer=n_layer,
@@ -233,21 +233,21 @@ def infer_config(tensors: Mapping[str, pth.Array]) -> ModelConfig:
 def infer_partial(
     tensors: Mapping[str, pth.Array], otherwise: ModelConfig, n_layer: int = 0
 ) -> ModelConfig:
-    """The configuration of a model of which these are some tensors.
+    """Infers the configuration from a subset of a model's tensors.
 
     Args:
-      otherwise: gives the sizes that no tensor shows.
-      n_layer: of the model; 0: as many as the tensors are of.
+      otherwise: the sizes that no tensor shows.
+      n_layer: number of layers; 0: inferred from the tensors.
 
     Raises:
-      UserError: not of an RWKV-7 model.
+      UserError: the tensors are not those of an RWKV-7 model.
     """
     count = _count_layers(tensors)
     sizes = _sizes(tensors, count)
     fields = {"C": "n_embd", "V": "vocab_size", "N": "head_size", "F": "dim_ffn"}
     fields |= {letter: f"dim_{letter}" for letter in "wavg"}
     known = {field: sizes[letter] for letter, field in fields.items() if letter in sizes}
-    if sizes.get("C", otherwise.n_embd) != otherwise.n_embd:  # what follows from another width
+    if sizes.get("C", otherwise.n_embd) != otherwise.n_embd:  # the defaults of another width
         otherwise = ModelConfig(count, sizes["C"], head_size=sizes.get("N", otherwise.head_size))
     return dataclasses.replace(otherwise, n_layer=n_layer or count, **known)
 
@@ -260,12 +260,14 @@ def _count_layers(tensors: Mapping[str, pth.Array]) -> int:
         raise UserError(f"has blocks up to {n_layer - 1}, but only {len(layers)} of them")
     known = official_dims(n_layer)
     if extra := [name for name in tensors if name not in known]:
-        raise UserError(f"has {_list(extra)}, which RWKV-7 does not: it is another model")
+        raise UserError(
+            f"has tensors that RWKV-7 does not have: {_list(extra)}; it is another model"
+        )
     return n_layer
 
 
 def _sizes(tensors: Mapping[str, pth.Array], n_layer: int) -> dict[str, int]:
-    """Letter → size, from the first tensor that has such a dimension."""
+    """Letter → size, from the first tensor with that dimension."""
     sizes: dict[str, int] = {}
     for name, dims in official_dims(n_layer).items():
         shape = tensors[name].shape if name in tensors else ()
@@ -281,56 +283,56 @@ def from_official(
     dtype: Any = np.float32,
     source: str = "",
 ) -> tuple[ModelConfig, Params]:
-    """The configuration and the tree of official tensors (see `whole`).
+    """Converts official tensors to the configuration and the tree (see `validate_model`).
 
-    Each leaf is allocated once and filled, so memory is the tree's own.
+    Each leaf is allocated once and filled, so peak memory is that of the tree.
 
     Args:
-      tensors: by official name; values are taken when they are used.
-      expect: refuse any other configuration, with the differences.
+      tensors: by official name; values are read when they are used.
+      expect: refuse any other configuration, and list the differences.
       dtype: of the tree.
-      source: is put in front of errors.
+      source: prefix of error messages.
 
     Raises:
-      UserError: as `whole` does; or a value is not finite, or beyond the range of float16.
+      UserError: as `validate_model`; or a value is not finite, or beyond the range of float16.
     """
-    config, tensors = whole(tensors, expect, source)
+    config, tensors = validate_model(tensors, expect, source)
     params: Params = {}
     targets: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        (*parents, last), layer = place(name)
+        (*parents, last), layer = parameter_path(name)
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        shape = flat(tensor.shape)
+        shape = tree_shape(tensor.shape)
         if last not in node:
             node[last] = np.empty(shape if layer is None else (config.n_layer, *shape), dtype)
         targets[name] = node[last][... if layer is None else layer]
 
     def fill(name: str) -> None:
         target = targets[name]
-        with _in_range(_of(source, name), target.dtype):
+        with _in_range(_with_source(source, name), target.dtype):
             target[...] = np.asarray(tensors[name]).reshape(target.shape)
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # reading and converting, both take time
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # overlaps reading and converting
         for _ in pool.map(fill, targets):
             pass
     return config, params
 
 
-def whole(
+def validate_model(
     tensors: Mapping[str, pth.Array], expect: ModelConfig | None = None, source: str = ""
 ) -> tuple[ModelConfig, dict[str, pth.Array]]:
-    """The configuration of these tensors, and all that such a model has, in the official order.
+    """Validates a model: returns its configuration and all its tensors, in the official order.
 
-    `v0`, `v1`, `v2` of block 0, when absent, become zeros: nothing reads them there, no gradient
-    reaches them and no decay applies, so they stay as they are, and an export (where the official
-    trainer demands them) is the same each time, in every dtype.
+    `v0`, `v1`, `v2` of block 0 become zeros if they are absent. Nothing reads them there, no
+    gradient reaches them and no decay applies, so they stay zero, and an export (for which the
+    official trainer requires them) is the same each time, in every dtype.
 
     Args:
-      tensors: by official name; flat vectors and a `_forward_module.` prefix are taken, too.
-      expect: refuse any other configuration, with the differences.
-      source: the file that they are of, which is put in front of errors.
+      tensors: by official name; flat vectors and a `_forward_module.` prefix are accepted, too.
+      expect: refuse any other configuration, and list the differences.
+      source: the file of the tensors, a prefix of error messages.
 
     Raises:
       UserError: see `infer_config`; or a tensor is not floating point. When a tensor is used: its
@@ -343,7 +345,7 @@ def whole(
             differences = _differences(tensors, expect)
             if differences:
                 raise UserError(
-                    f"does not fit the model asked for, {_brief(expect)}: {differences}"
+                    f"does not match the requested model, {_brief(expect)}: {differences}"
                 )
         config = infer_config(tensors)
         shapes = official_shapes(config)
@@ -353,27 +355,29 @@ def whole(
                     f"{name} is {tensors[name].dtype}, not floating point: is it quantised?"
                 )
     except UserError as error:
-        raise UserError(_of(source, str(error))) from None
+        raise UserError(_with_source(source, str(error))) from None
     found = {
         name: tensors[name] if name in tensors else np.zeros(shape, np.float32)
         for name, shape in shapes.items()
     }
-    return config, checked(found, source, shapes)
+    return config, with_finite_check(found, source, shapes)
 
 
-def checked(
+def with_finite_check(
     tensors: Mapping[str, pth.Array],
     source: str = "",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, pth.Array]:
-    """The same tensors; one that is not all finite raises a `UserError` when its values are used.
+    """The same tensors, which raise a `UserError` when non-finite values are read.
 
     Args:
-      source: the file that they are of, which is put in front of errors.
-      shapes: to give the tensors, where they are not their own.
+      source: the file of the tensors, a prefix of error messages.
+      shapes: new shapes by name; None: the tensors' own.
     """
     return {
-        name: _Checked(tensor, shapes[name] if shapes else tuple(tensor.shape), _of(source, name))
+        name: _Checked(
+            tensor, shapes[name] if shapes else tuple(tensor.shape), _with_source(source, name)
+        )
         for name, tensor in tensors.items()
     }
 
@@ -391,10 +395,10 @@ class _Checked:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         with _in_range(self.name, dtype):
             values = np.asarray(self.tensor, dtype)
-        if count := not_finite(values):
+        if count := count_not_finite(values):
             raise UserError(
                 f"{self.name}: {count:,} of {values.size:,} values are not finite (NaN or "
-                "infinity), so the model computes nothing: take an earlier file, or download it "
+                "infinity), so the model cannot be used: use an earlier file, or download it "
                 "again"
             )
         return values.reshape(self.shape)
@@ -407,16 +411,15 @@ def _in_range(name: str, dtype: Any) -> Iterator[None]:
             yield
     except FloatingPointError:
         raise UserError(
-            f"{name}: has values beyond the range of {np.dtype(dtype)}; bfloat16 and float32 hold "
-            "them"
+            f"{name}: has values beyond the range of {np.dtype(dtype)}; use bfloat16 or float32"
         ) from None
 
 
-def not_finite(values: np.ndarray) -> int:
-    """How many values are NaN or infinite; of a dtype that is not floating point, none.
+def count_not_finite(values: np.ndarray) -> int:
+    """Counts the values that are NaN or infinite; 0 for a dtype that is not floating point.
 
-    Without its sign, a float is finite if its bits are less than those of infinity: this reads
-    memory as fast as it comes; `np.isfinite` of bfloat16 or float16 takes eight times as long.
+    Without its sign, a float is finite if its bits are less than those of infinity. This runs at
+    memory bandwidth; `np.isfinite` of bfloat16 or float16 takes eight times as long.
     """
     if values.dtype not in _FLOATS:
         return 0
@@ -429,12 +432,12 @@ def not_finite(values: np.ndarray) -> int:
     )
 
 
-def _of(source: str, message: str) -> str:
+def _with_source(source: str, message: str) -> str:
     return f"{source}: {message}" if source else message
 
 
 def to_official(params: Params) -> dict[str, pth.Array]:
-    """Official names, order and shapes of a tree (NumPy or JAX arrays), values taken when used.
+    """Views a tree (NumPy or JAX arrays) with official names, order and shapes; values are lazy.
 
     Raises:
       UserError: the tree is not that of an RWKV-7 model.
@@ -442,7 +445,7 @@ def to_official(params: Params) -> dict[str, pth.Array]:
     n_layer = params["blocks"]["ln1"]["weight"].shape[0]
     tensors: dict[str, pth.Array] = {}
     for name, dims in official_dims(n_layer).items():
-        path, layer = place(name)
+        path, layer = parameter_path(name)
         leaf: Any = params
         for key in path:
             leaf = leaf[key]
@@ -477,8 +480,8 @@ _STATE = re.compile(r"blocks\.\d+\.att\.time_state$")
 _FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)
 
 
-def place(name: str) -> tuple[tuple[str, ...], int | None]:
-    """Where in the tree an official tensor lies: the path of a leaf, and a row if it is stacked."""
+def parameter_path(name: str) -> tuple[tuple[str, ...], int | None]:
+    """The path of an official tensor in the tree, and its row if the leaf is stacked."""
     match = _LAYER.match(name)
     rest = name[match.end() :] if match else name
     if match is None or rest.startswith("ln0."):
@@ -486,13 +489,13 @@ def place(name: str) -> tuple[tuple[str, ...], int | None]:
     return ("blocks", *rest.split(".")), int(match[1])
 
 
-def flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """An official shape as the tree has it: without the two leading ones of the vectors."""
+def tree_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the tree for an official shape: vectors lose their two leading ones."""
     return shape[2:] if len(shape) == 3 and shape[:2] == (1, 1) else shape
 
 
 def without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as the official trainer writes them, without what DeepSpeed puts in front."""
+    """Names as the official trainer writes them, without DeepSpeed's prefix."""
     plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if len(plain) != len(tensors):
         raise UserError(f"has the same tensors with and without the prefix {_PREFIX}")
@@ -500,10 +503,10 @@ def without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(tensors: Mapping[str, pth.Array], config: ModelConfig) -> str:
-    """What keeps `tensors` from being such a model, as part of one line; empty if nothing does."""
+    """The differences from such a model, for an error message; empty if there are none."""
     shapes = official_shapes(config)
     missing = [name for name in shapes if name not in tensors and name not in _OPTIONAL]
-    beyond = [
+    too_many = [
         name
         for name in tensors
         if (match := _LAYER.match(name)) and int(match[1]) >= config.n_layer
@@ -511,18 +514,18 @@ def _differences(tensors: Mapping[str, pth.Array], config: ModelConfig) -> str:
     other = [
         f"{name} is {list(tensors[name].shape)} and should be {list(shape)}"
         for name, shape in shapes.items()
-        if name in tensors and flat(tuple(tensors[name].shape)) != flat(shape)
+        if name in tensors and tree_shape(tuple(tensors[name].shape)) != tree_shape(shape)
     ]
     parts = [
         f"missing {_list(missing)}" if missing else "",
-        f"layers too many {_list(beyond)}" if beyond else "",
+        f"too many layers {_list(too_many)}" if too_many else "",
         _list(other),
     ]
     return "; ".join(part for part in parts if part)
 
 
 def _list(items: list[str], most: int = _LISTED) -> str:
-    """The first few, printable and short whatever a file's names hold, and how many more."""
+    """The first few items, escaped and shortened, and the number of the others."""
     shown = [ascii(item)[1:-1] for item in items[:most]]
     shown = [item if len(item) <= 120 else item[:117] + "..." for item in shown]
     more = f" and {len(items) - most} more" if len(items) > most else ""
@@ -536,9 +539,9 @@ def _brief(config: ModelConfig) -> str:
     )
 
 
-# A pattern of some tensor's name → what such a file is. The first that matches is reported.
+# A pattern for a tensor's name → the kind of file. The first match is reported.
 _KINDS = {
-    r"lora_[AB]|\.lora\.[01]$": "an unmerged LoRA (alone or beside a model)",
+    r"lora_[AB]|\.lora\.[01]$": "an unmerged LoRA (alone or with a model)",
     r"^blocks\.\d+\.ffn\.enn\.": "RWKV-8",
     r"^blocks\.\d+\.qkv\.": "RWKV-7b (with DeepEmbed and DEA)",
     r"\.ffn\.s_emb": "RWKV-7a (with DeepEmbed)",
@@ -553,10 +556,10 @@ _KINDS = {
     r"layers\.0\.attention\.wq": "a llama",
     r"transformer\.h\.0\.": "a GPT-2",
 }
-_WAYS_OUT = {
-    "an unmerged LoRA (alone or beside a model)": "merge it into its model first",
+_FIXES = {
+    "an unmerged LoRA (alone or with a model)": "merge it into its model first",
     "a tuned initial state": "give it to python -m rwkv_jax.generate as --load_state",
-    "a Hugging Face model": "convert its folder by python -m convert.hf_to_pth",
+    "a Hugging Face model": "convert its folder with python -m convert.hf_to_pth",
 }
 
 
@@ -568,10 +571,10 @@ def _check_architecture(tensors: Mapping[str, Any]) -> None:
         pattern, kind = other
     if kind:
         marks = _list([name for name in tensors if re.search(pattern, name)], 3)
-        way_out = f"; {_WAYS_OUT[kind]}" if kind in _WAYS_OUT else ""
-        raise UserError(f"is {kind}, not RWKV-7: it has {marks or 'nothing'}{way_out}")
+        fix = f"; {_FIXES[kind]}" if kind in _FIXES else ""
+        raise UserError(f"is {kind}, not RWKV-7: it has {marks or 'no tensors'}{fix}")
     if states := [name for name in tensors if _STATE.search(name)]:
         raise UserError(
-            f"has a tuned initial state beside the model, {_list(states)}: only "
+            f"has a tuned initial state in addition to the model, {_list(states)}: only "
             "python -m rwkv_jax.generate uses it; give the model that it was tuned on"
         )

@@ -1,4 +1,4 @@
-"""A machine's NVIDIA driver, and what nvidia-smi reports of its GPUs, before or without jax."""
+"""The machine's NVIDIA driver and GPUs, as nvidia-smi reports them, without jax."""
 
 import ctypes
 import dataclasses
@@ -9,7 +9,7 @@ import subprocess
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A line of nvidia-smi; memory in MiB."""
+    """A GPU as nvidia-smi reports it; `memory` and `used` in MiB."""
 
     name: str
     driver: str
@@ -19,7 +19,7 @@ class Gpu:
 
 
 def has_driver() -> bool:
-    """Whether the library of an NVIDIA driver is here, of whatever version."""
+    """Whether the library of an NVIDIA driver, of any version, can be loaded."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -28,17 +28,17 @@ def has_driver() -> bool:
 
 
 def ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs; or none, and what nvidia-smi says instead (None: there is no such program)."""
+    """The GPUs, and the error message of nvidia-smi if it failed (None: it is not installed)."""
     if shutil.which("nvidia-smi") is None:
         return (), None
     query = "name,driver_version,memory.total,memory.used,compute_cap"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return (), str(error)
-    gpus = tuple(_parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 4)
-    return gpus, "" if gpus else (done.stdout + done.stderr).strip()
+    gpus = tuple(_parse_gpu(line) for line in result.stdout.splitlines() if line.count(",") == 4)
+    return gpus, "" if gpus else (result.stdout + result.stderr).strip()
 
 
 def _parse_gpu(line: str) -> Gpu:

@@ -1,4 +1,4 @@
-"""Which precision a run computes in, and how exact jax makes float32 products."""
+"""The precision of a run, and jax's precision of float32 matrix products."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ PRECISIONS = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "tf32": jnp.float32, "f
 
 
 def default_precision(on_gpu: bool, capability: tuple[int, int] | None) -> str:
-    """A name in `PRECISIONS`: fp32 on a CPU; bf16, or fp16 on GPUs that have no bf16 units.
+    """A name in `PRECISIONS`: fp32 on a CPU; bf16 on a GPU, or fp16 if it has no bf16 units.
 
     Args:
-        capability: of an NVIDIA GPU; those from 8.0 on have bf16 units. None: of any other.
+        capability: compute capability of an NVIDIA GPU; bf16 units exist from 8.0 on. None: other
+            GPUs.
     """
     if not on_gpu:
         return "fp32"
@@ -25,9 +26,9 @@ def device_precision() -> str:
 
 
 def use_precision(name: str | None) -> None:
-    """Tells jax how exact float32 products are to be, in what is traced from now on.
+    """Sets jax's matmul precision for everything traced from now on.
 
-    Those of "fp32" are exact; left to itself, an NVIDIA GPU would round their operands to TF32.
+    The products of "fp32" are exact; by default an NVIDIA GPU rounds the operands to TF32.
     """
     matmul = {"fp32": "highest", "tf32": "tensorfloat32"}.get(name or "")
     jax.config.update("jax_default_matmul_precision", matmul)

@@ -8,11 +8,11 @@ import jax
 from jax.experimental import topologies
 
 from rwkv_jax.device.nvidia import ask_nvidia_smi, has_driver
-from rwkv_jax.errors import UserError, held_back
+from rwkv_jax.errors import UserError, suppress_stderr
 from rwkv_jax.files import cache_folder
 
-# Settings of jax that change results, or that stop what is right: as the commands need them,
-# whatever the environment says (JAX_ENABLE_X64=1, …), so that the options alone decide.
+# jax settings that change results or break correct programs. The commands set them to fixed values
+# whatever the environment says (JAX_ENABLE_X64=1, …), so that results depend on the options alone.
 SETTINGS = {
     "jax_enable_x64": False,
     "jax_disable_jit": False,
@@ -32,16 +32,16 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # a flag of XLA
 
 
 def memory_fraction(total: int) -> float:
-    """Of a GPU of so many bytes, what jax takes for arrays and programs (by itself: 3/4).
+    """The fraction of a GPU's `total` bytes that jax may allocate (jax's own default is 3/4).
 
-    The rest, a twentieth and at least 1 GiB, is for the CUDA context, the libraries' workspaces and
-    the buffers of communication.
+    The rest, 5 % and at least 1 GiB, is for the CUDA context, the libraries' workspaces and the
+    communication buffers.
     """
     return min(0.95, 1 - 2**30 / total)
 
 
 def override_settings() -> None:
-    """Gives `SETTINGS` to jax, in place of those that the environment has given it."""
+    """Applies `SETTINGS`, overriding the environment; notes each variable that has no effect."""
     for name, value in SETTINGS.items():
         if name.upper() in os.environ and jax.config.values[name] != value:
             jax.config.update(name, value)
@@ -49,27 +49,28 @@ def override_settings() -> None:
 
 
 def prepare_jax(deterministic: bool = False) -> None:
-    """Before the first use of a device: its memory, a cache of compiled programs, `SETTINGS`.
+    """Configures jax before the first use of a device: GPU memory share, compilation cache,
+    `SETTINGS`.
 
-    What the user has set in the environment (`XLA_CLIENT_MEM_FRACTION` or its older name,
-    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`, `XLA_FLAGS`) stays. Where
-    there is no NVIDIA driver, what jax's CUDA plugin says of that is not shown.
+    Values that the user set in the environment (`XLA_CLIENT_MEM_FRACTION` or its older name,
+    `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, `JAX_COMPILATION_CACHE_DIR`, `XLA_FLAGS`) are kept. If
+    there is no NVIDIA driver, the CUDA plugin's messages about that are suppressed.
 
     Args:
-        deterministic: XLA compiles for GPUs only what gives the same bytes each time.
+        deterministic: on GPUs, XLA uses only operations that give the same bytes in every run.
 
     Raises:
         UserError: the environment's share of a GPU's memory is not a number.
     """
     override_settings()
     if not has_driver():
-        # jax looks for its plugins when it is first asked about a platform; none of them starts.
-        with held_back(), contextlib.suppress(NotImplementedError):
+        # jax loads its plugins on the first query of any platform; this query starts none of them.
+        with suppress_stderr(), contextlib.suppress(NotImplementedError):
             topologies.get_topology_desc(platform="none")
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     _choose_memory_fraction()
-    # Of the host's, for the strategies that offload: all that it has, where XLA would stop at 64.
+    # Offloading may use all host memory; XLA's default limit is 64 GB.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory))
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -77,14 +78,14 @@ def prepare_jax(deterministic: bool = False) -> None:
 
 
 def _choose_memory_fraction() -> None:
-    """Sets the share of a GPU's memory that jax takes, unless the environment has one.
+    """Sets the share of a GPU's memory that jax may allocate, unless the environment sets it.
 
     If both names of that variable are set, or the value is not a number, jax's CUDA plugin does not
     start. jax only logs that, and everything would run on the CPU.
     """
     name, older = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
     if os.environ.get(name) and os.environ.pop(older, ""):
-        print(f"note: {older} has no effect beside {name}", file=sys.stderr)
+        print(f"note: {older} has no effect, because {name} is set", file=sys.stderr)
     for given in (name, older):
         if value := os.environ.get(given):
             try:
@@ -92,7 +93,7 @@ def _choose_memory_fraction() -> None:
             except ValueError:
                 positive = False
             if not positive:
-                raise UserError(f"{given}={value}: set a number above 0 (as 0.9), or unset it")
+                raise UserError(f"{given}={value}: set a number above 0 (such as 0.9), or unset it")
             return
     largest = max((gpu.memory for gpu in ask_nvidia_smi()[0]), default=0) or 2**20  # MiB
     os.environ[name] = str(memory_fraction(largest * 2**20))

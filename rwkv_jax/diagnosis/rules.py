@@ -1,4 +1,4 @@
-"""What is wrong with a machine, by rules over its facts, and the way out."""
+"""Rules over the facts about a machine: its problems, each with a fix."""
 
 import os
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ from rwkv_jax.device.nvidia import has_driver
 from rwkv_jax.diagnosis.facts import CUDNN, PLUGINS, Facts, Trial, gather_facts
 from rwkv_jax.errors import UserError
 
-# The oldest driver that a CUDA version runs on, and the oldest GPU that jax's build for it takes.
+# The oldest driver for a CUDA version, and the oldest GPU that jax's build for it supports.
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 OLDEST_GPU = {"cuda12": (5, 2), "cuda13": (7, 5)}
 
-# The losses of `self_test.SELF_TEST`'s steps: computed in float64 by the independent implementation
-# in tests/support/torch_rwkv7.py (tests/diagnosis/test_doctor.py computes them again).
+# The losses of the steps of `self_test.SELF_TEST`, computed in float64 by the independent
+# implementation in tests/support/torch_rwkv7.py (tests/diagnosis/test_doctor.py checks them).
 KNOWN_LOSSES = (6.342448, 6.051721, 5.352484, 4.812257, 4.352367, 4.044164)
 TOLERANCE = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 def why_no_gpu() -> str:
-    """Why jax, which has started and uses the CPU, uses no NVIDIA GPU, and the way out.
+    """Why jax uses the CPU and not the NVIDIA GPU, with a fix; empty without an NVIDIA driver.
 
-    Empty where there is no NVIDIA driver.
+    jax has to be started.
     """
     import jax
 
@@ -30,15 +30,15 @@ def why_no_gpu() -> str:
         jax.devices("cuda")
         return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} puts the CPU first: unset it"
     except RuntimeError as error:
-        says = str(error).splitlines()[0]
-    facts = gather_facts(Trial({"platform": "cpu"}, {}, says, says))
-    if not facts.gpus and not facts.driver_says and not has_driver():
+        message = str(error).splitlines()[0]
+    facts = gather_facts(Trial({"platform": "cpu"}, {}, message, message))
+    if not facts.gpus and not facts.driver_error and not has_driver():
         return ""
-    return next(problems(facts), f"jax sees no GPU; it says: {says}")
+    return next(problems(facts), f"jax sees no GPU; its message: {message}")
 
 
 def problems(facts: Facts) -> Iterator[str]:
-    """What keeps this machine from training as it could; each with the way out."""
+    """Problems of this machine, each with a fix."""
     versions, wanted = facts.versions, _fitting_plugin(facts)
     if versions.get("jax") != versions.get("jaxlib"):
         yield (
@@ -59,19 +59,19 @@ def problems(facts: Facts) -> Iterator[str]:
         )
     if not facts.platform and "JAX_PLATFORMS" in facts.variables:
         yield (
-            f"JAX_PLATFORMS={facts.variables['JAX_PLATFORMS']}: jax does not start with it: "
-            f"unset it. It says: {facts.jax_says}"
+            f"JAX_PLATFORMS={facts.variables['JAX_PLATFORMS']}: jax does not start with this "
+            f"value: unset it. jax's message: {facts.jax_error}"
         )
     elif not facts.platform:
-        yield f"jax does not start: {facts.jax_says}"
-    if facts.driver_says:
-        yield _driver_trouble(facts.driver_says)
+        yield f"jax does not start: {facts.jax_error}"
+    if facts.driver_error:
+        yield _driver_problem(facts.driver_error)
     if not facts.gpus:
         return
     driver = int(facts.gpus[0].driver.partition(".")[0])
     if driver < OLDEST_DRIVER["cuda12"]:
         yield (
-            f"the NVIDIA driver is {facts.gpus[0].driver}, too old for any jax of today: install "
+            f"the NVIDIA driver is {facts.gpus[0].driver}, too old for any current jax: install "
             f"{OLDEST_DRIVER['cuda12']} or newer"
         )
     elif not facts.plugins:
@@ -82,8 +82,8 @@ def problems(facts: Facts) -> Iterator[str]:
     for kind in facts.plugins:
         if OLDEST_DRIVER["cuda12"] <= driver < OLDEST_DRIVER[kind]:
             yield (
-                f"jax's plugin is for {kind}, which needs driver {OLDEST_DRIVER[kind]}; here is "
-                f"{facts.gpus[0].driver}: update the driver, or pip uninstall "
+                f"jax's plugin is for {kind}, which needs driver {OLDEST_DRIVER[kind]}; this "
+                f"machine has {facts.gpus[0].driver}: update the driver, or pip uninstall "
                 f"{' '.join(x for x in PLUGINS if kind in x)} and pip install 'jax[{wanted}]'"
             )
         too_old = [gpu for gpu in facts.gpus if (0, 0) < gpu.capability < OLDEST_GPU[kind]]
@@ -98,7 +98,7 @@ def problems(facts: Facts) -> Iterator[str]:
 
 
 def _hidden_gpu(facts: Facts) -> Iterator[str]:
-    """Why jax does not use a GPU for which it has a driver and a plugin."""
+    """Why jax does not use a GPU although the driver and the plugin are installed."""
     if "cpu" in facts.variables.get("JAX_PLATFORMS", ""):
         yield f"JAX_PLATFORMS={facts.variables['JAX_PLATFORMS']} hides the GPU: unset it"
     elif facts.variables.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):
@@ -109,67 +109,67 @@ def _hidden_gpu(facts: Facts) -> Iterator[str]:
             f"LD_LIBRARY_PATH ({facts.variables['LD_LIBRARY_PATH']}) puts another CUDA before the "
             "one that pip installed for jax: unset it"
         )
-    elif not any(name in facts.versions for name in CUDNN) and "cuDNN" in facts.jax_says:
+    elif not any(name in facts.versions for name in CUDNN) and "cuDNN" in facts.jax_error:
         yield (
-            "jax does not find CUDA's libraries, which the extra plan does not bring: pip install "
-            f"'jax[{_fitting_plugin(facts)}]'"
+            "jax does not find CUDA's libraries, which the extra plan does not install: pip "
+            f"install 'jax[{_fitting_plugin(facts)}]'"
         )
     else:
-        yield f"jax does not use the GPU; it says: {facts.jax_says or 'nothing'}"
+        yield f"jax does not use the GPU; its message: {facts.jax_error or 'none'}"
 
 
-def _driver_trouble(words: str) -> str:
-    first = words.splitlines()[0]
-    if "version mismatch" in words:
+def _driver_problem(message: str) -> str:
+    first = message.splitlines()[0]
+    if "version mismatch" in message:
         return (
-            f"nvidia-smi says {first!r}: the driver was updated under a running kernel module; "
-            "restart the machine"
+            f"nvidia-smi reports {first!r}: the driver was updated while the old kernel module is "
+            "loaded; restart the machine"
         )
-    if "communicate with the NVIDIA driver" in words:
+    if "communicate with the NVIDIA driver" in message:
         return (
-            f"nvidia-smi says {first!r}: the driver is installed but not loaded; modprobe nvidia, "
-            "or install it anew for this kernel"
+            f"nvidia-smi reports {first!r}: the driver is installed but not loaded; modprobe "
+            "nvidia, or reinstall it for this kernel"
         )
-    if "No devices were found" in words:
+    if "No devices were found" in message:
         return "nvidia-smi finds no GPU: is it passed into this container or virtual machine?"
-    if "not a valid field" in words:
+    if "not a valid field" in message:
         return (
-            "the NVIDIA driver is too old to tell a GPU's compute capability: install "
+            "the NVIDIA driver is too old to report a GPU's compute capability: install "
             f"{OLDEST_DRIVER['cuda12']} or newer"
         )
     return f"nvidia-smi fails: {first!r}"
 
 
 def notes(facts: Facts, free_disk: int) -> Iterator[str]:
-    """What a person may want to know, though it stops nothing. Disk in bytes."""
+    """Notes that are not problems. `free_disk` in bytes."""
     for number, gpu in enumerate(facts.gpus):
         if gpu.used > 0.1 * gpu.memory > 0:
             yield (
                 f"GPU {number}: {gpu.used} of {gpu.memory} MiB are in use by other programs "
-                "(nvidia-smi lists them); training takes all but a little of a GPU when it starts"
+                "(nvidia-smi lists them); training allocates most of a GPU's memory when it starts"
             )
         if facts.platform == "gpu" and gpu.capability < (8, 0):
             yield (
                 f"GPU {number}: compute capability {dotted(gpu.capability)} has no bf16 units; "
-                "--precision is fp16 there unless it is given"
+                "the default --precision there is fp16"
             )
-    if facts.plugins and facts.driver_says is None:
+    if facts.plugins and facts.driver_error is None:
         yield (
-            "jax has a CUDA plugin, but there is no NVIDIA driver (no nvidia-smi), so that it can "
-            "compile for a GPU (python -m rwkv_jax.plan) but not use one: for that, install the "
-            "driver; a container needs to be started with --gpus all"
+            "jax has a CUDA plugin, but there is no NVIDIA driver (no nvidia-smi): jax can compile "
+            "for a GPU (python -m rwkv_jax.plan) but not use one. Install the driver; start a "
+            "container with --gpus all"
         )
     if facts.platform not in ("", "cpu", "gpu"):
-        yield f"nothing here has been tried on {facts.platform}"
+        yield f"this program is not tested on {facts.platform}"
     if free_disk < 10e9:
         yield (
-            f"{free_disk / 1e9:.1f} GB are free in this folder: a checkpoint takes 12 bytes a "
+            f"{free_disk / 1e9:.1f} GB are free in this folder: a checkpoint takes 12 bytes per "
             "parameter, and two are kept"
         )
 
 
 def _fitting_plugin(facts: Facts) -> str:
-    """cuda12 or cuda13: the newest that driver and GPUs run."""
+    """cuda12 or cuda13: the newest that the driver and the GPUs support."""
     fits = [
         kind
         for kind in OLDEST_DRIVER
@@ -185,19 +185,19 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def self_test(trial: Trial, precision: str) -> str:
-    """How the losses of a trial compare with the known ones, in words.
+    """Describes how the losses of the self-test compare with the known ones.
 
     Raises:
-        UserError: they differ, or there are none.
+        UserError: they differ, or the training did not finish.
     """
     if precision not in trial.losses:
-        raise UserError(f"self-test in {precision}: training fails: {trial.says}")
+        raise UserError(f"self-test in {precision}: training fails: {trial.last_message}")
     losses = trial.losses[precision]
     apart = float(np.max(np.abs(np.array(losses) - np.array(KNOWN_LOSSES))))
     summary = f"{len(losses)} training steps, losses within {apart:.1g} of the known ones"
     if not apart <= TOLERANCE[precision]:
         raise UserError(
             f"self-test in {precision}: {summary}, more than {TOLERANCE[precision]}: this machine "
-            "computes something else; please report it with all of the above"
+            "computes wrong results; please report it with all of the above"
         )
     return f"{precision}: {summary}"

@@ -1,4 +1,4 @@
-"""A small training whose losses are known."""
+"""A small training with known losses."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ SELF_TEST: dict[str, Any] = {
 
 
 def write_self_test_data(prefix: Path) -> None:
-    """2000 tokens with something to learn in them: the squares, modulo 61."""
+    """Writes 2000 tokens with a pattern to learn: the squares modulo 61."""
     with BinIdxWriter(prefix) as writer:
         writer.append(np.arange(2000) ** 2 % 61 + 1, [2000])
 
 
 def jax_facts() -> dict[str, Any]:
-    """jax's devices, and which kernel each dtype would run, and why. Starts jax."""
+    """jax's devices, and the kernel for each dtype with the reason. Starts jax."""
     import jax
 
     from pallas_kernels.wkv7.api import choose
@@ -44,9 +44,10 @@ def jax_facts() -> dict[str, Any]:
 
 
 def starting_params(model: "ModelConfig") -> "Params":
-    """Fresh weights, but that the matrices which begin at zero are drawn at random, too.
+    """Fresh weights, with the zero-initialised matrices drawn at random as well.
 
-    So every part of the model counts from the first step on. Rounded to bf16, as in a file.
+    So every part of the model affects the loss from the first step on. Rounded to bf16, as in a
+    file.
     """
     import jax
     import ml_dtypes
@@ -64,13 +65,13 @@ def starting_params(model: "ModelConfig") -> "Params":
 
 
 def losses_of_small_model(data: Path, precision: str) -> list[float]:
-    """The losses of the steps of `SELF_TEST`: the step that train runs, without its files."""
+    """The losses of the steps of `SELF_TEST`, with the train step of `train` but without files."""
     import jax
     import jax.numpy as jnp
 
     from rwkv_jax.config import TrainConfig
     from rwkv_jax.parallel import sharding
-    from rwkv_jax.parallel.distributed import place
+    from rwkv_jax.parallel.distributed import device_put_global
     from rwkv_jax.text.dataset import open_dataset
     from rwkv_jax.training import build
     from rwkv_jax.training.optimizer import learning_rate, make_optimizer
@@ -89,18 +90,18 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
     abstract = abstract_state(mesh, model, optimizer)
     moments = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = place(TrainState(params, moments), where)
+    state = device_put_global(TrainState(params, moments), where)
 
     def batch(step: int) -> jax.Array:
         return jnp.asarray(squares.batch(step, 1, config.micro_bsz)[None])
 
-    # Nearly all of the time goes into compiling: on a CPU, half of it without LLVM's optimisations.
+    # Nearly all of the time is compilation; on a CPU it is halved without LLVM's optimisations.
     effort = None if on_gpu else {"xla_backend_optimization_level": 0}
     run_step: Any = build.build_step(config, model, mesh, optimizer)
     compiled = run_step.lower(state, batch(0)).compile(effort)
     losses = []
     for step in range(schedule.last_step):
-        for _ in range(16):  # in fp16, as often as the loss scale is still too large
+        for _ in range(16):  # in fp16, steps are repeated while the loss scale is too large
             state, metrics = compiled(state, batch(step))
             if not metrics.skipped:
                 break

@@ -1,8 +1,8 @@
-"""The use of a trained model.
+"""Inference with a trained model.
 
-decoder.py     recurrent decoding: prefill and one token after the other
+decoder.py     recurrent decoding: prefill, then one token at a time
 sampling.py    from logits to a token
-generation.py  texts and chats on a decoder
+generation.py  texts and chats with a decoder
 scoring.py     log-probabilities of documents
 tasks.py       what `evaluate` scores: text, LAMBADA, arithmetic
 lm_eval.py     the adapter for the lm-evaluation-harness

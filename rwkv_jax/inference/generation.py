@@ -1,4 +1,4 @@
-"""Continues texts and chats with a decoder."""
+"""Continues texts and chats with a `Decoder`."""
 
 import codecs
 import re
@@ -23,11 +23,11 @@ from rwkv_jax.inference.sampling import DEFAULT, Sampling
 from rwkv_jax.model.rwkv7 import State
 from rwkv_jax.text import tokenizer
 
-PATIENCE = 0.1  # seconds: while calls are shorter than this, more tokens are made a call
+PATIENCE = 0.1  # seconds: while calls are shorter, the number of tokens per call is doubled
 END_OF_TURN = "\n\nUser:"
 
-# What is added to the user's message, and what the reply begins with: the templates of G1 models,
-# RWKV-LM's RWKV-v7/RWKV7-G1x-templates.txt, and those of the models before April 2026.
+# The suffix of the user's message and the beginning of the reply: the templates of G1 models
+# (RWKV-LM's RWKV-v7/RWKV7-G1x-templates.txt) and of the models before April 2026.
 THINK = {
     "off": ("", ""),
     "on": (" (think)", " <think"),
@@ -41,7 +41,7 @@ THINK = {
 
 
 class Text(NamedTuple):
-    """A text to continue: what `Decoder.read` has made of its beginning, and the ids after it."""
+    """A text to continue: logits and states of the part already read, and the unread ids."""
 
     read: tuple[jax.Array, list[State]] | None = None  # None: nothing was read
     unread: list[int] = []
@@ -49,48 +49,48 @@ class Text(NamedTuple):
     def then(self, ids: list[int]) -> "Text":
         return Text(self.read, self.unread + ids)
 
-    def read_by(self, decoder: Decoder) -> tuple[jax.Array, list[State]]:
-        """What is made of all of it; a document is begun where there is nothing at all.
+    def prefill(self, decoder: Decoder) -> tuple[jax.Array, list[State]]:
+        """Reads the rest of the text; an empty text starts a new document.
 
         Raises:
             UserError: a token is outside the model's vocabulary.
         """
         if self.read is None:
-            return decoder.read(self.unread)
-        return decoder.read(self.unread, self.read[1]) if self.unread else self.read
+            return decoder.prefill(self.unread)
+        return decoder.prefill(self.unread, self.read[1]) if self.unread else self.read
 
 
 class Reply:
-    """The text of one sequence, as it is made: whole characters, up to a stop string."""
+    """The text of one sequence during generation: whole characters, up to a stop string."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.ids: list[int] = []
-        self.text = ""  # what was given out so far
+        self.text = ""  # the text returned so far
         self.ended = False
-        self._cut = False  # by a stop string
+        self._stopped = False  # by a stop string
         self._stop = [text for text in stop if text]
-        self._held = ""  # made, but perhaps the beginning of a stop string
+        self._held = ""  # held back: may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, ids: Iterable[int]) -> str:
-        """Takes the next ids, as far as they count; returns what can be shown now.
+        """Adds the next ids, up to the end; returns the text that can be shown now.
 
-        A character that several tokens make up comes with its last; bytes that are not UTF-8 become
-        U+FFFD. Nothing follows an end of document or a stop string, which is left out itself.
+        A character made of several tokens is returned with its last token; bytes that are not UTF-8
+        become U+FFFD. Output ends before an end of document or a stop string.
         """
         shown = ""
         for token in ids:
             if self.ended:
                 break
             if token == tokenizer.END_OF_DOCUMENT:
-                shown += self.end()
+                shown += self.finish()
                 break
             self.ids.append(token)
             shown += self._show(self._decoder.decode(tokenizer.decode_bytes([token])))
         return shown
 
-    def end(self) -> str:
-        """No more ids come: what was held back."""
+    def finish(self) -> str:
+        """Called after the last ids; returns the text that was held back."""
         if self.ended:
             return ""
         shown = self._show(self._decoder.decode(b"", final=True)) + self._held
@@ -100,33 +100,35 @@ class Reply:
 
     def _show(self, text: str) -> str:
         self._held += text
-        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            keep, self.ended, self._cut = min(found), True, True
+            keep, self.ended, self._stopped = min(found), True, True
         else:
-            begun = (
+            partial = (
                 n
                 for stop in self._stop
                 for n in range(len(stop) - 1, 0, -1)
                 if self._held.endswith(stop[:n])
             )
-            keep = len(self._held) - max(begun, default=0)
+            keep = len(self._held) - max(partial, default=0)
         shown, self._held = self._held[:keep], "" if found else self._held[keep:]
         self.text += shown
         return shown
 
-    def kept_ids(self) -> list[int]:
-        """The ids of `text`: those made, less a stop string that may begin inside a token."""
-        if not self._cut:
+    def text_ids(self) -> list[int]:
+        """The ids of `text`: the generated ids without the stop string, which may begin inside a
+        token.
+        """
+        if not self._stopped:
             return list(self.ids)
-        text, kept, size = self.text.encode(), [], 0
+        text, ids, size = self.text.encode(), [], 0
         for token in self.ids:
             piece = tokenizer.decode_bytes([token])
             if not text.startswith(piece, size):
                 break
-            kept.append(token)
+            ids.append(token)
             size += len(piece)
-        return kept + tokenizer.encode(text[size:].decode("utf-8", errors="ignore"))
+        return ids + tokenizer.encode(text[size:].decode("utf-8", errors="ignore"))
 
 
 def generate(
@@ -137,27 +139,27 @@ def generate(
     sampling: Sampling = DEFAULT,
     seed: int = 0,
 ) -> Iterator[list[str]]:
-    """Continues texts together; yields what each reply gained, a call's tokens at a time.
+    """Continues texts as a batch; yields the new text of each reply after every call.
 
     Args:
-        texts: what each reply follows; what is unread is read, one after the other.
-        replies: one a text, filled in place; each ends after `length` tokens, at the model's end of
-            document, or at a stop string.
-        seed: the same seed on the same kind of device draws the same.
+        texts: the text before each reply; unread parts are read first, one text at a time.
+        replies: one per text, filled in place; each ends after `length` tokens, at the model's end
+            of document, or at a stop string.
+        seed: the same seed on the same kind of device draws the same tokens.
 
     Raises:
         UserError: a token of a text is outside the model's vocabulary.
     """
-    batch = decoder.batch([text.read_by(decoder) for text in texts], seed)
+    batch = decoder.batch([text.prefill(decoder) for text in texts], seed)
     count = 1
     while length > 0 and not all(reply.ended for reply in replies):
         began = time.monotonic()
-        ids, batch = decoder.make(batch, min(count, length), sampling)
+        ids, batch = decoder.generate(batch, min(count, length), sampling)
         length -= ids.shape[1]
         yield [reply.add(row.tolist()) for reply, row in zip(replies, ids, strict=True)]
         if time.monotonic() - began < PATIENCE:
             count = min(2 * count, TOKENS_PER_CALL)
-    yield [reply.end() for reply in replies]
+    yield [reply.finish() for reply in replies]
 
 
 def complete(
@@ -169,10 +171,10 @@ def complete(
     stop: Sequence[str] = (),
     before: Text | None = None,
 ) -> list[str]:
-    """What follows each prompt (see `generate`), as text.
+    """Returns the continuation of each prompt as text (see `generate`).
 
     Args:
-        before: what each prompt follows.
+        before: the text before each prompt.
     """
     replies = [Reply(stop) for _ in prompts]
     texts = [(before or Text()).then(tokenizer.encode(prompt)) for prompt in prompts]
@@ -182,32 +184,32 @@ def complete(
 
 
 def chat_turn(message: str, think: str = "off", first: bool = True, system: str = "") -> str:
-    """What is read when a user has spoken, up to where the reply begins.
+    """Formats a user's message, up to the point where the reply begins.
 
-    No space follows "Assistant:": the reply brings its own. Empty lines end a turn in the data that
-    such models are trained on, so there are none inside a message or a system prompt.
+    No space follows "Assistant:", because the reply starts with one. Empty lines end a turn in the
+    training data of such models, so they are removed from messages and system prompts.
 
     Args:
         think: a name in `THINK`.
-        first: no turn comes before this one.
-        system: the system prompt, with the first turn.
+        first: this is the first turn.
+        system: the system prompt, only with the first turn.
     """
-    added, begin = THINK[think]
+    suffix, begin = THINK[think]
     system, message = (re.sub(r"\n\s*\n", "\n", text.strip()) for text in (system, message))
     before = f"System: {system}\n\n" if system else "" if first else END_OF_TURN[:2]
-    return f"{before}User: {message}{added}\n\nAssistant:{begin}"
+    return f"{before}User: {message}{suffix}\n\nAssistant:{begin}"
 
 
 def save_state(path: Path, text: Text, decoder: Decoder) -> None:
-    """Writes what `load_state` reads: the state after the text, and the next token's logits.
+    """Writes the state after the text and the next token's logits, for `load_state`.
 
-    The file, NumPy's `.npz`, holds shift_att and shift_ffn [L, C], wkv [L, H, N, N] (value row, key
+    The file is a NumPy `.npz` with shift_att and shift_ffn [L, C], wkv [L, H, N, N] (value row, key
     column), and logits [V], all float32.
 
     Raises:
         UserError: it cannot be written.
     """
-    logits, states = text.read_by(decoder)
+    logits, states = text.prefill(decoder)
     stacked = jax.tree.map(
         lambda *rows: np.stack([np.asarray(row[0], np.float32) for row in rows]), *states
     )
@@ -217,12 +219,12 @@ def save_state(path: Path, text: Text, decoder: Decoder) -> None:
 
 
 def load_state(path: Path, decoder: Decoder) -> Text:
-    """The text that a state stands for, to continue.
+    """Loads a saved state as a text to continue.
 
-    A tuned state, a .pth, stands for none: the decoder begins every text in it.
+    A tuned state (a .pth) is not a text: the decoder starts every text from it.
 
     Raises:
-        UserError: no such file, or the state of another model.
+        UserError: the file does not exist, or is the state of another model.
     """
     states = decoder.initial_state()
     shapes = {name: (len(states), *row.shape[1:]) for name, row in states[0]._asdict().items()}
@@ -236,7 +238,7 @@ def load_state(path: Path, decoder: Decoder) -> Text:
                 decoder.tuned = weights.tuned_state(pth.read(path), decoder.config, str(path))
                 return Text()
             raise UserError(
-                f"{path}: is neither a state that --save_state wrote nor the .pth of a tuned one"
+                f"{path}: is neither a state of --save_state nor the .pth of a tuned state"
             ) from None
     for name, shape in shapes.items():
         array = arrays[name]
@@ -255,10 +257,10 @@ def load_state(path: Path, decoder: Decoder) -> Text:
 
 
 def load_decoder(path: str, precision: str | None = None) -> Decoder:
-    """A model for World text, from all that `rwkv_jax.load` takes.
+    """Loads a model for text of the World tokenizer, from anything that `rwkv_jax.load` accepts.
 
     Raises:
-        UserError: it cannot be loaded, or is another tokenizer's.
+        UserError: the model cannot be loaded, or has another tokenizer.
     """
     precision = precision or device_precision()
     config, params, tuned = rwkv_jax.load_tuned(path, PRECISIONS[precision])
@@ -266,5 +268,5 @@ def load_decoder(path: str, precision: str | None = None) -> Decoder:
     decoder = Decoder(config, params, precision, tuned)
     V = config.vocab_size
     if V < tokenizer.VOCAB_SIZE - 6:
-        print(f"note: {path} knows the first {V} ids of the World tokenizer only", file=sys.stderr)
+        print(f"note: {path} has only the first {V} ids of the World tokenizer", file=sys.stderr)
     return decoder

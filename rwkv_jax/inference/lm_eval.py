@@ -20,17 +20,19 @@ from rwkv_jax.device.runtime import prepare_jax
 from rwkv_jax.inference.decoder import Decoder
 from rwkv_jax.inference.generation import Reply, Text, generate
 from rwkv_jax.inference.sampling import GREEDY
-from rwkv_jax.inference.scoring import Answer, Document, score
+from rwkv_jax.inference.scoring import Document, SpanScore, score
 from rwkv_jax.model.rwkv7 import bind
 from rwkv_jax.text import tokenizer
 
 
 @register_model("rwkv_jax")
 class HarnessModel(LM):
-    """A model as the harness asks it: in float32, each text after a token 0, none cut short.
+    """The harness's model interface.
+
+    Computes in float32; each text starts with token 0; no text is truncated.
 
     Args:
-        load_model: whatever `rwkv_jax.load` takes.
+        load_model: anything that `rwkv_jax.load` accepts.
     """
 
     def __init__(self, load_model: str, **_: Any) -> None:
@@ -42,35 +44,34 @@ class HarnessModel(LM):
         self._decoder = Decoder(config, params, "fp32")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log p of the continuation, whether it is what greedy decoding gives), one a request."""
+        """(log p of the continuation, whether greedy decoding gives it), one per request."""
         pairs = []
         for request in requests:
             context, continuation = request.args
-            # A blank at the end of the context belongs to the token that follows.
-            kept = context.rstrip()
-            pairs.append(
-                (tokenizer.encode(kept), tokenizer.encode(context[len(kept) :] + continuation))
-            )
-        return [(-answer.nats, answer.first) for answer in self._answers(pairs)]
+            # Whitespace at the end of the context belongs to the first token of the continuation.
+            stripped = context.rstrip()
+            blank = context[len(stripped) :]
+            pairs.append((tokenizer.encode(stripped), tokenizer.encode(blank + continuation)))
+        return [(-span.nats, span.first) for span in self._scores(pairs)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p of each text: no window rolls, the state carries all that was read."""
-        whole: list[tuple[list[int], list[int]]] = [
+        """log p of each text. No rolling window: the state carries the whole text."""
+        pairs: list[tuple[list[int], list[int]]] = [
             ([], tokenizer.encode(request.args[0])) for request in requests
         ]
-        return [-answer.nats for answer in self._answers(whole)]
+        return [-span.nats for span in self._scores(pairs)]
 
-    def _answers(self, pairs: list[tuple[list[int], list[int]]]) -> list[Answer]:
-        """Of the second part of each pair of ids, after the first."""
+    def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[SpanScore]:
+        """Scores the second part of each pair of ids, given the first."""
         documents = [
             Document(before + after, [(len(before), len(before) + len(after))])
             for before, after in pairs
         ]
-        answers = dict(score(self._model, documents))
-        return [answers[number][0] for number in range(len(pairs))]
+        scores = dict(score(self._model, documents))
+        return [scores[number][0] for number in range(len(pairs))]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy or, where a request asks for it, drawn; up to one of its stop strings."""
+        """Generates up to a stop string, greedily or, if a request asks for it, by sampling."""
         texts = []
         for request in requests:
             context, options = request.args

@@ -1,8 +1,8 @@
-"""From logits to a token, with the meaning and the defaults of the `rwkv` package.
+"""From logits to a token, with the semantics and defaults of the `rwkv` package.
 
-Penalties lower the logits of tokens that were made before; top_p and top_k cut; temperature
-flattens or sharpens what is left. It all runs on the device and sorts nothing: a cut is a threshold
-on the probabilities, found by bisection.
+Penalties lower the logits of tokens already generated; top_p and top_k truncate the distribution;
+temperature flattens or sharpens the rest. Everything runs on the device without sorting: a
+truncation is a threshold on the probabilities, found by bisection.
 """
 
 import functools
@@ -21,22 +21,22 @@ Array = jax.Array
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen: the fields of the `rwkv` package's `PIPELINE_ARGS`."""
+    """Sampling options: the fields of the `rwkv` package's `PIPELINE_ARGS`."""
 
-    temperature: float = 1.0  # 0: the likeliest token each time
+    temperature: float = 1.0  # 0: always the most likely token
     top_p: float = 0.85
     top_k: int = 0  # 0: no limit
     alpha_presence: float = 0.2
     alpha_frequency: float = 0.2
     alpha_decay: float = 0.996
 
-    def checked(self) -> "Sampling":
-        """The same as NumPy scalars: to a compiled loop they are arguments, not constants.
+    def validated(self) -> "Sampling":
+        """The same options as NumPy scalars, which are arguments of a compiled loop, not constants.
 
         Raises:
-            UserError: a value out of its range.
+            UserError: a value is out of its range.
         """
-        with np.errstate(over="ignore"):  # what is not finite as float32 is refused
+        with np.errstate(over="ignore"):  # values that are not finite as float32 are refused
             values: dict[str, Any] = {name: np.float32(x) for name, x in self._asdict().items()}
         if not 0 <= values["temperature"] < math.inf:
             raise UserError(f"--temperature {self.temperature}: give a finite number, 0 or more")
@@ -55,22 +55,22 @@ DEFAULT = Sampling()
 GREEDY = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0)
 
 
-class Made(NamedTuple):
-    """What penalties depend on: the tokens that each sequence has made (its prompt is not)."""
+class TokenHistory(NamedTuple):
+    """The generated tokens that penalties depend on (the prompt is not counted)."""
 
     seen: Array  # [B, V] bool
     counts: Array  # [B, V] float32, decaying; blanks and digits do not count
 
     @staticmethod
-    def none(batch: int, vocab_size: int) -> "Made":
+    def empty(batch: int, vocab_size: int) -> "TokenHistory":
         shape = (batch, vocab_size)
-        return Made(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+        return TokenHistory(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
 
-    def add(self, tokens: Array, decay: Array) -> "Made":
-        """With tokens [B], one a sequence."""
+    def add(self, tokens: Array, decay: Array) -> "TokenHistory":
+        """Adds tokens [B], one per sequence."""
         rows = jnp.arange(tokens.size)
         weight = jnp.asarray(_count_weights()[: self.counts.shape[1]])
-        return Made(
+        return TokenHistory(
             self.seen.at[rows, tokens].set(True),
             (self.counts * decay).at[rows, tokens].add(weight[tokens]),
         )
@@ -78,15 +78,15 @@ class Made(NamedTuple):
 
 @functools.cache
 def _count_weights() -> np.ndarray:
-    """[65536] what a token adds to its count: nothing for a piece of " \\t0123456789", else 1."""
+    """[65536] the increment of a token's count: 0 for the pieces of " \\t0123456789", else 1."""
     pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.VOCAB_SIZE)]
     return np.array([not (piece and piece in b" \t0123456789") for piece in pieces], np.float32)
 
 
-def choose(logits: Array, made: Made, keys: Array, sampling: Sampling) -> Array:
-    """The next token of each sequence: logits [B, V] float32, keys [B] → [B] int32."""
-    penalty = sampling.alpha_presence + made.counts * sampling.alpha_frequency
-    logits = logits - jnp.where(made.seen, penalty, 0.0)
+def sample(logits: Array, history: TokenHistory, keys: Array, sampling: Sampling) -> Array:
+    """Samples the next token of each sequence: logits [B, V] float32, keys [B] → [B] int32."""
+    penalty = sampling.alpha_presence + history.counts * sampling.alpha_frequency
+    logits = logits - jnp.where(history.seen, penalty, 0.0)
     tokens = jax.lax.cond(
         sampling.temperature == 0,
         lambda: jnp.argmax(logits, axis=-1),
@@ -96,36 +96,36 @@ def choose(logits: Array, made: Made, keys: Array, sampling: Sampling) -> Array:
 
 
 def sampling_logits(logits: Array, sampling: Sampling) -> Array:
-    """The logits of the distribution that a token is drawn from, -inf where that is 0.
+    """The logits of the distribution that a token is drawn from; -inf for probability 0.
 
-    top_p cuts first: the fewest of the likeliest tokens are kept whose probabilities reach top_p
-    together; then top_k keeps so many of the likeliest. Tokens just as likely as the last one kept
-    stay as well. What is left is raised to 1/temperature and normalised: in logarithms, so that
-    nothing underflows. (At top_p 1 all tokens stay. There the `rwkv` package keeps the likeliest
-    alone whenever the rounded sum of all probabilities falls short of 1.)
+    top_p is applied first: it keeps the smallest set of most likely tokens whose total probability
+    reaches top_p. top_k then keeps at most that many. Ties with the last token are kept. The rest
+    is raised to 1/temperature and normalised, in logarithms so that nothing underflows. (At top_p 1
+    all tokens stay. There the `rwkv` package keeps only the most likely token if the rounded sum of
+    all probabilities is less than 1.)
 
     Args:
         logits: [..., V] float32.
-        sampling: of a temperature above 0; its penalties are not applied here.
+        sampling: with a temperature above 0; its penalties are not applied here.
     """
     p = jax.nn.softmax(logits, axis=-1)
 
-    def reach_top_p(kept: Array) -> Array:
-        return jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= sampling.top_p
+    def reach_top_p(mask: Array) -> Array:
+        return jnp.sum(jnp.where(mask, p, 0.0), axis=-1) >= sampling.top_p
 
-    def reach_top_k(kept: Array) -> Array:
-        return jnp.sum(kept, axis=-1, dtype=jnp.int32) >= sampling.top_k
+    def reach_top_k(mask: Array) -> Array:
+        return jnp.sum(mask, axis=-1, dtype=jnp.int32) >= sampling.top_k
 
-    cut = (sampling.top_p < 1) & (p < _threshold(p, reach_top_p))
-    cut |= (sampling.top_k > 0) & (p < _threshold(p, reach_top_k))
+    removed = (sampling.top_p < 1) & (p < _threshold(p, reach_top_p))
+    removed |= (sampling.top_k > 0) & (p < _threshold(p, reach_top_k))
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
-    return jnp.where(cut, -jnp.inf, scaled)
+    return jnp.where(removed, -jnp.inf, scaled)
 
 
 def _threshold(p: Array, enough: Callable[[Array], Array]) -> Array:
     """[..., 1]: the largest t for which `enough(p >= t)`, or 0; p [..., V] ≥ 0 float32.
 
-    Floats that are not negative sort as their bits do, so 31 halvings find the very value.
+    Non-negative floats sort like their bit patterns, so 31 bisection steps find the exact value.
     """
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)
 

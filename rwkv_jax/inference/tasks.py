@@ -13,19 +13,19 @@ from rwkv_jax.text.dataset import check_ids
 
 
 def text_documents(texts: Iterable[Text]) -> Iterator[Document]:
-    """All of each text is asked about."""
+    """The whole text is scored."""
     for _, text in texts:
         ids = tokenizer.encode(text)
         yield Document(ids, [(0, len(ids))], len(text.encode()))
 
 
 def lambada_documents(texts: Iterable[Text]) -> Iterator[Document]:
-    """The last word of each text, with the blank before it, is the answer."""
+    """The last word of each text, with the space before it, is the answer."""
     for where, text in texts:
         begin, blank, word = text.rpartition(" ")
         if not blank or not word:
             raise UserError(
-                f"{where}: no blank before a last word in {text[:40]!a}: is it LAMBADA's?"
+                f"{where}: no space before the last word in {text[:40]!a}: is it from LAMBADA?"
             )
         before, answer = tokenizer.encode(begin), tokenizer.encode(blank + word)
         ids = before + answer
@@ -33,9 +33,8 @@ def lambada_documents(texts: Iterable[Text]) -> Iterator[Document]:
 
 
 def arithmetic_documents(texts: Iterable[Text]) -> Iterator[Document]:
-    """What follows each "Assistant:", or "=" where a text is no chat, and the token that ends it.
-
-    In the middle of a chat that is the blank line, at the end of a text the end of the document.
+    """The text after each "Assistant:" (or "=", if a text is not a chat), with the token that ends
+    it: the blank line in the middle of a chat, the end of the document at the end of a text.
     """
     for where, text in texts:
         data = text.encode()
@@ -70,10 +69,10 @@ def item_documents(data: BinIdx, vocab_size: int) -> Iterator[Document]:
     """Each item of a token file, without its closing token 0.
 
     Args:
-        vocab_size: of the model. If it has another tokenizer than World's, documents have no bytes.
+        vocab_size: of the model. With another tokenizer than World's, documents have no bytes.
 
     Raises:
-        UserError: an id that is none of the tokenizer's.
+        UserError: an id that the tokenizer does not have.
     """
     is_world = not tokenizer.other_tokenizer(vocab_size)
     ids_end = tokenizer.VOCAB_SIZE if is_world else vocab_size

@@ -1,8 +1,8 @@
 """The initial value of every tensor, as the official trainer sets it.
 
-Made with NumPy on the host, one tensor after the other: the same numbers on every device, no
-compilation, and no more than one large factorisation at a time. (Several QR factorisations in one
-XLA program can also deadlock its CPU runtime where cores are few.)
+Computed with NumPy on the host, one tensor at a time: the same numbers on every device, no
+compilation, and only one large factorisation at a time. (Several QR factorisations in one XLA
+program can also deadlock its CPU runtime on machines with few cores.)
 """
 
 import math
@@ -10,16 +10,16 @@ import zlib
 
 import jax
 import numpy as np
-import scipy.linalg  # whose QR stays in float32; NumPy's computes in float64
+import scipy.linalg  # its QR computes in float32; NumPy's in float64
 
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.model.rwkv7 import Params, abstract_params
 
 
 def init_params(config: ModelConfig, seed: int = 0) -> Params:
-    """Fresh float32 parameters: the tree of `model.abstract_params` filled with NumPy arrays.
+    """Fresh float32 parameters: the tree of `rwkv7.abstract_params` filled with NumPy arrays.
 
-    A tensor depends on the seed, its own name and the shape, not on the other tensors.
+    A tensor depends on the seed, its own name and its shape, not on the other tensors.
     """
     vectors = _vectors(config)
 
@@ -40,9 +40,9 @@ def init_params(config: ModelConfig, seed: int = 0) -> Params:
 
 
 def is_of_seed(embedding: np.ndarray, seed: int) -> bool:
-    """Whether `init_params` with this seed gives `emb.weight` [V, C], up to its rounding."""
+    """Whether `emb.weight` [V, C] is that of `init_params` with this seed, up to rounding."""
     rng = np.random.default_rng([seed, zlib.crc32(b"emb.weight")])
-    row = rng.uniform(-1e-4, 1e-4, embedding.shape[1])  # the first to be drawn
+    row = rng.uniform(-1e-4, 1e-4, embedding.shape[1])  # the first row is drawn first
     return bool(np.allclose(np.float64(embedding[0]), row, rtol=0, atol=1e-6))
 
 
@@ -58,7 +58,7 @@ def _gain(name: str, rows: int, cols: int) -> float:
 
 
 def _orthogonal(rng: np.random.Generator, rows: int, cols: int, gain: float) -> np.ndarray:
-    """gain · an orthogonal [rows, cols], as PyTorch draws it: QR of a Gaussian, R's signs in Q."""
+    """gain · an orthogonal [rows, cols] as in PyTorch: QR of a Gaussian, with R's signs in Q."""
     tall = rng.standard_normal((max(rows, cols), min(rows, cols)), np.float32)
     q, r = scipy.linalg.qr(tall, overwrite_a=True, mode="economic", check_finite=False)
     q *= gain * np.sign(np.diag(r))
@@ -66,9 +66,9 @@ def _orthogonal(rng: np.random.Generator, rows: int, cols: int, gain: float) -> 
 
 
 def _vectors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors that are not drawn at random, as functions of depth and channel.
+    """The tensors that are not random, as functions of layer and channel.
 
-    Name → float64, to broadcast to the tensor's stacked shape.
+    Name → float64, broadcast to the tensor's stacked shape by the caller.
     """
     L, C, N = config.n_layer, config.n_embd, config.head_size
     layer, channel = np.arange(L)[:, None], np.arange(C)[None, :]

@@ -1,9 +1,9 @@
 """The training loss: output head, cross-entropy and L2Wrap as one operation.
 
 Logits are the largest tensor of the model: [B, T, V] in float32 is 8.6 GB at B 8, T 4096, V 65536.
-Here they exist for one chunk of tokens at a time, and the gradients of the hidden vectors and of
-the head are taken in the same sweep, while the chunk's logits are at hand: nothing is recomputed
-and the backward pass only scales what the sweep has left.
+Here they exist for one chunk of tokens at a time. The gradients of the hidden vectors and of the
+head are computed in the same pass, while the logits of the chunk are in memory: nothing is
+recomputed, and the backward pass only scales the stored gradients.
 """
 
 import functools
@@ -13,28 +13,29 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-L2WRAP = 1e-4  # pulls each token's largest logit towards zero; enters the gradient alone
+L2WRAP = 1e-4  # pulls each token's largest logit towards zero; only part of the gradient
 
-# Float32 logits that exist at once when the chunk is automatic. Each chunk reads and writes the
-# head's float32 gradient once: of 0.1b at B 8, T 4096, planned for an H100, the loss moves 97 GB
-# with 128 MiB, 77 with 256, 73 with 384, and takes 0.69, 0.96 and 1.16 GB.
+# Size of the float32 logits of one chunk if the chunk is automatic. Each chunk reads and writes the
+# head's float32 gradient once: for 0.1b at B 8, T 4096, planned for an H100, the loss moves 97 GB
+# with 128 MiB, 77 with 256, 73 with 384, and needs 0.69, 0.96 and 1.16 GB.
 AUTO_CHUNK_BYTES = 256 * 2**20
 
 
 def head_loss(
     hidden: Array, head: Array, targets: Array, chunk: int = 0, scale: Array | float = 1.0
 ) -> Array:
-    """Mean next-token cross-entropy, with the gradient of L2Wrap added to its own.
+    """Mean next-token cross-entropy; its gradient includes that of L2Wrap.
 
-    loss = mean over (b, t) of logsumexp(z) − z[target], with z = head · hidden. The gradient of
-    each token's largest logit z_max gets z_max · 1e-4/(B·T) on top.
+    loss = mean over (b, t) of logsumexp(z) − z[target], with z = head · hidden. L2Wrap adds
+    z_max · 1e-4/(B·T) to the gradient of each token's largest logit z_max.
 
     Args:
         hidden: [B, T, C], any float dtype; the products accumulate in float32.
         head: [V, C], same dtype.
         targets: [B, T] integers in [0, V).
-        chunk: of the B·T tokens, how many have logits at once; 0: as many as fit 256 MiB.
-        scale: of the gradients, but not of the loss: float16 has no numbers for the unscaled ones.
+        chunk: number of tokens (of B·T) whose logits exist at once; 0: as many as fit 256 MiB.
+        scale: loss scale. It multiplies the gradients but not the loss: unscaled gradients
+            underflow in float16.
     Returns:
         A float32 scalar.
     """
@@ -83,7 +84,7 @@ _head_loss.defvjp(_forward, _backward)
 
 
 def _chunks(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """[n, C], [n] → [n/chunk, chunk, C], [n/chunk, chunk]; padding at the end has target −1."""
+    """[n, C], [n] → [n/chunk, chunk, C], [n/chunk, chunk]; the padding has target −1."""
     pad = -targets.size % chunk
     hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
     targets = jnp.pad(targets, (0, pad), constant_values=-1)
@@ -103,7 +104,7 @@ def _logit_gradients(z: Array, targets: Array, scale: Array) -> Array:
     """[n, V]: (softmax − onehot + L2Wrap)·scale, zero where the target is padding."""
     index = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     largest = jnp.max(z, axis=-1, keepdims=True)
-    # The first of equal maxima, as argmax has it (whose own lowering on a CPU is not vectorised).
+    # The first of equal maxima, as in argmax (whose lowering on a CPU is not vectorised).
     at = jnp.min(jnp.where(z == largest, index, z.shape[-1]), axis=-1, keepdims=True)
     p = jnp.exp(z - largest)
     p = p / jnp.sum(p, axis=-1, keepdims=True)

@@ -1,12 +1,12 @@
-"""RWKV-7 ("Goose", x070) as Flax NNX modules; initialisation.py, beside it, has the first values.
+"""RWKV-7 ("Goose", x070) as Flax NNX modules; initialisation.py has the initial values.
 
 Names, orientation and equations are the official ones: a parameter's path is its name in an
-official `.pth` (`blocks.att.x_r`, `blocks.ffn.key.weight`, …), linear weights are `[out, in]`: so
-a checkpoint converts by renaming and stacking alone.
+official `.pth` (`blocks.att.x_r`, `blocks.ffn.key.weight`, …), and linear weights are `[out, in]`,
+so a checkpoint is converted by renaming and stacking only.
 
-All blocks live in one `Block` whose tensors carry a leading layer axis. `lax.scan` slices that
-axis, and inside the scan the same module *is* one layer: compile time does not grow with depth, and
-a layer's weights can be gathered or recomputed one layer at a time.
+All blocks are one `Block` whose tensors have a leading layer axis. `lax.scan` slices that axis, and
+inside the scan the same module *is* one layer: compile time does not grow with depth, and weights
+can be gathered or recomputed one layer at a time.
 
 Shapes: L layers, B sequences, T tokens, C width, H heads of size N (C = H·N), V vocabulary, F the
 channel mix's inner width.
@@ -31,7 +31,7 @@ LN_X_EPS = 64e-5  # the same at every head size
 
 
 class State(NamedTuple):
-    """All that a model carries from one token to the next; its size does not depend on T."""
+    """The recurrent state; its size does not depend on T."""
 
     shift_att: Array  # [L, B, C] the last token's input of each time mix
     shift_ffn: Array  # [L, B, C] the last token's input of each channel mix
@@ -64,7 +64,7 @@ class LayerNorm(nnx.Module):
 class TimeMix(nnx.Module):
     """The attention-like half of a block: token shift, projections, WKV, gate."""
 
-    # [L, C]: how much of the last token each projection sees, the biases, and the key's scales.
+    # [L, C]: the share of the previous token in each projection, the biases, the key's scales.
     x_r: nnx.Param
     x_w: nnx.Param
     x_k: nnx.Param
@@ -76,7 +76,7 @@ class TimeMix(nnx.Module):
     v0: nnx.Param
     k_k: nnx.Param
     k_a: nnx.Param
-    # [L, C, d] down and [L, d, C] up, of decay, in-context learning rate, value mix and gate.
+    # [L, C, d] down and [L, d, C] up, for decay, in-context learning rate, value mix and gate.
     w1: nnx.Param
     w2: nnx.Param
     a1: nnx.Param
@@ -102,7 +102,7 @@ class TimeMix(nnx.Module):
         self.ln_x = LayerNorm(L, C)
 
     def project_value(self, x: Array, shift: Array) -> Array:
-        """v before the value residual; in layer 0 this is the v_first of all later layers."""
+        """v before the value residual; in layer 0 this is v_first for all later layers."""
         return self.value(_mix(x, _shift(x, shift) - x, _row(self.x_v)))
 
     def __call__(
@@ -121,8 +121,8 @@ class TimeMix(nnx.Module):
         g = _low_rank(_mix(x, xx, _row(self.x_g)), self.g1, self.g2, jax.nn.sigmoid)
         mix = _wide(_low_rank(_mix(x, xx, _row(self.x_v)), self.v1, self.v2))
 
-        # From here to the next product everything is float32, and rounded where it is handed on:
-        # as in the official trainer's fused kernels (RWKV-v7/train_temp/cuda, since 2026-04).
+        # From here to the next matrix product everything is float32 and rounded once at the end, as
+        # in the official trainer's fused kernels (RWKV-v7/train_temp/cuda, since 2026-04).
         a = jax.nn.sigmoid(_wide(_row(self.a0)) + a).astype(x.dtype)
         mix = jax.nn.sigmoid(_wide(_row(self.v0)) + mix)
         mixed = _wide(v) + (_wide(v_first) - _wide(v)) * mix
@@ -140,7 +140,7 @@ class TimeMix(nnx.Module):
             return_state=True,
         )  # fmt: skip
 
-        # GroupNorm with one group a head, the current token's own contribution, the gate.
+        # GroupNorm with one group per head, the current token's own contribution, the gate.
         y = _normalize(_wide(y), LN_X_EPS).reshape(B, T, C)
         y = y * _wide(_row(self.ln_x.weight)) + _wide(_row(self.ln_x.bias))
         bonus = jnp.sum(_wide(r) * _wide(k) * _wide(_row(self.r_k)), axis=-1, keepdims=True)
@@ -163,7 +163,7 @@ class ChannelMix(nnx.Module):
 
 
 class Block(nnx.Module):
-    """All layers stacked, as stored; one layer, once `lax.scan` has sliced it."""
+    """All layers stacked; one layer after `lax.scan` has sliced it."""
 
     def __init__(self, config: ModelConfig):
         self.ln1 = LayerNorm(config.n_layer, config.n_embd)
@@ -173,10 +173,10 @@ class Block(nnx.Module):
 
 
 class RWKV7(nnx.Module):
-    """The language model. `forward` is the public call, `hidden` what the loss builds on.
+    """The language model. `forward` is the public call; `hidden` is used by the loss.
 
-    The constructor gives every tensor its shape, filled with zeros; values come through `bind`,
-    from `initialisation.init_params` or from a file.
+    The constructor fills every tensor with zeros; `bind` sets the values, from
+    `initialisation.init_params` or from a file.
     """
 
     def __init__(self, config: ModelConfig):
@@ -189,11 +189,12 @@ class RWKV7(nnx.Module):
         self.head = Linear(V, C)
 
     def forward(self, tokens: Array, state: State | None = None) -> tuple[Array, State]:
-        """Next-token logits, compiled once for each shape.
+        """Computes next-token logits; compiled once per shape.
 
         Args:
             tokens: [B, T] integers in [0, V).
-            state: what an earlier call returned, to continue from its last token; None to start.
+            state: the state that an earlier call returned, to continue after its last token; None:
+                the initial state.
         Returns:
             logits [B, T, V] float32 and the state after the last token.
         """
@@ -211,11 +212,11 @@ class RWKV7(nnx.Module):
         """The input of the head: tokens [B,T] → ([B,T,C] in the parameters' dtype, state).
 
         Args:
-            remat: 1: the backward pass recomputes each block from its input; 2: all of it but its
-                matrix products, which are saved; 0: nothing (`--grad_cp`).
-            read: (a block's parameters, the layer's number) → the parameters to compute with, made
-                anew for the backward pass in any case. So a layer that is, say, gathered from other
-                devices is there while it is at work.
+            remat: 1: the backward pass recomputes each block from its input; 2: it recomputes all
+                but the matrix products, which are saved; 0: nothing (`--grad_cp`).
+            read: (a block's parameters, layer index) → the parameters to compute with. It is called
+                again in the backward pass, so a layer gathered from other devices is in memory only
+                while it is used.
         """
         x = self.ln0(embed(self.emb.weight[...], tokens))
         if state is None:
@@ -223,17 +224,17 @@ class RWKV7(nnx.Module):
         graphdef, split = nnx.split(self.blocks)
         blocks = nnx.to_pure_dict(split)
 
-        def block_of(params: Params, layer: Array) -> Block:
+        def make_block(params: Params, layer: Array) -> Block:
             return nnx.merge(graphdef, read(params, layer) if read else params)
 
-        # v_first, which every later layer reads, is computed ahead of the scan. As a constant of
-        # the scan it is saved once; in the carry it would be saved again for each layer.
-        first = block_of(jax.tree.map(lambda p: p[0], blocks), jnp.int32(0))
+        # v_first, which every later layer reads, is computed before the scan. As a constant of the
+        # scan it is saved once; in the carry it would be saved again for each layer.
+        first = make_block(jax.tree.map(lambda p: p[0], blocks), jnp.int32(0))
         v_first = first.att.project_value(first.ln1(x), state.shift_att[0])
 
         def body(x: Array, at: tuple) -> tuple[Array, State]:
             params, layer, old = at
-            block = block_of(params, layer)
+            block = make_block(params, layer)
             x_att = block.ln1(x)
             y, wkv = block.att(x_att, old.shift_att, old.wkv, v_first, layer == 0)
             x = x + y
@@ -268,12 +269,12 @@ def _forward(graphdef, params, tokens: Array, state: State | None) -> tuple[Arra
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of parameters as float32 shapes: nothing is computed or allocated."""
+    """The tree of parameters as float32 shapes; nothing is computed or allocated."""
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: RWKV7(config))))
 
 
 def bind(config: ModelConfig, params: Params) -> RWKV7:
-    """The module over a tree of parameters (of any float dtype), also inside `jit`."""
+    """The module with this tree of parameters (any float dtype); also works inside `jit`."""
     return nnx.merge(_graphdef(config), params)
 
 
@@ -286,7 +287,7 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef:
 def embed(weight: Array, tokens: Array) -> Array:
     """Rows of weight [V, C] for tokens [B, T]; their gradients are summed in float32.
 
-    In bf16 the sum over a token that comes up a few hundred times is lost in its own rounding.
+    In bf16, rounding would dominate the sum over a token that occurs a few hundred times.
     """
     return jnp.take(weight, tokens, axis=0, mode="clip")
 
@@ -306,10 +307,10 @@ def _normalize(x: Array, eps: float) -> Array:
 
 
 def _is_activation(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """A policy of `jax.checkpoint`: saves all but weights, which are read again.
+    """A policy for `jax.checkpoint`: saves everything except weights, which are read again.
 
-    What has no operand of three axes or more is made of weights alone (sliced from their stack,
-    cast, gathered); batch and time are the first two axes of all the rest.
+    An operation without an operand of three or more axes depends on weights alone (sliced from
+    their stack, cast, gathered); all other arrays have batch and time as their first two axes.
     """
     if primitive.name in ("dynamic_slice", "squeeze"):
         return False
@@ -322,29 +323,29 @@ def _row(param: nnx.Param) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    """To float32."""
+    """Casts to float32."""
     return x.astype(jnp.float32)
 
 
 def _shift(x: Array, before: Array) -> Array:
-    """x [B,T,C] delayed by one token; `before` [B,C] is the token ahead of the first."""
+    """x [B,T,C] delayed by one token; `before` [B,C] is the token before the first."""
     return jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
 
 
 @jax.custom_vjp
 def _mix(x: Array, xx: Array, part: Array) -> Array:
-    """x + xx·part, with xx [B,T,C] the token before less x [B,T,C], and part [1,1,C].
+    """x + xx·part, where xx = previous token − x, [B,T,C], and part is [1,1,C].
 
-    Each operation is rounded, as in the official kernel (RWKV-LM, mix6). As there, the gradient of
-    `part` is a sum of float32 products, rounded once.
+    Each operation is rounded, as in the official kernel (RWKV-LM, mix6). As in that kernel, the
+    gradient of `part` is a sum of float32 products, rounded once.
     """
     return x + xx * part
 
 
 def _mix_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
     xx, part = saved
-    of_part = jnp.sum(_wide(g) * _wide(xx), axis=(0, 1), keepdims=True)
-    return g, g * part, of_part.astype(part.dtype)
+    d_part = jnp.sum(_wide(g) * _wide(xx), axis=(0, 1), keepdims=True)
+    return g, g * part, d_part.astype(part.dtype)
 
 
 _mix.defvjp(lambda x, xx, part: (_mix(x, xx, part), (xx, part)), _mix_backward)

@@ -1,7 +1,7 @@
-"""Which device, host memory or process holds what.
+"""What each device, the host memory and each process holds.
 
-sharding.py     the mesh, where each tensor is cut, and the strategies
-layout.py       what a step's device gathers, holds and scatters, by strategy
-offload.py      a step whose masters and moments are in the host's memory
-distributed.py  several processes that train as one
+sharding.py     the mesh, the sharding of each tensor, and the strategies
+layout.py       what a device gathers, holds and reduce-scatters in a step, by strategy
+offload.py      a step with master weights and moments in host memory
+distributed.py  several processes that train one model
 """

@@ -1,9 +1,10 @@
-"""A step whose masters and moments are in the host's memory, and visit the device in parts.
+"""A train step with master weights and moments in host memory, updated on the device in groups.
 
-A device keeps what the passes read and its gradient, both in the precision of the passes. The
-masters and the moments, 12 bytes a parameter, come over for their update and go back, a group of
-tensors at a time. They are copied between programs, not by one: what is on a device at any moment
-is decided here, whatever XLA schedules, and the planner can add it up.
+A device holds the working copy of the parameters and its gradients, both in the precision of the
+forward and backward pass. The master weights and moments, 12 bytes per parameter, are copied to the
+device for their update and back, one group of tensors at a time. The copies happen between
+programs, not inside one, so that this module, not XLA's scheduler, decides what is on the device,
+and the planner can add it up.
 """
 
 import math
@@ -20,24 +21,23 @@ Name = tuple[str, ...]  # a parameter's path in the tree
 
 
 class Program(NamedTuple):
-    """One of the programs that a step runs one after the other."""
+    """One of the programs that a step runs in order."""
 
     function: Any  # of `jax.jit`
     arguments: tuple
-    beside: int = 0  # bytes that a device holds meanwhile and that are no argument
-    moved: int = 0  # bytes that a device gets from the host's memory before, and puts there after
+    other_bytes: int = 0  # on the device meanwhile, besides the arguments
+    moved: int = 0  # bytes copied from host memory before it and back after it
 
 
 class OffloadedStep:
-    """(state, batch [A, B, T + 1]) → (state, metrics), the state in the host's memory.
+    """(state, batch [A, B, T + 1]) → (state, metrics), with the state in host memory.
 
-    The state that is passed in is consumed.
+    The given state is donated.
 
     Args:
-        differentiate: (what the passes read, batch, loss scale) → (gradients, metrics).
-        update: (state, gradients, metrics) → state, where the trees may have any part of their
-            tensors.
-        loss_scale: optimizer's state → the scale of the next step's loss.
+        differentiate: (working copy, batch, loss scale) → (gradients, metrics).
+        update: (state, gradients, metrics) → state; works on any subset of the tensors.
+        loss_scale: optimizer state → the scale of the next step's loss.
     """
 
     def __init__(
@@ -45,126 +45,132 @@ class OffloadedStep:
     ):
         mesh = layout.mesh
 
-        def visit(state: Any, gradients: Params, metrics: Any) -> tuple[Any, Params]:
+        def update_group(state: Any, gradients: Params, metrics: Any) -> tuple[Any, Params]:
             new = update(state, gradients, metrics)
-            new = jax.lax.with_sharding_constraint(new, sharding.cut(mesh, new))
+            new = jax.lax.with_sharding_constraint(new, sharding.shardings(mesh, new))
             return new, layout.working_copy(new.params)
 
         self._mesh, self._weights = mesh, layout.weights
-        self._groups, self._loss_scale = groups(self._weights), loss_scale
+        self._groups, self._loss_scale = group_parameters(self._weights), loss_scale
         self._differentiate, self._read = jax.jit(differentiate), jax.jit(layout.working_copy)
-        self._visit = jax.jit(visit, donate_argnums=0)
-        self._last: tuple[Any, Params] = None, {}  # the state returned last, and what is read of it
+        self._update_group = jax.jit(update_group, donate_argnums=0)
+        self._last: tuple[Any, Params] = None, {}  # the last returned state and its working copy
 
     def __call__(self, state: Any, batch: jax.Array) -> tuple[Any, Any]:
         last, weights = self._last
         if state is not last:
-            weights = merge([self._read_part(part(state.params, group)) for group in self._groups])
+            weights = merge(
+                [self._working_copy_of(select(state.params, group)) for group in self._groups]
+            )
         scale = self._loss_scale(state.opt_state)
         scale = self._fetch(scale) if sharding.in_host_memory(scale) else scale
         gradients, metrics = self._differentiate(weights, batch, scale)
-        states, read = [], []
+        states, copies = [], []
         for group in self._groups:
-            _free(part(weights, group))
-            old, own = part(state, group), part(gradients, group)
-            visitor, read_of_it = self._visit(self._fetch(old), own, metrics)
+            _free(select(weights, group))
+            old, own = select(state, group), select(gradients, group)
+            on_device, copy = self._update_group(self._fetch(old), own, metrics)
             _free([old, own])
-            states.append(self._store(visitor))
-            read.append(read_of_it)
-            del visitor  # or it would be there still while the next one comes
-        self._last = merge(states), merge(read)
+            states.append(self._store(on_device))
+            copies.append(copy)
+            del on_device  # otherwise it would still be on the device when the next group arrives
+        self._last = merge(states), merge(copies)
         return self._last[0], metrics
 
     def programs(self, state: Any, batch: Any) -> list[Program]:
-        """What a step runs, for the planner; state and batch as shapes with shardings."""
+        """The programs of a step, for the planner; state and batch as shapes with shardings."""
         scale = jax.eval_shape(self._loss_scale, state.opt_state)
         gradients, metrics = jax.eval_shape(self._differentiate, self._weights, batch, scale)
-        gradients = _placed(gradients, sharding.cut(self._mesh, gradients))
+        gradients = _with_shardings(gradients, sharding.shardings(self._mesh, gradients))
         programs = [Program(self._differentiate, (self._weights, batch, scale))]
         waiting = bytes_of(gradients)
         for group in self._groups:
-            visitor, own = part(state, group), part(gradients, group)
-            visitor = _placed(visitor, sharding.cut(self._mesh, visitor))
+            on_device, own = select(state, group), select(gradients, group)
+            on_device = _with_shardings(on_device, sharding.shardings(self._mesh, on_device))
             waiting -= bytes_of(own)
-            beside = waiting + bytes_of(self._weights) - bytes_of(part(self._weights, group))
-            arguments = visitor, own, metrics
-            programs.append(Program(self._visit, arguments, beside, 2 * bytes_of(visitor)))
+            other = waiting + bytes_of(self._weights) - bytes_of(select(self._weights, group))
+            arguments = on_device, own, metrics
+            programs.append(Program(self._update_group, arguments, other, 2 * bytes_of(on_device)))
         return programs
 
-    def _read_part(self, masters: Params) -> Params:
+    def _working_copy_of(self, masters: Params) -> Params:
         return jax.block_until_ready(self._read(self._fetch(masters)))
 
     def _fetch(self, tree: Any) -> Any:
-        """To the devices' memory."""
-        return jax.device_put(tree, sharding.cut(self._mesh, tree))
+        """Copies to device memory."""
+        return jax.device_put(tree, sharding.shardings(self._mesh, tree))
 
     def _store(self, tree: Any) -> Any:
-        """To the host's memory; waits, so that the next to come finds room."""
-        where = sharding.cut(self._mesh, tree, offload=True)
-        return jax.block_until_ready(jax.device_put(tree, where))
+        """Copies to host memory and waits, so that the next group has room."""
+        on_host = sharding.shardings(self._mesh, tree, offload=True)
+        return jax.block_until_ready(jax.device_put(tree, on_host))
 
 
-def groups(params: Params) -> list[frozenset[Name]]:
-    """The tensors' paths, in groups none of which is larger than the largest tensor."""
+def group_parameters(params: Params) -> list[frozenset[Name]]:
+    """Groups the tensors' paths so that no group is larger than the largest tensor."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     sizes = {tuple(entry.key for entry in path): leaf.size for path, leaf in paths}
-    found: list[list[Name]] = [[]]
-    room = most = max(sizes.values())
+    groups: list[list[Name]] = [[]]
+    room = largest = max(sizes.values())
     for path in sorted(sizes, key=lambda path: sizes[path]):
         if sizes[path] > room:
-            found.append([])
-            room = most
-        found[-1].append(path)
+            groups.append([])
+            room = largest
+        groups[-1].append(path)
         room -= sizes[path]
-    return [frozenset(group) for group in found]
+    return [frozenset(group) for group in groups]
 
 
-def part(tree: Any, group: frozenset[Name]) -> Any:
-    """Of a tree whose dicts are trees of parameters, or of moments, these alone."""
+def select(tree: Any, group: frozenset[Name]) -> Any:
+    """Selects these tensors from every parameter-shaped dict in a tree; other leaves stay."""
 
-    def only(node: Params, at: Name = ()) -> Params:
-        kept = {
-            name: only(below, (*at, name)) if _is_dict(below) else below
-            for name, below in node.items()
-            if _is_dict(below) or (*at, name) in group
+    def select_in(node: Params, path: Name = ()) -> Params:
+        selected = {
+            name: select_in(child, (*path, name)) if _is_dict(child) else child
+            for name, child in node.items()
+            if _is_dict(child) or (*path, name) in group
         }
-        return {name: below for name, below in kept.items() if not (_is_dict(below) and not below)}
+        return {name: child for name, child in selected.items() if not _is_dict(child) or child}
 
-    return jax.tree.map(lambda node: only(node) if _is_dict(node) else node, tree, is_leaf=_is_dict)
+    return jax.tree.map(
+        lambda node: select_in(node) if _is_dict(node) else node, tree, is_leaf=_is_dict
+    )
 
 
 def merge(parts: list[Any]) -> Any:
-    """The tree of which these are all the parts; what is no parameter's is the last one's."""
+    """Merges the parts of a tree; leaves that belong to no parameter come from the last part."""
 
-    def joined(*nodes: Any) -> Any:
+    def merge_nodes(*nodes: Any) -> Any:
         if not _is_dict(nodes[-1]):
             return nodes[-1]
         names = dict.fromkeys(name for node in nodes for name in node)
-        return {name: joined(*(node[name] for node in nodes if name in node)) for name in names}
+        return {
+            name: merge_nodes(*(node[name] for node in nodes if name in node)) for name in names
+        }
 
-    return jax.tree.map(joined, *parts, is_leaf=_is_dict)
+    return jax.tree.map(merge_nodes, *parts, is_leaf=_is_dict)
 
 
 def bytes_of(tree: Any) -> int:
-    """What a device holds of a tree of arrays, or of shapes with shardings."""
+    """Bytes on one device of a tree of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, new: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=new),
         tree,
         shardings,
     )
 
 
 def _free(tree: Any) -> None:
-    """Gives the tensors' memory back once the programs that have been started are done with it."""
+    """Frees the tensors after the running programs have finished with them."""
     for leaf in jax.tree.leaves(tree):
-        if leaf.ndim:  # the counts are in every part
+        if leaf.ndim:  # every group has the counts
             leaf.delete()
 
 

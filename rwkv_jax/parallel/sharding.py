@@ -1,8 +1,8 @@
-"""Which device holds what: a mesh, one table of where each tensor is cut, and the strategies.
+"""The device mesh, the sharding axis of each tensor, and the strategies.
 
-The mesh has two axes. A batch is split over both; the state of a run is cut along `fsdp` and
-repeated along `data`. The strategies carry the names that DeepSpeed and PyTorch gave them; every
-one computes the same numbers.
+The mesh has two axes. A batch is sharded over both; the state of a run is sharded along `fsdp` and
+replicated along `data`. The strategies have DeepSpeed's and PyTorch's names; all compute the same
+numbers.
 """
 
 import fnmatch
@@ -19,8 +19,8 @@ from rwkv_jax.errors import UserError
 DATA, FSDP = "data", "fsdp"
 _HOST_MEMORIES = "pinned_host", "unpinned_host"
 
-# Where a tensor of the model, and its two moments, are cut. The first pattern that its official
-# path fits counts. The layer axis is never cut: `lax.scan` walks along it.
+# The sharding of a model's tensors and of their two moments, by official path. The first matching
+# pattern applies. The layer axis is never sharded, because `lax.scan` runs along it.
 TABLE = {
     "emb.weight": P(FSDP, None),  # [V, C]
     "head.weight": P(FSDP, None),
@@ -37,17 +37,18 @@ TABLE = {
 
 
 class Strategy(NamedTuple):
-    """What a device holds only its part of, beside its part of the masters and of Adam's moments.
+    """What is sharded in addition to the master weights and Adam's moments.
 
-    What it holds whole: the gradients, if not cut, until the end of the step; the working copy of
-    the parameters, if not cut, all the time. With cut parameters there is no working copy: a layer
-    is read from the masters, in the precision of the pass, where it is used. Offloaded masters need
-    a working copy, cut or whole.
+    If gradients are not sharded, each device holds all of them until the end of the step. If
+    parameters are not sharded, it holds a full working copy all the time. With sharded parameters
+    there is no working copy: each layer is gathered from the master weights when it is used, in
+    the precision of the forward and backward pass. Offloaded master weights need a working copy,
+    sharded or full.
     """
 
-    gradients: bool  # reduce-scattered layer by layer, each micro batch
-    parameters: bool  # gathered layer by layer, in the forward and in the backward pass
-    offload: bool = False  # masters and moments are in the host's memory (`offload.py`)
+    gradients: bool  # reduce-scattered layer by layer, in each micro batch
+    parameters: bool  # gathered layer by layer, in the forward and the backward pass
+    offload: bool = False  # master weights and moments are in host memory (`offload.py`)
 
 
 STRATEGIES = {
@@ -61,42 +62,46 @@ STRATEGIES |= {alias: STRATEGIES[name] for alias, name in STRATEGY_ALIASES.items
 
 
 def make_mesh(devices: int = 0, nodes: int = 1, shape: str = "") -> Mesh:
-    """The mesh that the options --devices, --num_nodes and --mesh ask for.
+    """Makes the mesh for the options --devices, --num_nodes and --mesh.
 
     Args:
-        devices: how many of each machine's; 0: all. Each process gives as many as the others.
-        shape: "data=D,fsdp=F", or one of the two; all devices along `fsdp` without it.
+        devices: number of devices on each machine; 0: all. Each process contributes equally many.
+        shape: "data=D,fsdp=F", or one of the two; "": all devices along `fsdp`.
 
     Raises:
-        UserError: there are fewer devices, or not D·F; or jax finds none at all.
+        UserError: there are fewer devices, or not D·F; or jax finds no device.
     """
     try:
-        there, processes = jax.devices(), jax.process_count()
-    except (RuntimeError, AssertionError) as error:  # the latter where it has no CUDA plugin
+        found, processes = jax.devices(), jax.process_count()
+    except (RuntimeError, AssertionError) as error:  # the latter without a CUDA plugin
         asked = f"JAX_PLATFORMS={jax.config.jax_platforms or ''}"  # type: ignore[attr-defined]
         why = next(iter(str(error).splitlines()), "no such device here")
         raise UserError(f"{asked}: jax does not start ({why}); unset it") from None
     if devices:
         each, left = divmod(devices * nodes, processes)
-        own = {device.process_index: [] for device in there}  # type: dict[int, list[jax.Device]]
-        for device in there:
+        own = {device.process_index: [] for device in found}  # type: dict[int, list[jax.Device]]
+        for device in found:
             own[device.process_index].append(device)
         fewest = min(map(len, own.values()))
         if left or each > fewest:
-            seen = f"{fewest} ({there[0].device_kind})"
+            seen = f"{fewest} ({found[0].device_kind})"
             where = (
                 f" in each of {processes} processes on {nodes} machines" if processes > 1 else ""
             )
             raise UserError(
                 f"--devices {devices}: jax sees {seen}{where}: leave it out to use all devices; "
-                "python -m rwkv_jax.doctor says what hides others"
+                "python -m rwkv_jax.doctor reports why others are missing"
             )
-        there = [device for some in own.values() for device in some[:each]]
-    return mesh_of(there, groups(shape, len(there)))
+        found = [device for some in own.values() for device in some[:each]]
+    return mesh_from_devices(found, data_axis_size(shape, len(found)))
 
 
-def groups(shape: str, devices: int) -> int:
-    """D of "data=D,fsdp=F"."""
+def data_axis_size(shape: str, devices: int) -> int:
+    """The size of the `data` axis: D of "data=D,fsdp=F".
+
+    Raises:
+        UserError: not of this form, or D·F is not the number of devices.
+    """
     if not shape:
         return 1
     sizes = {}
@@ -105,26 +110,26 @@ def groups(shape: str, devices: int) -> int:
         if name not in (DATA, FSDP) or name in sizes or not size.isdecimal() or not int(size):
             raise UserError(f"--mesh {shape}: give sizes as in data=2,fsdp=4")
         sizes[name] = int(size)
-    groups = sizes.get(DATA) or max(1, devices // sizes[FSDP])
-    if groups * (sizes.get(FSDP) or devices // groups) != devices:
+    data = sizes.get(DATA) or max(1, devices // sizes[FSDP])
+    if data * (sizes.get(FSDP) or devices // data) != devices:
         raise UserError(
             f"--mesh {shape}: does not multiply up to the number of devices, {devices}; "
             f"data=1,fsdp={devices} does"
         )
-    return groups
+    return data
 
 
-def mesh_of(devices: list[jax.Device], data: int = 1) -> Mesh:
-    """A mesh over these devices: `data` groups, each of which holds the whole state once."""
+def mesh_from_devices(devices: list[jax.Device], data: int = 1) -> Mesh:
+    """A mesh over these devices: `data` groups, each of which holds the full state once."""
     grid = np.array(devices).reshape(data, -1)
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def specs(mesh: Mesh, tree: Any) -> Any:
-    """The `PartitionSpec` of each leaf of a tree of parameters, or of the optimizer's state.
+    """The `PartitionSpec` of each leaf of a tree of parameters, or of the optimizer state.
 
-    `TABLE`'s, or, where `fsdp` does not divide the axis that it names, the first other axis that
-    it does divide (not the layers'); a leaf without one, and a scalar, is whole on every device.
+    The axis is the one in `TABLE`. If `fsdp` does not divide that axis, it is the first other axis
+    that `fsdp` divides (not the layer axis). Otherwise the leaf is replicated, and so are scalars.
     """
     size = mesh.shape[FSDP]
 
@@ -141,17 +146,17 @@ def specs(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map_with_path(spec, tree)
 
 
-def cut(mesh: Mesh, tree: Any, offload: bool = False) -> Any:
-    """`specs` as shardings over the mesh, in the devices' memory or, to offload, in the host's."""
+def shardings(mesh: Mesh, tree: Any, offload: bool = False) -> Any:
+    """`specs` as shardings over the mesh, in device memory or, with `offload`, in host memory."""
     kind = _host_memory(mesh) if offload else None
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec, memory_kind=kind), specs(mesh, tree))
 
 
 def _host_memory(mesh: Mesh) -> str | None:
-    """The host's memory that devices copy from and to; None: what a device has by default.
+    """The kind of host memory for transfers to the devices; None: the devices' default memory.
 
-    A GPU copies to and from pinned memory by itself. The planner's devices, which are not there,
-    tell of none.
+    A GPU transfers to and from pinned memory directly. The planner's abstract devices do not report
+    any kind.
     """
     kinds = {
         memory.kind for device in mesh.local_devices for memory in device.addressable_memories()
@@ -160,7 +165,7 @@ def _host_memory(mesh: Mesh) -> str | None:
 
 
 def in_host_memory(tree: Any) -> bool:
-    """Whether these arrays were put where `cut` says to offload."""
+    """Whether any of these arrays is in host memory."""
     return any(
         leaf.sharding.memory_kind in _HOST_MEMORIES
         for leaf in jax.tree.leaves(tree)
@@ -169,7 +174,7 @@ def in_host_memory(tree: Any) -> bool:
 
 
 def batch_spec(mesh: Mesh) -> P:
-    """Of [A, B, T + 1]: micro batches one after the other, the samples of each over the devices."""
+    """The spec of a batch [A, B, T + 1]: the samples of each micro batch are sharded."""
     return P(None, mesh.axis_names)
 
 
@@ -178,29 +183,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(mesh))
 
 
-# Inside `jax.shard_map`, where each device sees its own part of what the specs cut:
+# Collectives for use inside `jax.shard_map`, where each device sees its own shard:
 
 
-def gather(mesh: Mesh, part: jax.Array, spec: P) -> jax.Array:
-    """The whole tensor of which each device of `fsdp` has a part."""
-    axis = _cut_axis(mesh, spec)
-    return part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+def all_gather(mesh: Mesh, shard: jax.Array, spec: P) -> jax.Array:
+    """Gathers the full tensor over `fsdp`; a replicated tensor is returned unchanged."""
+    axis = _sharded_axis(mesh, spec)
+    return shard if axis is None else jax.lax.all_gather(shard, FSDP, axis=axis, tiled=True)
 
 
-def scatter(mesh: Mesh, whole: jax.Array, spec: P) -> jax.Array:
-    """This device's part of the sum over `fsdp`; of a tensor that is not cut, what it has."""
-    axis = _cut_axis(mesh, spec)
+def reduce_scatter(mesh: Mesh, full: jax.Array, spec: P) -> jax.Array:
+    """This device's shard of the sum over `fsdp`; a replicated tensor is returned unchanged."""
+    axis = _sharded_axis(mesh, spec)
     if axis is None:
-        return whole
-    return jax.lax.psum_scatter(whole, FSDP, scatter_dimension=axis, tiled=True)
+        return full
+    return jax.lax.psum_scatter(full, FSDP, scatter_dimension=axis, tiled=True)
 
 
-def finish(mesh: Mesh, scattered: jax.Array, spec: P) -> jax.Array:
-    """The sum over all devices, of which `scatter` has done a part."""
-    done = (FSDP,) if _cut_axis(mesh, spec) is not None else ()
+def finish_all_reduce(mesh: Mesh, scattered: jax.Array, spec: P) -> jax.Array:
+    """The rest of the sum over all devices that `reduce_scatter` started."""
+    done = (FSDP,) if _sharded_axis(mesh, spec) is not None else ()
     left = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in done]
     return jax.lax.psum(scattered, left) if left else scattered
 
 
-def _cut_axis(mesh: Mesh, spec: P) -> int | None:
+def _sharded_axis(mesh: Mesh, spec: P) -> int | None:
     return spec.index(FSDP) if FSDP in spec and mesh.shape[FSDP] > 1 else None

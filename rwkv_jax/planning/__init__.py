@@ -1,6 +1,6 @@
-"""What a step needs and costs, by compiling it, for devices that are here or not.
+"""The memory and cost of a step, by compiling it, for present or absent devices.
 
-memory.py      the memory that a compiled step needs
+memory.py      the memory of a compiled step
 batch_size.py  the largest micro_bsz that fits
 cost.py        FLOPs of a jaxpr, bytes moved by an HLO module
 """

@@ -9,48 +9,46 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from pallas_kernels.gpu_targets import (
-    GpuTarget,
-)
+from pallas_kernels.gpu_targets import GpuTarget
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.planning.memory import GIB, Need, device_memory, measure
+from rwkv_jax.planning.memory import GIB, StepCost, device_memory, measure
 from rwkv_jax.text.sampler import MINIEPOCH
 from rwkv_jax.training.build import default_batch
 
-COMPILATIONS = 8  # that a search for the largest batch takes at most
-TOLERANCE = 1.02  # within which a batch is the largest
-WAYS_OUT = (
+COMPILATIONS = 8  # limit of a search for the largest batch
+TOLERANCE = 1.02  # a batch this close to one that does not fit counts as the largest
+SUGGESTIONS = (
     "try --grad_cp 1, a smaller --ctx_len, --strategy fsdp_offload, or more devices to shard over"
 )
 
 
-def largest_batch(need: Callable[[int], int], limit: int, most: int = 2**31 - 1) -> int:
-    """The largest batch whose need is within the limit, of those measured; 0: not even 1 is.
+def largest_batch(memory: Callable[[int], int], limit: int, most: int = 2**31 - 1) -> int:
+    """The largest measured batch whose memory is within the limit; 0: not even 1 fits.
 
-    A need costs a compilation to know, so at most `COMPILATIONS` are measured. It is nearly affine
-    in the batch, but for jumps and for slopes that fall or rise: the line through the two largest
-    batches that fit is followed, until one is too large or no batch beyond is expected to fit. Then
-    the need is interpolated between the largest batch that fits and the next that does not, until
-    they are within 2 % (or next to each other). The interpolation stays away from both: from a
-    small distance while each measurement halves the interval, else from a growing one, which ends
-    in bisection.
+    Each measurement takes a compilation, so there are at most `COMPILATIONS`. The memory is nearly
+    affine in the batch, except for jumps and changes of slope. The search extrapolates the line
+    through the two largest batches that fit, until a batch does not fit or no larger batch is
+    expected to fit. Then it interpolates between the largest batch that fits and the smallest
+    that does not, until they are within 2 % (or adjacent). The next point keeps a distance from
+    both ends. The distance is small while each measurement halves the interval; otherwise it grows,
+    which ends in bisection.
 
     Args:
-        need: batch → bytes.
+        memory: batch → bytes; one compilation per call.
         limit: bytes.
         most: the largest batch of interest.
     """
     known: dict[int, int] = {}
     batch, margin, ratio = 1, TOLERANCE, math.inf
     while True:
-        known[batch] = need(batch)
+        known[batch] = memory(batch)
         best = max((b for b in known if known[b] <= limit), default=0)
         beyond = min((b for b in known if b > best), default=most + 1)
         if not best or len(known) == COMPILATIONS or beyond <= max(TOLERANCE * best, best + 1):
             return best
-        if beyond > most:  # none was too large so far
-            if len(known) == 1:  # of an affine need, limit / need fits
+        if beyond > most:  # every batch has fitted so far
+            if len(known) == 1:  # if the memory is affine, limit / memory fits
                 batch = max(2, limit // max(known[best], 1))
             else:
                 slope = _slope(known, sorted(known)[-2], best)
@@ -64,7 +62,7 @@ def largest_batch(need: Callable[[int], int], limit: int, most: int = 2**31 - 1)
         affine = best + (limit - known[best]) / _slope(known, best, beyond)
         fits = max(known[best], 1)
         power = math.log(limit / fits) / math.log(known[beyond] / fits)
-        guess = max(affine, best * ratio**power)  # the latter of a need that rises as a power
+        guess = max(affine, best * ratio**power)  # the second is for memory that grows as a power
         low, high = best * margin, beyond / margin
         if low > high:
             low = high = math.sqrt(best * beyond)
@@ -76,52 +74,52 @@ def _slope(known: dict[int, int], a: int, b: int) -> float:
     return max((known[b] - known[a]) / (b - a), 1e-9)
 
 
-def find_largest(
+def find_largest_micro_bsz(
     config: TrainConfig,
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
     limit: int,
     target: GpuTarget | None = None,
-) -> tuple[int, dict[int, Need]]:
-    """The largest micro_bsz whose step needs at most `limit` bytes, and all that was measured.
+) -> tuple[int, dict[int, StepCost]]:
+    """The largest micro_bsz whose step needs at most `limit` bytes, and all measured costs.
 
-    A step takes at most a miniepoch: the official trainer knows no larger ones. The arguments are
-    those of `measure`.
+    A step has at most a miniepoch of samples, as in the official trainer. The arguments are those
+    of `measure`.
     """
-    needs: dict[int, Need] = {}
+    costs: dict[int, StepCost] = {}
 
-    def cost_of(batch: int) -> int:
-        """Affine in the batch, and beyond the limit if a visit is."""
-        need = needs[batch]
-        return need.passes if need.visit <= limit else limit + need.passes
+    def effective(batch: int) -> int:
+        """Bytes: affine in the batch, and above the limit if the offloaded update is."""
+        cost = costs[batch]
+        return cost.passes if cost.update <= limit else limit + cost.passes
 
-    def need(batch: int) -> int:
-        progress = f" (compilation {len(needs) + 1} of at most {COMPILATIONS}"
-        if fit := max((b for b in needs if cost_of(b) <= limit), default=0):
+    def memory(batch: int) -> int:
+        progress = f" (compilation {len(costs) + 1} of at most {COMPILATIONS}"
+        if fit := max((b for b in costs if effective(b) <= limit), default=0):
             progress += f"; {fit} fits"
-        if too_large := min((b for b in needs if b > fit), default=0):
+        if too_large := min((b for b in costs if b > fit), default=0):
             progress += f", {too_large} does not"
         options = dataclasses.replace(config, micro_bsz=batch)
-        needs[batch] = measure(options, model, mesh, target, f"{progress})")
-        return cost_of(batch)
+        costs[batch] = measure(options, model, mesh, target, f"{progress})")
+        return effective(batch)
 
-    return largest_batch(need, limit, most_samples(config, mesh.size)), needs
+    return largest_batch(memory, limit, max_micro_bsz(config, mesh.size)), costs
 
 
-def most_samples(config: TrainConfig, devices: int) -> int:
-    """The micro_bsz at which a step is a miniepoch."""
+def max_micro_bsz(config: TrainConfig, devices: int) -> int:
+    """The micro_bsz at which a step has a miniepoch of samples."""
     return max(1, MINIEPOCH // (devices * config.accumulate_grad_batches))
 
 
-def fitting_batch(
+def fitting_micro_bsz(
     config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, limit: int | None = None
 ) -> int:
-    """The largest micro_bsz that fits the devices of a mesh, which are there: `--micro_bsz auto`.
+    """The largest micro_bsz that fits the devices of a mesh that is present: `--micro_bsz auto`.
 
-    Where jax does not say how much memory a device has, as of a CPU: the default, and a note.
+    If jax does not know a device's memory (a CPU), returns the default and prints a note.
 
     Args:
-        limit: bytes of a device; None: what jax's allocator has of it.
+        limit: bytes per device; None: what jax may allocate.
 
     Raises:
         UserError: not even 1 fits.
@@ -129,19 +127,19 @@ def fitting_batch(
     kind, platform = mesh.devices.flat[0].device_kind, mesh.devices.flat[0].platform
     if limit is None:
         limit = int(0.97 * device_memory(mesh))  # the rest: the next batch, an export
-        if jax.process_count() > 1:  # all compile the same; in MiB, for int32
+        if jax.process_count() > 1:  # all processes have to compile the same; in MiB, for int32
             limit = 2**20 * int(np.min(process_allgather(np.int32(limit // 2**20))))
     if not limit:
         batch = default_batch(on_gpu=platform != "cpu")
         print(
-            f"note: --micro_bsz auto: jax does not know the memory of {kind}: training with the "
+            f"note: --micro_bsz auto: jax does not report the memory of {kind}; using the "
             f"default, {batch}",
             file=sys.stderr,
         )
         return batch
-    batch = find_largest(config, model, mesh, limit)[0]
+    batch = find_largest_micro_bsz(config, model, mesh, limit)[0]
     if not batch:
         raise UserError(
-            f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {WAYS_OUT}"
+            f"--micro_bsz auto: not even 1 fits the {limit / GIB:.1f} GiB of {kind}; {SUGGESTIONS}"
         )
     return batch

@@ -1,4 +1,4 @@
-"""What a step costs: arithmetic by the model or in the jaxpr, bytes moved in the HLO."""
+"""The cost of a step: FLOPs of a jaxpr, and memory traffic of an HLO module."""
 
 import math
 import re
@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Raise it when `flops` or `memory_traffic` count the same program differently: kept plans name it.
+# Increment this when `flops` or `memory_traffic` count the same program differently: it is part of
+# the key of cached plans.
 COUNTED = 2
 
 
 def flops(jaxpr: Jaxpr) -> int:
-    """Operations of the matrix products in a program, two for each multiply-add.
+    """FLOPs of the matrix products in a program, two per multiply-add.
 
-    Loops of known length and the programs of a Pallas kernel's grid count as often as they run;
-    of a `cond` the dearest branch; inside `jax.shard_map`, where shapes are a device's, what one
-    device does.
+    Loops of known length and the programs of a Pallas kernel's grid count as often as they run; a
+    `cond` counts its most expensive branch. Inside `jax.shard_map` shapes are per device, so the
+    result is per device.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -63,9 +64,9 @@ _NO_TRAFFIC = {
 def memory_traffic(hlo: str) -> int:
     """Bytes that an optimized program reads and writes in the device's memory.
 
-    Each kernel (a fusion, a library call, a copy) reads its operands and writes its result once;
-    where it reads or writes a slice of a buffer, the slice. A loop counts as often as it runs.
-    What a cache would spare is not taken off.
+    Each kernel (a fusion, a library call, a copy) reads its operands and writes its result once; if
+    it reads or writes a slice of a buffer, only the slice counts. A loop counts as often as it
+    runs. Caches are not modelled.
     """
     computations = _parse(hlo)
     entry = re.search(r"^ENTRY %([^\s(]+)", hlo, re.MULTILINE)
@@ -91,7 +92,7 @@ def _parse(hlo: str) -> dict[str, Computation]:
 
 
 def _closing(text: str) -> int:
-    """The index after the parenthesis that closes the first character's."""
+    """The index after the matching closing parenthesis."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -118,11 +119,11 @@ def _traffic(computations: dict[str, Computation], name: str) -> int:
     for x in computation.values():
         if x.opcode in _NO_TRAFFIC or x.opcode.endswith("-start"):
             continue
-        if x.opcode.endswith("-done"):  # the start has the operands; its result holds more
+        if x.opcode.endswith("-done"):  # the start has the operands; its result has more in it
             start = computation[x.operands[0]]
             while start.opcode == "async-update":
                 start = computation[start.operands[0]]
-            if not start.opcode.endswith("-start"):  # recv-done, send-done: counted already
+            if not start.opcode.endswith("-start"):  # recv-done, send-done: already counted
                 continue
             x = start._replace(opcode=start.opcode.removesuffix("-start"), shape=x.shape)
         called = inside(x, r"body=%([^\s,]+)", r"to_apply=%([^\s,]+)", r"calls=%([^\s,]+)")
@@ -151,14 +152,14 @@ def _kernel(x: _Instruction, operands: list[str]) -> int:
 
 
 def _fusion(computation: Computation) -> int:
-    """Bytes that cross a fusion's border."""
+    """Bytes that a fusion reads and writes."""
     users: dict[str, list[_Instruction]] = {name: [] for name in computation}
     for x in computation.values():
         for operand in dict.fromkeys(x.operands):
             users[operand].append(x)
 
     def read(name: str) -> int:
-        """Of what is behind a name, as much as its users look at."""
+        """Bytes of an operand that its users actually read."""
         whole, total = _bytes(computation[name].shape), 0
         for user in users[name]:
             if user.opcode == "bitcast":

@@ -2,10 +2,10 @@
 
 tokenizer.py     the World tokenizer
 corpus.py        jsonl, plain text and Parquet as documents
-tokenization.py  a corpus to a token file, on all cores
-binidx.py        the token file of Megatron
-token_cache.py   token files kept for the next run
+tokenization.py  from a corpus to a token file, on all cores
+binidx.py        Megatron's token file
+token_cache.py   cached token files
 sampler.py       the official cubic-hash order of samples
 dataset.py       a token file with its order of samples
-loader.py        batches prepared ahead of the step
+loader.py        prefetching of batches
 """

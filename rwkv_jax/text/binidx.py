@@ -1,4 +1,4 @@
-"""The binidx token file of Megatron: `NAME.bin` holds token ids, `NAME.idx` where each item lies.
+"""Megatron's binidx token file: `NAME.bin` has the token ids, `NAME.idx` the position of each item.
 
 `NAME.bin`: little-endian ids, item after item. `NAME.idx`, little-endian:
 
@@ -11,7 +11,7 @@
     int64     pointers[n], in bytes from the start of NAME.bin
     int64     document marks[m]: the item at which each document starts, then n
 
-The files written here hold one document an item.
+The files written here have one document per item.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ DTYPES: dict[int, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
-_CHUNK = 1 << 20  # entries of an index array that are in memory at once
+_CHUNK = 1 << 20  # entries of an index array in memory at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,13 +65,13 @@ class BinIdx:
         return len(self.sizes)
 
     def __getitem__(self, item: int) -> np.ndarray:
-        """Tokens of one item, [sizes[item]], its closing token 0 included."""
+        """Tokens of one item, [sizes[item]], including its closing token 0."""
         start = int(self.pointers[item]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.sizes[item])]
 
 
-def beside(prefix: Path, ending: str) -> Path:
-    """`prefix` with `ending` appended; `Path.with_suffix` would cut `v1.5` to `v1`.
+def append_suffix(prefix: Path, ending: str) -> Path:
+    """`prefix` with `ending` appended; `Path.with_suffix` would shorten `v1.5` to `v1`.
 
     Raises:
         UserError: the prefix is `.`, `..` or `/`, which has no name.
@@ -82,12 +82,12 @@ def beside(prefix: Path, ending: str) -> Path:
 
 
 def prefix_of(name: str | Path) -> Path:
-    """The prefix of a token file, given that or the path of either of its files."""
+    """The prefix of a token file, from the prefix or the path of either file."""
     return Path(str(name).removesuffix(".bin").removesuffix(".idx"))
 
 
 def open_binidx(name: str | Path) -> BinIdx:
-    """Maps a token file, after checking every number in its index.
+    """Memory-maps a token file after checking every number in its index.
 
     Args:
         name: the prefix, or the path of either file.
@@ -96,7 +96,7 @@ def open_binidx(name: str | Path) -> BinIdx:
         UserError: a file is missing, empty, damaged or of another format.
     """
     prefix = prefix_of(name)
-    bin_path, idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
+    bin_path, idx_path = append_suffix(prefix, ".bin"), append_suffix(prefix, ".idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise UserError(
@@ -111,7 +111,7 @@ def open_binidx(name: str | Path) -> BinIdx:
         raise UserError(f"{idx_path}: not a binidx index (it does not start with MMIDIDX)")
     _, version, code, items, marks = _HEADER.unpack(header)
     if version != 1:
-        raise UserError(f"{idx_path}: version {version} of the format; only 1 is known")
+        raise UserError(f"{idx_path}: format version {version}; only version 1 is supported")
     if code not in DTYPES:
         raise UserError(f"{idx_path}: dtype code {code} is not one of {sorted(DTYPES)}")
     expected = _HEADER.size + items * 12 + marks * 8
@@ -124,10 +124,10 @@ def open_binidx(name: str | Path) -> BinIdx:
     with reporting_os_errors(bin_path, "read"):
         bin_bytes = bin_path.stat().st_size
     if items == 0 or bin_bytes == 0:
-        raise UserError(f"{bin_path}: holds no tokens")
+        raise UserError(f"{bin_path}: has no tokens")
     if bin_bytes % dtype.itemsize:
         raise UserError(
-            f"{bin_path}: {bin_bytes} bytes are no whole number of {dtype.name} tokens: "
+            f"{bin_path}: {bin_bytes} bytes is not a whole number of {dtype.name} tokens: "
             "the copy is incomplete or damaged"
         )
 
@@ -184,13 +184,13 @@ def _check_marks(path: Path, items: int, marks: np.ndarray) -> None:
 
 
 class BinIdxWriter:
-    """Writes a token file in constant memory; both files appear, complete, at the end or never.
+    """Writes a token file in constant memory; both files appear at the end, or not at all.
 
         with BinIdxWriter(prefix) as writer:
             writer.append(tokens, sizes)
 
-    They are written under temporary names beside `prefix` and renamed when the block ends without
-    an exception. Writers of the same prefix do not disturb each other: the last to finish wins.
+    They are written under temporary names and renamed when the block ends without an exception.
+    Concurrent writers of the same prefix do not conflict: the last to finish wins.
 
     Raises (each method):
         UserError: a file cannot be written.
@@ -205,11 +205,11 @@ class BinIdxWriter:
 
     def __enter__(self) -> Self:
         tag = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        self._temporary = {e: beside(self._prefix, e + tag) for e in (".bin", ".idx")}
+        self._temporary = {e: append_suffix(self._prefix, e + tag) for e in (".bin", ".idx")}
         self._files: dict[str, BinaryIO] = {}
         try:
             for ending, path in self._temporary.items():
-                with reporting_os_errors(beside(self._prefix, ending), "write"):
+                with reporting_os_errors(append_suffix(self._prefix, ending), "write"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     self._files[ending] = path.open("x+b")
         except UserError:
@@ -234,7 +234,8 @@ class BinIdxWriter:
             raise ValueError(f"sizes add up to {lengths.sum()}, not to the {ids.size} tokens")
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise UserError(
-                f"{self._prefix}: an item of {lengths.max()} tokens; the format holds 2147483647"
+                f"{self._prefix}: an item has {lengths.max()} tokens; the format's limit is "
+                "2147483647"
             )
         stored = ids.astype(self._dtype)
         if stored.dtype != ids.dtype and not np.array_equal(stored, ids):
@@ -259,7 +260,7 @@ class BinIdxWriter:
             self._discard()
 
     def _discard(self) -> None:
-        """Closes and removes whatever is still under a temporary name."""
+        """Closes and removes the temporary files."""
         for ending, file in self._files.items():
             with contextlib.suppress(OSError):  # a full disk fails again on this flush
                 file.close()
@@ -285,4 +286,4 @@ class BinIdxWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            os.replace(self._temporary[ending], beside(self._prefix, ending))
+            os.replace(self._temporary[ending], append_suffix(self._prefix, ending))

@@ -1,13 +1,13 @@
-"""Text files as documents: jsonl, plain text and Parquet, one file, a folder or a pattern.
+"""Text files as documents: jsonl, plain text and Parquet; one file, a folder or a pattern.
 
-The ending of a name, in upper or lower case, says how a file is read:
+The extension, in upper or lower case, determines how a file is read:
 
     .jsonl, .json   each line is a document, a JSON object; its text is the string under `text_key`
-    .txt            the file is one document, taken as it is
+    .txt            the file is one document, unchanged
     .parquet        each row is a document; its text is the string in the column `text_key`
 
-`.gz` or `.zst` may follow the first three. Every document has a place, "FILE:LINE" (of Parquet, the
-row), which opens every error about it.
+`.gz` or `.zst` may follow the first three. Every document has a place, "FILE:LINE" (for Parquet,
+the row), with which every error about it begins.
 """
 
 import argparse
@@ -29,20 +29,20 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors, written_whole
 from rwkv_jax.text import tokenizer
-from rwkv_jax.text.binidx import beside
+from rwkv_jax.text.binidx import append_suffix
 
-ENDINGS = (".jsonl", ".txt", ".parquet")  # that count in a folder; .json is often something else
+ENDINGS = (".jsonl", ".txt", ".parquet")  # read in a folder; .json is often something else
 COMPRESSED = (".gz", ".zst")
 KNOWN = ".jsonl, .json and .txt, also with .gz or .zst, and .parquet"
-SKIPPED = ".skipped.tsv"  # ending of the list of skipped lines
-_PIECE_BYTES = 1 << 20  # of lines that are handed on at once
+SKIPPED = ".skipped.tsv"  # suffix of the list of skipped lines
+_PIECE_BYTES = 1 << 20  # bytes of lines per piece
 _PIECE_ROWS = 256
 
-_UTF16 = "UTF-16: convert it by iconv -f UTF-16 -t UTF-8"
-_FOREIGN = {  # how files begin that a wrong ending hides
-    b"\x1f\x8b": "gzip: end its name in .gz",
-    b"\x28\xb5\x2f\xfd": "Zstandard: end its name in .zst",
-    b"PAR1": "Parquet: end its name in .parquet",
+_UTF16 = "UTF-16: convert it with iconv -f UTF-16 -t UTF-8"
+_FOREIGN = {  # first bytes of formats that a wrong extension may hide
+    b"\x1f\x8b": "gzip: give it the extension .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard: give it the extension .zst",
+    b"PAR1": "Parquet: give it the extension .parquet",
     b"PK\3\4": "a zip archive: unpack it",
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
@@ -50,21 +50,21 @@ _FOREIGN = {  # how files begin that a wrong ending hides
 
 
 class Text(NamedTuple):
-    """A document, and its place."""
+    """A document and its place."""
 
     where: str
     text: str
 
 
 class BadLine(NamedTuple):
-    """A document that cannot be used: its place, the reason, and how it begins."""
+    """A document that cannot be used: its place, the reason, and its beginning."""
 
     where: str
     reason: str
     begin: str
 
     def error(self) -> UserError:
-        return UserError(f"{self.where}: {self.reason}; --on_bad_line skip leaves it out")
+        return UserError(f"{self.where}: {self.reason}; --on_bad_line skip skips it")
 
     def row(self) -> str:
         """A line of the list of skipped lines."""
@@ -72,13 +72,13 @@ class BadLine(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Neighbouring documents of a file, not decoded yet.
+    """Consecutive documents of a file, not decoded yet.
 
     Attributes:
-        file: path of it.
+        file: path of the file.
         first: line or row of the first document.
-        raw: a document each. Blank ones are among them; None is an empty cell.
-        nbytes: of the file as it lies on disk, read for these.
+        raw: the documents, including blank ones; None is an empty cell.
+        nbytes: bytes of the file on disk that were read for these documents (compressed size).
     """
 
     file: str
@@ -89,13 +89,13 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text files and how to read them; `find` makes one.
+    """Text files and how to read them; created by `find`.
 
     Attributes:
         name: as the user gave it.
         files: in the order of reading.
-        text_key: key of a jsonl, or column of a Parquet file, that holds the text.
-        skip_bad: leave out what cannot be used, rather than raise an error.
+        text_key: key of a jsonl, or column of a Parquet file, with the text.
+        skip_bad: skip lines that cannot be used instead of raising an error.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Corpus:
 
     @property
     def stem(self) -> str:
-        """A name for what is made of it: that of the file or folder, without the known endings."""
+        """Default output name: the name of the file or folder without its known extensions."""
         path = Path(self.name)
         if [path] == list(self.files):
             kind, compression = _endings(path)
@@ -116,15 +116,15 @@ class Corpus:
         """Bytes of all files.
 
         Raises:
-            UserError: one is not there.
+            UserError: a file does not exist.
         """
         return sum(_size(path) for path in self.files)
 
     def pieces(self) -> Iterator[Piece]:
-        """The content of all files in order, in constant memory but for a plain text file.
+        """The content of all files in order, in constant memory except for plain text files.
 
         Raises:
-            UserError: a file cannot be read, or is of another format than its ending says.
+            UserError: a file cannot be read, or its format does not match its extension.
         """
         for path in self.files:
             kind = _endings(path)[0]
@@ -134,17 +134,19 @@ class Corpus:
                 elif kind in (".jsonl", ".json"):
                     yield from _line_pieces(path)
                 else:
-                    with _opened(path) as (file, _):
-                        yield Piece(str(path), 1, [_checked(path, file.read())], _size(path))
+                    with _open(path) as (file, _):
+                        yield Piece(
+                            str(path), 1, [_refuse_other_formats(path, file.read())], _size(path)
+                        )
 
     def documents(self, skipped: list[BadLine] | None = None) -> Iterator[Text]:
-        """All texts that are not blank files or lines, in order.
+        """All texts in order, without blank files and lines.
 
         Args:
-            skipped: bad lines are appended, where these are skipped.
+            skipped: bad lines are appended to it, if the corpus skips them.
 
         Raises:
-            UserError: as `pieces`; a bad line, where these are not skipped.
+            UserError: as `pieces`; a bad line, if the corpus does not skip them.
         """
         for piece in self.pieces():
             for each in read(piece, self.text_key):
@@ -162,20 +164,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--text_key",
         metavar="KEY",
         default="text",
-        help="Key of a .jsonl, or column of a .parquet, that holds the text (text).",
+        help="Key of a .jsonl, or column of a .parquet, with the text (text).",
     )
     parser.add_argument(
         "--on_bad_line",
         choices=("stop", "skip"),
         default="stop",
-        help="What to do about a line that cannot be used: stop with an error that names it, or "
-        "skip it; the skipped ones are counted, and listed in a file with the reason (stop).",
+        help="What to do with a line that cannot be used: stop with an error that names it, or "
+        "skip it; skipped lines are counted, and listed in a file with the reason (stop).",
     )
 
 
 @contextlib.contextmanager
 def writing_skipped(path: Path) -> Iterator[TextIO]:
-    """A list of skipped lines (`BadLine.row`), which appears whole when the block ends."""
+    """Opens a list of skipped lines (`BadLine.row`), written atomically when the block ends."""
     with (
         reporting_os_errors(path, "write"),
         written_whole(path) as temporary,
@@ -185,30 +187,30 @@ def writing_skipped(path: Path) -> Iterator[TextIO]:
 
 
 def skipped_note(path: Path) -> str:
-    """A line about a list of skipped lines."""
+    """A note about a list of skipped lines."""
     with path.open("rb") as file:
         count = sum(1 for _ in file)
     return f"note: bad lines skipped: {count}; {path} lists them"
 
 
 def find(name: str | Path, text_key: str = "text", on_bad_line: str = "stop") -> Corpus:
-    """The text files that `name` means: one file, all in a folder, or those of a pattern (`*`).
+    """Finds the text files of `name`: one file, all in a folder, or those of a pattern (`*`).
 
-    In a folder, those with an ending of `ENDINGS` count, in all folders below too, in the order of
-    their paths; hidden ones do not. What is left out is named on standard error.
+    A folder is searched recursively for files with an extension in `ENDINGS`, sorted by path;
+    hidden files are ignored. Skipped files are reported on standard error.
 
     Raises:
-        UserError: there are none; the message names what may be meant.
+        UserError: there are none; the message may suggest a file.
     """
     path = Path(name)
     if str(name) == "" or os.path.realpath(path) == "/":
-        raise UserError(f"{str(name)!r} is no data: give a file, a folder or a pattern of text")
+        raise UserError(f"{str(name)!r} is not data: give a text file, a folder or a pattern")
     if path.is_dir():
-        found = list(_below(path))
+        found = list(_walk(path))
         files = [file for file in found if is_text(file) and _endings(file)[0] in ENDINGS]
         if not files:
             tokens = [str(file.with_suffix("")) for file in found if file.suffix == ".idx"]
-            hint = f"; the token files in it are given as {tokens[0]}" if tokens else ""
+            hint = f"; for the token files in it, give {tokens[0]}" if tokens else ""
             raise UserError(f"{path}: no text in this folder ({KNOWN} are read){hint}")
     elif not path.exists() and re.search(r"[*?[]", str(name)):
         found = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
@@ -218,39 +220,39 @@ def find(name: str | Path, text_key: str = "text", on_bad_line: str = "stop") ->
             raise UserError(f"{name}: matches no text file ({KNOWN} are read)")
     else:
         if not path.exists():
-            raise UserError(f"{name}: no such file{_meant(path)}")
+            raise UserError(f"{name}: no such file{_suggestion(path)}")
         if not is_text(path):
             raise UserError(
-                f"{path}: is neither a text file ({KNOWN}, known by their ending) nor the PREFIX "
-                "of a PREFIX.bin and PREFIX.idx"
+                f"{path}: is neither a text file (with the extension {KNOWN}) nor the PREFIX of a "
+                "PREFIX.bin and PREFIX.idx"
             )
         found = files = [path]
-    left_out = [file.name for file in found if file not in set(files)]
-    if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    others = [file.name for file in found if file not in set(files)]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         print(
-            f"note: {name}: {len(files)} text files; left out: {', '.join(left_out[:3])}{more}",
+            f"note: {name}: {len(files)} text files; skipped: {', '.join(others[:3])}{more}",
             file=sys.stderr,
         )
     for file in files:
         if file.is_fifo():
-            raise UserError(f"{file}: is a pipe, and text is read twice: write it to a file first")
+            raise UserError(f"{file}: is a pipe, but text is read twice: write it to a file first")
     return Corpus(str(name), tuple(sorted(files)), text_key, on_bad_line == "skip")
 
 
 def is_text(path: Path) -> bool:
-    """Whether a name has an ending that is read as text."""
+    """Whether a file name has an extension that is read as text."""
     kind, compression = _endings(path)
     return kind in (*ENDINGS, ".json") and not (kind == ".parquet" and compression)
 
 
 def is_binidx(name: str | Path) -> bool:
-    """Whether `name` means token files: one of them, or their prefix, unless a text is so named."""
+    """Whether `name` is a token file or the prefix of one, and not an existing text file."""
     path = Path(name)
     if path.is_file() and is_text(path) or not path.name:
         return False
-    there = [beside(path, ending).is_file() for ending in (".bin", ".idx")]
-    return path.suffix in (".bin", ".idx") or (all if path.exists() else any)(there)
+    exist = [append_suffix(path, ending).is_file() for ending in (".bin", ".idx")]
+    return path.suffix in (".bin", ".idx") or (all if path.exists() else any)(exist)
 
 
 def _endings(path: Path) -> tuple[str, str]:
@@ -260,7 +262,7 @@ def _endings(path: Path) -> tuple[str, str]:
     return suffixes[-1] if suffixes else "", compression
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot read: {error.strerror}")
 
@@ -269,14 +271,16 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
-def _meant(path: Path) -> str:
-    """What is there beside a path that is not: the same name with an ending, or one like it."""
+def _suggestion(path: Path) -> str:
+    """Suggests an existing file for a missing path: the same name with an extension, or a similar
+    name.
+    """
     with contextlib.suppress(OSError):
         names = [name for name in os.listdir(path.parent) if is_text(Path(name))]
         same = sorted(name for name in names if name.startswith(f"{path.name}."))
         like = same or difflib.get_close_matches(path.name, names, 1, 0.8)
         if like:
-            return f"; is {path.with_name(like[0])} meant?"
+            return f"; did you mean {path.with_name(like[0])}?"
     return ", and no token files of that name" if not is_text(path) else ""
 
 
@@ -286,8 +290,10 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file's content, decompressed, and the file on disk, which says how far it is read."""
+def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Opens a file; yields the decompressed stream and the raw file, whose position shows the
+    progress.
+    """
     compression = _endings(path)[1]
     with path.open("rb") as raw:
         if not compression:
@@ -320,8 +326,12 @@ def _extra(module: str, package: str, path: Path) -> Any:
         ) from None
 
 
-def _checked(path: Path, content: bytes) -> bytes:
-    """The beginning of a file's content, unless it is that of another format."""
+def _refuse_other_formats(path: Path, content: bytes) -> bytes:
+    """Returns `content`, the beginning of a file, unless it is that of another format.
+
+    Raises:
+        UserError: it is; the message names the format.
+    """
     for begin, what in _FOREIGN.items():
         if content.startswith(begin):
             raise UserError(f"{path}: is {what}")
@@ -330,11 +340,11 @@ def _checked(path: Path, content: bytes) -> bytes:
 
 def _line_pieces(path: Path) -> Iterator[Piece]:
     number, read = 1, 0
-    with _opened(path) as (file, raw):
+    with _open(path) as (file, raw):
         while lines := file.readlines(_PIECE_BYTES):
             if number == 1:
-                _checked(path, lines[0])
-                if b"\0" in lines[0][:4]:  # as JSON cannot begin
+                _refuse_other_formats(path, lines[0])
+                if b"\0" in lines[0][:4]:  # JSON cannot begin like this
                     raise UserError(f"{path}: is {_UTF16}")
             at = raw.tell() if raw.seekable() else 0
             yield Piece(str(path), number, list(lines), at - read)
@@ -349,7 +359,7 @@ def _row_pieces(path: Path, text_key: str) -> Iterator[Piece]:
             fields = {field.name: field.type for field in file.schema_arrow}
             if text_key not in fields:
                 raise UserError(
-                    f'{path}: has no column "{text_key}"; choose one by --text_key: '
+                    f'{path}: has no column "{text_key}"; choose one with --text_key: '
                     + ", ".join(fields)
                 )
             kind = fields[text_key]
@@ -358,7 +368,7 @@ def _row_pieces(path: Path, text_key: str) -> Iterator[Piece]:
                 raise UserError(f'{path}: the column "{text_key}" is {kind}, not text')
             rows = file.metadata.num_rows
             for batch in file.iter_batches(_PIECE_ROWS, columns=[text_key]):
-                # As bytes: what is not UTF-8 is a bad row like any other.
+                # As bytes, so that text that is not UTF-8 is a bad row like any other.
                 cells = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
                 yield Piece(str(path), number, cells.to_pylist(), size * len(cells) // max(rows, 1))
                 number += len(cells)
@@ -368,7 +378,7 @@ def _row_pieces(path: Path, text_key: str) -> Iterator[Piece]:
 
 
 def read(piece: Piece, text_key: str) -> Iterator[Text | BadLine]:
-    """The documents of a piece. Blank lines and blank plain files are passed over."""
+    """The documents of a piece. Blank lines and blank plain files are skipped."""
     kind = _endings(Path(piece.file))[0]
     for number, raw in enumerate(piece.raw, piece.first):
         where = f"{piece.file}:{number}"
@@ -380,7 +390,7 @@ def read(piece: Piece, text_key: str) -> Iterator[Text | BadLine]:
             elif not raw.strip():
                 continue
             elif kind in (".jsonl", ".json"):
-                yield Text(where, json_text(raw, text_key, ": choose one by --text_key"))
+                yield Text(where, json_text(raw, text_key, ": choose one with --text_key"))
             else:
                 yield Text(where, decode(raw))
         except UserError as error:
@@ -388,10 +398,10 @@ def read(piece: Piece, text_key: str) -> Iterator[Text | BadLine]:
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 as text, without a byte order mark.
+    """Decodes UTF-8, without a byte order mark.
 
     Raises:
-        UserError: the reason, without a place.
+        UserError: the reason, without the place.
     """
     try:
         return raw.decode("utf-8-sig")
@@ -399,7 +409,7 @@ def decode(raw: bytes) -> str:
         line = raw.count(b"\n", 0, error.start)
         place = f"byte {error.start}" + (f" (line {line + 1})" if line else "")
         raise UserError(
-            f"{place} is not UTF-8; convert the file by iconv -f ENCODING -t UTF-8 (Chinese text "
+            f"{place} is not UTF-8; convert the file with iconv -f ENCODING -t UTF-8 (Chinese text "
             "is often GB18030)"
         ) from None
 
@@ -408,19 +418,19 @@ def json_text(line: bytes, key: str, hint: str = "") -> str:
     """The string under `key` of a JSON object in a line.
 
     Args:
-        hint: what else there is to do when the key is missing.
+        hint: added to the message if the key is missing.
 
     Raises:
-        UserError: the reason, without a place: not UTF-8, no JSON, no object with such a string, or
-            one with half of a surrogate pair.
+        UserError: the reason, without the place: not UTF-8, not valid JSON, not an object with such
+            a string, or half of a surrogate pair.
     """
     text = decode(line)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"is no JSON: {error}{_way_out(text.strip())}") from None
+        raise UserError(f"is not valid JSON: {error}{_hint(text.strip())}") from None
     if isinstance(record, list):
-        raise UserError(f"is a JSON array{_way_out('[')}")
+        raise UserError(f"is a JSON array{_hint('[')}")
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
         form = f'is not {{"{key}": "…"}}: it has no string "{key}"'
@@ -440,14 +450,14 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(json.dumps(name, ensure_ascii=False)[:60] for name in list(names)[:8])
 
 
-def _way_out(line: str) -> str:
-    """What to do about a line that is no JSON, where the line shows it."""
+def _hint(line: str) -> str:
+    """A hint for a line that is not valid JSON, if the line shows the cause."""
     if line.startswith("["):
-        return "; a .jsonl has an object a line: jq -c '.[]' makes it of an array"
+        return "; a .jsonl has one object per line: convert an array with jq -c '.[]'"
     if re.search(r"}\s*\r\s*{", line):
-        return r"; the lines end in CR alone: tr '\r' '\n' < OLD > NEW makes lines of them"
+        return r"; the lines end in CR only: convert them with tr '\r' '\n' < OLD > NEW"
     if re.search(r"}\s*{", line):
-        return "; each object needs a line of its own: jq -c . gives it one"
+        return "; put each object on its own line, for example with jq -c ."
     if line.startswith("{") and not line.endswith("}"):
-        return "; an object has to be in one line, whole: jq -c . puts it there"
+        return "; each object has to be on one line: use jq -c ."
     return f" in {line[:30]!a}"

@@ -1,12 +1,12 @@
-"""Which tokens are trained on at which step: the cubic-hash sampler over a token file.
+"""A token file with its order of samples: the official cubic-hash sampler.
 
-The file is cut into slots of `ctx_len` tokens. Sample number n = 1, 2, … of a run lies in slot
+The file is divided into slots of `ctx_len` tokens. Sample number n = 1, 2, … of a run is slot
 
     (factor · n³) mod p,        factor = ⌊p·(√5 − 1)/2⌋,
 
 with p, the "magic prime", the largest prime ≡ 2 (mod 3) below the number of slots. For such p the
-map n ↦ n³ is a bijection mod p, so p consecutive samples visit every slot < p once: a shuffle
-without a buffer, in which the step number is all that a resumed run needs to know.
+map n ↦ n³ is a bijection mod p, so p consecutive samples visit every slot < p once. This is a
+shuffle without a buffer; to resume, only the step number is needed.
 Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py.
 """
 
@@ -19,25 +19,25 @@ import numpy as np
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.text import corpus, tokenizer
-from rwkv_jax.text.binidx import beside, open_binidx
+from rwkv_jax.text.binidx import append_suffix, open_binidx
 from rwkv_jax.text.corpus import SKIPPED
 from rwkv_jax.text.sampler import choose_magic_prime, sample_numbers
-from rwkv_jax.text.token_cache import tokenized
+from rwkv_jax.text.token_cache import cached_tokens
 
-_SCAN_TOKENS = 1 << 32  # a file up to this long is checked for stray ids before training
+_SCAN_TOKENS = 1 << 32  # files up to this length are checked for invalid ids before training
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A token file with its order of samples; `open_dataset` makes one.
+    """A token file with its order of samples; created by `open_dataset`.
 
     Attributes:
         name: path of the data, for messages.
         tokens: [tokens], memory-mapped, any integer or float dtype.
-        ctx_len: T, tokens of a sample.
-        magic_prime: slots that are visited.
+        ctx_len: T, tokens per sample.
+        magic_prime: number of slots that are visited.
         vocab_size: V; an id outside [0, V) is an error.
-        skipped: lists the lines of the text that were skipped, one a line; None: there are none.
+        skipped: file with the skipped lines of the text, one per line; None: none were skipped.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Dataset:
     skipped: Path | None = None
 
     def offsets(self, numbers: np.ndarray) -> np.ndarray:
-        """Token offsets of sample numbers, the same shape, int64. Exact for any size of file."""
+        """Token offsets of sample numbers, same shape, int64. Exact for any file size."""
         p = self.magic_prime
         factor = int(p * ((math.sqrt(5) - 1) / 2))
-        # Python's integers: n³ alone passes 2⁶³ after two million samples.
+        # Python integers, because n³ exceeds 2⁶³ after two million samples.
         slots = [factor * pow(n, 3, p) % p for n in numbers.ravel().tolist()]
         return np.array(slots, np.int64).reshape(numbers.shape) * self.ctx_len
 
@@ -60,14 +60,14 @@ class Dataset:
     ) -> np.ndarray:
         """The samples of one step, [B, T + 1] int32 with B = W·micro_bsz: inputs and targets.
 
-        Row q·micro_bsz + i is the i-th sample of rank q, so a batch that is split over W devices
-        along its first axis gives device q what the official trainer gives rank q.
+        Row q·micro_bsz + i is the i-th sample of rank q, so a batch that is sharded over W devices
+        along its first axis gives device q the samples of rank q in the official trainer.
 
         Args:
-            rows: only these are read and returned.
+            rows: reads and returns only these.
 
         Raises:
-            UserError: an id is outside the vocabulary (of a file too long to check at the start).
+            UserError: an id is outside the vocabulary (in a file too long to check at the start).
         """
         numbers = sample_numbers(step, world_size, micro_bsz).ravel()
         starts = self.offsets(numbers if rows is None else numbers[rows]).tolist()
@@ -77,12 +77,12 @@ class Dataset:
         return samples.astype(np.int32)
 
     def check_all_ids(self) -> None:
-        """Reads the file in search of an id outside the vocabulary, if its dtype has such numbers.
+        """Checks the file for ids outside the vocabulary, if its dtype has such values.
 
-        One of more than 2³² tokens is left to `batch`.
+        Files of more than 2³² tokens are checked by `batch` instead.
 
         Raises:
-            UserError: names the id and its position.
+            UserError: an id is outside; the message has the id and its position.
         """
         dtype = self.tokens.dtype
         every_id_fits = dtype.kind == "u" and np.iinfo(dtype).max < self.vocab_size
@@ -94,15 +94,15 @@ class Dataset:
 
 
 def check_ids(name: str, ids: np.ndarray, start: int, vocab_size: int) -> None:
-    """Refuses what is no id: outside [0, V), or, of a float dtype, not whole.
+    """Refuses values that are not token ids: outside [0, V), or, for a float dtype, not whole.
 
     Args:
         name: of the token file.
         ids: some of its tokens.
-        start: number of the first of them.
+        start: index of the first of them.
 
     Raises:
-        UserError: names the id and its position.
+        UserError: a value is not a token id; the message has the value and its position.
     """
     whole = ids.dtype.kind != "f"
     if not ids.size or whole and ids.min() >= 0 and ids.max() < vocab_size:
@@ -124,30 +124,30 @@ def open_dataset(
     text_key: str = "text",
     on_bad_line: str = "stop",
 ) -> Dataset:
-    """Opens training data, checked as far as that can be done before training.
+    """Opens training data and checks it as far as possible before training.
 
     Args:
-        data_file: a binidx prefix (with or without `.bin` or `.idx`), or text: all that
-            `corpus.find` takes. Text is tokenized once, in the order of the files (the sampler
-            shuffles), and kept under `$XDG_CACHE_HOME/rwkv_jax` (`~/.cache/rwkv_jax`) by a hash of
-            its content. Of these tokens, the least recently used are removed when they take more
-            than 16 GiB.
-        magic_prime: computed when None, checked when given.
-        text_key: key of a jsonl, column of a Parquet file, that holds the text.
-        on_bad_line: what cannot be used: "stop" raises an error, "skip" leaves it out.
+        data_file: a binidx prefix (with or without `.bin` or `.idx`), or text: anything that
+            `corpus.find` accepts. Text is tokenized once, in the order of the files (the sampler
+            shuffles), and cached in `$XDG_CACHE_HOME/rwkv_jax` (`~/.cache/rwkv_jax`), keyed by a
+            hash of its content. Above 16 GiB, the least recently used tokens are removed.
+        magic_prime: None: computed; else checked.
+        text_key: key of a jsonl, or column of a Parquet file, with the text.
+        on_bad_line: what to do with a line that cannot be used: "stop" raises an error, "skip"
+            skips it.
 
     Raises:
-        UserError: no such data, damaged, too short for `ctx_len`, a wrong `magic_prime`, or (in a
-            file of up to 2³² tokens; a longer one is checked batch by batch) an id outside the
-            vocabulary.
+        UserError: the data does not exist, is damaged or too short for `ctx_len`, `magic_prime` is
+            wrong, or (in a file of up to 2³² tokens; a longer one is checked batch by batch) an id
+            is outside the vocabulary.
     """
     name, listed = str(data_file), None
     if corpus.is_binidx(name):
         tokens = open_binidx(name).tokens
     else:
         tokenizer.check_vocabulary(vocab_size, name)
-        kept = tokenized(corpus.find(name, text_key, on_bad_line))
-        tokens, listed = kept.tokens, beside(kept.prefix, SKIPPED)
+        cached = cached_tokens(corpus.find(name, text_key, on_bad_line))
+        tokens, listed = cached.tokens, append_suffix(cached.prefix, SKIPPED)
     prime = choose_magic_prime(name, len(tokens), ctx_len, magic_prime)
     skipped = listed if listed and listed.exists() else None
     dataset = Dataset(name, tokens, ctx_len, prime, vocab_size, skipped)
@@ -156,10 +156,10 @@ def open_dataset(
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """Tells one token file from another: dtype, length, and a hash of 256 places in it.
+    """A fingerprint of a token file: dtype, length, and a hash of 256 evenly spaced places.
 
-    A file of up to 16 MiB is hashed whole. The places are spread evenly, the first and last tokens
-    among them, so that a longer, shuffled or otherwise tokenized text is another one.
+    A file of up to 16 MiB is hashed completely. The places include the first and the last tokens,
+    so that a longer, shuffled or differently tokenized text has another fingerprint.
     """
     piece, places = (64 << 10) // tokens.itemsize, 256
     content = hashlib.blake2b(digest_size=8)

@@ -1,11 +1,11 @@
-"""Batches that are made in a thread, ahead of the step that takes them."""
+"""Prefetches batches in a thread, ahead of the step that uses them."""
 
 import concurrent.futures
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-STALL_SECONDS = 10.0  # that a step waits for its batch before it is reported
+STALL_SECONDS = 10.0  # a step reports that it waits for its batch after this time
 
 Batch = TypeVar("Batch")
 
@@ -19,11 +19,11 @@ def prefetch(
     """Yields make(start), make(start + 1), …, computed in a thread up to `depth` ahead.
 
     An exception of `make` is raised by the `next` that would have returned its batch. Closing the
-    iterator (`contextlib.closing`) cancels what is pending and waits for the thread.
+    iterator (`contextlib.closing`) cancels pending batches and waits for the thread.
 
     Args:
         stalled: called with the seconds waited when a batch is late: after `STALL_SECONDS`, and
-            each time that has doubled.
+            each time this has doubled.
     """
 
     def wait(batch: concurrent.futures.Future[Batch]) -> Batch:

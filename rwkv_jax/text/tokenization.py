@@ -1,4 +1,4 @@
-"""A corpus to a binidx token file: one pass, in the order of the text, on all cores."""
+"""Tokenizes a corpus to a binidx token file: one pass, in the order of the text, on all cores."""
 
 import collections
 import concurrent.futures
@@ -17,14 +17,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.text import tokenizer
-from rwkv_jax.text.binidx import BinIdxWriter, beside
+from rwkv_jax.text.binidx import BinIdxWriter, append_suffix
 from rwkv_jax.text.corpus import SKIPPED, BadLine, Corpus, Piece, Text, read, writing_skipped
 
-_WORKER_BYTES = 16 << 20  # of text that repay starting one more worker
+_WORKER_BYTES = 16 << 20  # bytes of text per worker that justify starting it
 
 
 def progress_bar() -> Progress:
-    """A bar with the time left, on standard error."""
+    """A progress bar with the time left, on standard error."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -40,15 +40,15 @@ def tokenize(corpus: Corpus, prefix: Path) -> None:
     """Writes `prefix.bin` and `prefix.idx`: each document's tokens, then token 0.
 
     Shows a progress bar. Memory does not grow with the text, except for a plain text file, which is
-    one document. Bad lines, where the corpus skips them, are listed in `prefix.skipped.tsv`: place,
+    one document. If the corpus skips bad lines, they are listed in `prefix.skipped.tsv` with place,
     reason and the beginning of each, as JSON.
 
     Raises:
-        UserError: "FILE:LINE: …" for a line that cannot be used; no text at all; not writable.
+        UserError: "FILE:LINE: …" for a line that cannot be used; there is no text; not writable.
     """
     total = corpus.size()
     workers = min(os.cpu_count() or 1, total // _WORKER_BYTES)
-    first, listed = "", beside(prefix, SKIPPED)
+    first, listed = "", append_suffix(prefix, SKIPPED)
     with BinIdxWriter(prefix) as writer, writing_skipped(listed) as rows, progress_bar() as bar:
         task = bar.add_task(f"tokenizing {Path(corpus.name).name}", total=total)
         for tokens, sizes, nbytes, skipped in _tokenized(corpus, workers):
@@ -69,7 +69,7 @@ def tokenize(corpus: Corpus, prefix: Path) -> None:
 class _Tokenized(NamedTuple):
     tokens: np.ndarray  # [sum of sizes] uint16
     sizes: np.ndarray  # [documents] int64
-    nbytes: int  # read
+    nbytes: int  # bytes read
     skipped: list[BadLine]
 
 
@@ -88,7 +88,7 @@ def _tokenized(corpus: Corpus, workers: int) -> Iterator[_Tokenized]:
         pending: collections.deque[concurrent.futures.Future[_Tokenized]] = collections.deque()
         try:
             for piece in corpus.pieces():
-                with _interrupt_blocked():  # a worker that this starts inherits it
+                with _interrupt_blocked():  # inherited by a worker that this starts
                     pending.append(pool.submit(_tokenize_piece, piece, *options))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
@@ -96,8 +96,8 @@ def _tokenized(corpus: Corpus, workers: int) -> Iterator[_Tokenized]:
                 yield pending.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                f"{corpus.name}: a process that tokenizes it was killed; if memory ran out, free "
-                "some, then run the same command again"
+                f"{corpus.name}: a tokenizing process was killed; if memory ran out, free some and "
+                "run the same command again"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -105,7 +105,7 @@ def _tokenized(corpus: Corpus, workers: int) -> Iterator[_Tokenized]:
 
 @contextlib.contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal, but is the parent's to report."""
+    """Blocks SIGINT: Ctrl-C reaches every process of the terminal; only the parent reports it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -114,7 +114,7 @@ def _interrupt_blocked() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Ends a worker when its parent is gone, however that happened."""
+    """Ends a worker when its parent has ended for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

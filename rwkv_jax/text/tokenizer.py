@@ -1,8 +1,9 @@
 """The World tokenizer (`rwkv_vocab_v20230424`): bytes, greedy longest match.
 
-pyrwkv-tokenizer encodes. It does not decode here: it has no call that returns bytes, and panics on
-ids that are not text. A token may end in the middle of a character, so only bytes can be joined; to
-stream, feed `decode_bytes` to a `codecs.getincrementaldecoder("utf-8")(errors="replace")`.
+pyrwkv-tokenizer does the encoding, but not the decoding: it has no call that returns bytes, and
+panics on ids that are not text. A token may end in the middle of a character, so only bytes can be
+joined; to stream, feed `decode_bytes` to a
+`codecs.getincrementaldecoder("utf-8")(errors="replace")`.
 """
 
 import ast
@@ -18,9 +19,9 @@ from rwkv_jax.errors import UserError
 VOCAB_NAME = "rwkv_vocab_v20230424"
 VOCAB_SIZE = 65536
 END_OF_DOCUMENT = 0
-_PIECE = 1 << 18  # characters that are encoded at once
-# Rows of emb.weight that are not World's: GPT-NeoX's tokenizer has 50277 tokens, which models of
-# the Pile pad to as many as 50432, and GPT-2's has 50257.
+_PIECE = 1 << 18  # characters encoded at once
+# Numbers of rows of emb.weight that are not World's: GPT-NeoX's tokenizer has 50277 tokens, which
+# Pile models pad to up to 50432, and GPT-2's has 50257.
 _PILE = range(50254, 50433)
 
 
@@ -31,9 +32,9 @@ def _encoder() -> RWKVTokenizer:
 
 @functools.cache
 def _vocabulary() -> list[bytes]:
-    """The bytes of each id, `[VOCAB_SIZE]`; ids that stand for no text have none.
+    """The bytes of each id, `[VOCAB_SIZE]`; empty for ids without text.
 
-    A line of the file is `ID LITERAL LENGTH`, the literal a Python str (as UTF-8) or bytes.
+    A line of the file is `ID LITERAL LENGTH`; the literal is a Python str (as UTF-8) or bytes.
     """
     path = importlib.resources.files("pyrwkv_tokenizer") / f"{VOCAB_NAME}.txt"
     table = [b""] * VOCAB_SIZE
@@ -47,7 +48,7 @@ def _vocabulary() -> list[bytes]:
 
 @functools.cache
 def _sizes() -> np.ndarray:
-    """Bytes of each id, `[VOCAB_SIZE]`."""
+    """Number of bytes of each id, `[VOCAB_SIZE]`."""
     return np.array([len(token) for token in _vocabulary()])
 
 
@@ -58,7 +59,7 @@ def encode(text: str) -> list[int]:
     [24281, 59, 33, 10464, 11685, 261]
 
     Raises:
-        UserError: `text` holds half of a surrogate pair, which no bytes stand for.
+        UserError: `text` has half of a surrogate pair, which has no UTF-8 encoding.
     """
     try:
         return _encoder().encode(text)
@@ -68,11 +69,11 @@ def encode(text: str) -> list[int]:
 
 
 def encode_pieces(text: str) -> Iterator[list[int]]:
-    """`encode` in pieces that join to the same ids: a list of all takes 40 bytes a token.
+    """`encode` in pieces that join to the same ids; one list of all ids takes 40 bytes per token.
 
-    A token depends on no more bytes after its beginning than the longest token has. So in a piece
-    all but the last few are those of the whole; the next begins where one of them, and a character,
-    ends.
+    A token depends only on the next bytes up to the length of the longest token. So all tokens of a
+    piece except the last few equal those of the whole text; the next piece starts at a token and
+    character boundary.
 
     Raises:
         UserError: as `encode`.
@@ -87,17 +88,17 @@ def encode_pieces(text: str) -> Iterator[list[int]]:
         begins_character = content[ends] & 0xC0 != 0x80
         if not begins_character.any():
             break
-        kept = int(np.flatnonzero(begins_character)[-1])
-        yield ids[: kept + 1]
-        at += len(content[: ends[kept]].tobytes().decode())
+        last = int(np.flatnonzero(begins_character)[-1])
+        yield ids[: last + 1]
+        at += len(content[: ends[last]].tobytes().decode())
     yield encode(text[at:])
 
 
 def check(text: str) -> None:
-    """Raises the error of `encode`, if it would.
+    """Checks that `encode` accepts `text`.
 
     Raises:
-        UserError: `text` holds half of a surrogate pair, which no bytes stand for.
+        UserError: `text` has half of a surrogate pair, which has no UTF-8 encoding.
     """
     try:
         text.encode()
@@ -109,9 +110,9 @@ def check(text: str) -> None:
 
 
 def other_tokenizer(rows: int) -> str:
-    """Whose tokenizer a model with so many rows of emb.weight is for; empty: it may be World's.
+    """The tokenizer implied by the number of rows of emb.weight; empty if it may be World's.
 
-    A model with fewer rows than World has ids can be one that knows the first of them only.
+    A model with fewer rows than World's ids may have only the first of them.
     """
     if rows in _PILE:
         return "GPT-NeoX's, of the Pile models"
@@ -119,26 +120,26 @@ def other_tokenizer(rows: int) -> str:
 
 
 def check_vocabulary(rows: int, source: str) -> None:
-    """Keeps text from a model that is not for the World tokenizer (see `other_tokenizer`).
+    """Refuses text for a model with another tokenizer than World's (see `other_tokenizer`).
 
     Args:
-        source: of the model or of the text, for the error.
+        source: the model or the text, for the error.
 
     Raises:
-        UserError: it is for another.
+        UserError: the model has another tokenizer.
     """
     if whose := other_tokenizer(rows):
         raise UserError(
             f"{source}: the model has a vocabulary of {rows}, {whose}, so it is not for the World "
-            "tokenizer: no text can be given to it, only token files (binidx) made by its own"
+            "tokenizer: it cannot read text, only token files (binidx) made with its own tokenizer"
         )
 
 
 def decode_bytes(ids: Iterable[int]) -> bytes:
-    """The bytes that `ids` stand for; joins over any split of `ids`.
+    """The bytes of `ids`; the results of any split of `ids` can be joined.
 
-    Id 0 (end of document) and the unused 65530 … 65535, which an untrained model may emit, stand
-    for no bytes.
+    Id 0 (end of document) and the unused ids 65530 … 65535, which an untrained model may generate,
+    have no bytes.
 
     Raises:
         ValueError: an id outside [0, 65536).

@@ -13,23 +13,23 @@ import numpy as np
 
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import cache_folder, written_whole
-from rwkv_jax.text.binidx import beside
+from rwkv_jax.text.binidx import append_suffix
 from rwkv_jax.tracking.curves import Curve, read_run
 
-POINTS = 800  # of a drawn curve at most
+POINTS = 800  # maximum points of a drawn curve
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LEFT, RIGHT = 56, 16  # margins of the picture, 960 wide
+LEFT, RIGHT = 56, 16  # margins of the plot, which is 960 wide
 GREY = "#808080"
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    """At most POINTS means of neighbours. [points] → [fewer]"""
+    """Averages neighbouring points, down to at most POINTS. [points] → [fewer]"""
     edges = np.linspace(0, values.size, min(POINTS, values.size) + 1).astype(int)
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float, float]:
-    """Largest x, lowest and highest y: the first fall, a fiftieth of a curve, may leave the top."""
+    """Largest x, lowest and highest y; the highest 2 % of a curve may be cut off at the top."""
     right = max(float(curve.tokens[-1]) for curve in curves)
     low = min(float(curve.trend.min()) for curve in curves)
     high = max(float(np.quantile(_thin(curve.loss), 0.98)) for curve in curves)
@@ -55,7 +55,7 @@ def _unit(tokens: float) -> tuple[float, str]:
 
 
 def draw_svg(curves: Sequence[Curve]) -> str:
-    """The picture of the page: axes, each run's losses faintly and its trend, the reference."""
+    """The plot as SVG: axes, each run's losses (faint) and trend, and the reference."""
     width, height, left, right, top, bottom = 960, 480, LEFT, RIGHT, 12, 34
     x_end, y_low, y_high = _limits(curves)
     scale, unit = _unit(x_end)
@@ -160,7 +160,7 @@ svg.addEventListener("pointermove", event => {{
 
 
 def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
-    """The page: the picture, a table of the runs, and what lies under the mouse.
+    """The HTML page: the plot, a table of the runs, and the values at the cursor.
 
     Args:
         live: the run is in progress, so the page reloads every 30 seconds.
@@ -179,7 +179,7 @@ def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
         [_thin(curve.tokens).round().tolist(), _thin(curve.trend).round(4).tolist()]
         for curve in curves
     ]
-    smoothed = "Bold: mean of the neighbouring steps; faint: the steps themselves. "
+    smoothed = "Bold: moving average; faint: single steps. "
     means = "Dots: means of miniepochs of 40320 samples. "
     return PAGE.format(
         refresh='<meta http-equiv="refresh" content="30">' if live else "",
@@ -199,7 +199,7 @@ def draw_page(curves: Sequence[Curve], live: bool = False) -> str:
 
 
 def draw_png(curves: Sequence[Curve], path: Path) -> None:
-    """The same picture, by matplotlib, whose list of fonts is kept in our cache."""
+    """Draws the same plot with matplotlib, whose font list is stored in our cache."""
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     from matplotlib.figure import Figure
 
@@ -232,7 +232,7 @@ def draw_png(curves: Sequence[Curve], path: Path) -> None:
 
 
 def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> list[Path]:
-    """Writes prefix.html, and prefix.png where matplotlib is; each appears whole. Returns them."""
+    """Writes prefix.html atomically, and prefix.png if matplotlib is installed; returns them."""
     page, picture = output_paths(prefix)
     try:
         with written_whole(page) as temporary:
@@ -247,14 +247,14 @@ def write_plots(curves: Sequence[Curve], prefix: Path, live: bool = False) -> li
 
 
 def output_paths(prefix: Path) -> list[Path]:
-    return [beside(prefix, ending) for ending in (".html", ".png")]
+    return [append_suffix(prefix, ending) for ending in (".html", ".png")]
 
 
 class LivePlot:
     """The tracker of `train --plot 1`: draws loss.html and loss.png during a run.
 
-    From step_log.tsv, so that a resumed run shows from its beginning. Every 30 seconds, or, where
-    that takes more than a twentieth of the time, less often, but every five minutes.
+    It reads step_log.tsv, so a resumed run is drawn from its beginning. It draws every 30 seconds;
+    less often, but at least every five minutes, if drawing takes more than 5 % of the time.
     """
 
     def __init__(self, folder: Path):
@@ -272,7 +272,7 @@ class LivePlot:
         began = time.monotonic()
         try:
             write_plots([read_run(self._folder)], self._folder / "loss", live)
-        except UserError:  # no loss yet, or no room to write: training does not stop for a picture
+        except UserError:  # no loss yet, or no space: a plot does not stop training
             pass
         now = time.monotonic()
         self._next = now + min(max(30.0, 20 * (now - began)), 300.0)

@@ -1,4 +1,4 @@
-"""The loss curve of a run, read from its logs, and the official one beside it."""
+"""The loss curve of a run, read from its logs, and the official reference curve."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ REFERENCE = (
     3.462345, 3.412196, 3.376724, 3.336911, 3.313411, 3.295895,
 )  # fmt: skip
 
-REFERENCE_WITHIN = 0.01  # how far a correct trainer may be from it
+REFERENCE_WITHIN = 0.01  # largest difference of a correct trainer
 REFERENCE_CTX_LEN = 512
 REFERENCE_NAME = "official 0.1b on MiniPile"
 
@@ -26,8 +26,8 @@ REFERENCE_NAME = "official 0.1b on MiniPile"
 class Curve:
     """Losses over tokens.
 
-    `tokens` and `loss` are [points], finite; `trend` is `loss` under a moving average where a point
-    is a step, and the same where it is a miniepoch's mean.
+    `tokens` and `loss` are [points], finite. `trend` is the moving average of `loss` for per-step
+    points, and equals `loss` for miniepoch means.
     """
 
     name: str
@@ -39,40 +39,40 @@ class Curve:
 
 
 def read_run(path: Path, ctx_len: int = REFERENCE_CTX_LEN) -> Curve:
-    """The curve of a run.
+    """Reads the curve of a run.
 
     Args:
         path: a run's folder, its step_log.tsv, or a train_log.txt in the official format.
-        ctx_len: that a train_log.txt was made with; it holds no tokens, only miniepochs.
+        ctx_len: of the run with a train_log.txt, which has miniepochs but no token counts.
     Raises:
-        UserError: there is no such log, or nothing in it yet.
+        UserError: there is no such log, or it has no loss yet.
     """
     file = path
     if path.is_dir():
         file = path / STEP_LOG if (path / STEP_LOG).exists() else path / "train_log.txt"
-    if file.is_char_device():  # some have no end
+    if file.is_char_device():  # refused: some never end
         raise UserError(f"{file}: is a device; give a run's folder or its log")
     if file.suffix == ".tsv":
         log = read_step_log(file)
         tokens, loss = log["Gtokens"] * 1e9, log["loss"]
     else:
-        means = _read_train_log(file)  # each is drawn at the middle of its miniepoch
+        means = _read_train_log(file)  # each point is at the middle of its miniepoch
         tokens = (np.array(list(means), np.float64) + 0.5) * MINIEPOCH * ctx_len
         loss = np.array(list(means.values()), np.float64)
     finite = np.isfinite(loss)
     tokens, loss = tokens[finite], loss[finite]
     if not loss.size:
-        raise UserError(f"{file}: holds no loss yet")
+        raise UserError(f"{file}: has no loss yet")
     by_step = file.suffix == ".tsv"
     trend = _moving_average(loss) if by_step else loss
     return Curve(str(path), tokens, loss, trend, by_step)
 
 
 def _read_train_log(file: Path) -> dict[int, float]:
-    """The mean loss of each miniepoch, in their order.
+    """The mean loss of each miniepoch, in order.
 
-    What the official trainer writes when it starts (NEW RUN, its options) is passed over, and a
-    line that a crash cut short or damaged.
+    The lines that the official trainer writes when it starts (NEW RUN, its options) are skipped,
+    and so are lines that a crash truncated or damaged.
     """
     means, others = {}, []
     try:
@@ -82,12 +82,12 @@ def _read_train_log(file: Path) -> dict[int, float]:
     for line in filter(str.strip, lines):
         try:
             number, loss, _ = line.split(maxsplit=2)
-            means[int(number)] = float(loss)  # a resumed run writes one again
+            means[int(number)] = float(loss)  # a resumed run may write a miniepoch again
         except ValueError:
             others.append(line)
     if others and not means and not any(line.startswith(("NEW RUN", "{")) for line in others):
         raise UserError(
-            f"{file}: is no train_log.txt; its lines begin with a miniepoch and its mean loss"
+            f"{file}: is not a train_log.txt, whose lines begin with a miniepoch and its mean loss"
         )
     return dict(sorted(means.items()))
 
@@ -100,10 +100,10 @@ def reference() -> Curve:
 
 
 def deviations(path: Path) -> list[tuple[int, float, float]]:
-    """(miniepoch, mean loss, official loss) of a run's train_log.txt, where both are known.
+    """(miniepoch, mean loss, official loss) for the miniepochs of a train_log.txt with a reference.
 
     Raises:
-        UserError: the run has no train_log.txt, or it holds none of these miniepochs.
+        UserError: the run has no train_log.txt, or none of these miniepochs.
     """
     file = path / "train_log.txt" if path.is_dir() else path
     if file.suffix != ".txt":
@@ -119,28 +119,28 @@ def deviations(path: Path) -> list[tuple[int, float, float]]:
 
 
 def verdict(path: Path) -> str:
-    """A table of `deviations`, the largest, and whether it is within `REFERENCE_WITHIN`."""
+    """A table of `deviations`, and whether the largest is within `REFERENCE_WITHIN`."""
     rows = deviations(path)
-    lines = [f"{path} beside the {REFERENCE_NAME}:", "miniepoch      loss  official    apart"]
+    lines = [f"{path} and the {REFERENCE_NAME}:", "miniepoch      loss  official    apart"]
     lines += [f"{n:9}  {loss:8.4f}  {known:8.4f}  {loss - known:+7.4f}" for n, loss, known in rows]
     apart = [abs(loss - known) for _, loss, known in rows]
-    agrees = all(round(value, 6) <= REFERENCE_WITHIN for value in apart)  # which no NaN is
-    most = max(apart) if all(map(math.isfinite, apart)) else math.nan
+    agrees = all(round(value, 6) <= REFERENCE_WITHIN for value in apart)  # false for NaN
+    largest = max(apart) if all(map(math.isfinite, apart)) else math.nan
     return "\n".join(
         [
             *lines,
-            f"at most {most:.4f} apart: "
+            f"largest difference {largest:.4f}: "
             + ("agrees with it" if agrees else "does not agree with it")
-            + f" (a correct trainer stays within {REFERENCE_WITHIN}; of the same model, data, "
+            + f" (a correct trainer stays within {REFERENCE_WITHIN} with the same model, data, "
             "ctx_len 512 and batch 16)",
         ]
     )
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Mean over a fortieth of all points on either side, as far as there are. [points] → same
+    """Moving average over 1/40 of all points on either side. [points] → same
 
-    Early on, where the loss falls, over no more than a fifth of the points so far.
+    At the start, where the loss falls, over at most 1/5 of the points so far.
     """
     at = np.arange(values.size)
     width = np.minimum(values.size // 40, at // 5)

@@ -1,4 +1,4 @@
-"""step_log.tsv: a run's numbers, a line a step. What curves are drawn from."""
+"""step_log.tsv: a run's metrics, one line per step; the source of the loss curves."""
 
 import math
 from pathlib import Path
@@ -13,13 +13,13 @@ COLUMNS = ("step", "Gtokens", "loss", "lr", "grad_norm", "kt/s")
 
 
 class StepLog:
-    """step_log.tsv: a header, then a line a step. A resumed run leaves each step once.
+    """step_log.tsv: a header, then one line per step; after a resume each step still occurs once.
 
-    train_log.txt has one line in 40320 samples; this is what curves are drawn from. What is not
-    known (the speed of a process's first step) is nan.
+    train_log.txt has one line per 40320 samples; loss curves are drawn from this file. Unknown
+    values (the speed of a process's first step) are nan.
 
     Args:
-        first: as for `LogFile`: the step at which a resumed run begins.
+        first: as for `LogFile`: the step at which a resumed run starts.
     """
 
     def __init__(self, folder: Path, first: int | None):
@@ -37,13 +37,13 @@ class StepLog:
 
 
 def read_step_log(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a step_log.tsv, [steps] float64 each, in the order of steps, each step once.
+    """Reads the columns of a step_log.tsv, [steps] float64 each; steps ascend, each occurs once.
 
-    Where a line goes back to an earlier step, the run was resumed there: what was logged from that
-    step on before is dropped. A line that a crash cut short or damaged is passed over.
+    If a line goes back to an earlier step, the run was resumed there: earlier lines from that step
+    on are dropped. Truncated or damaged lines are skipped.
 
     Raises:
-        UserError: it is not there, or not such a file: nothing in it is a line of numbers.
+        UserError: the file is missing, or has no line of numbers.
     """
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
@@ -63,7 +63,7 @@ def read_step_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def _numbers(line: str) -> list[float]:
-    """Those of a line; empty for one that is not whole."""
+    """The numbers of a line; empty if the line is incomplete."""
     try:
         row = [float(word) for word in line.split()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go, step by step: the trackers that were asked for."""
+"""Trackers: Weights & Biases, TensorBoard and the live plot."""
 
 import datetime
 import shlex
@@ -14,11 +14,11 @@ WANDB_ID = "wandb-run-id.txt"
 
 
 class Tracker(Protocol):
-    """Takes the numbers of each step, in order; step counts from 0.
+    """Receives the metrics of each step, in order; `step` counts from 0.
 
     The keys are those of the official trainer's wandb log (loss, lr, wd, Gtokens, and kt/s from the
-    second step on), and grad_norm: the gradient's global norm before clipping; on a GPU whose peak
-    is known also mfu, a fraction.
+    second step on), and grad_norm, the gradient's global norm before clipping. On a GPU whose peak
+    is known there is also mfu, a fraction.
     """
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
@@ -27,15 +27,15 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """Weights & Biases under the official keys; imported, and started, only when asked for.
+    """Weights & Biases with the official keys; imported and started only if requested.
 
-    As in the official trainer, the first step is 1. `WANDB_MODE=offline` needs no account. Of what
-    wandb prints, its question for an account stays (on a terminal).
+    As in the official trainer, the first step is 1. `WANDB_MODE=offline` needs no account. wandb's
+    output is suppressed, except its login question on a terminal.
 
     Args:
         name: of a new run.
-        resumed: continue the run whose id an earlier start has left in the folder.
-        say: takes a line for the person who watches: where the run is found.
+        resumed: continue the run whose id an earlier start wrote to the folder.
+        print_line: prints a line for the user: where to find the run.
 
     Raises:
         UserError: there is no API key, or a wrong one.
@@ -48,7 +48,7 @@ class Wandb:
         name: str,
         options: dict[str, Any],
         resumed: bool,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ):
         import wandb
 
@@ -69,14 +69,14 @@ class Wandb:
             why = str(error).partition(". ")[0]
             raise UserError(
                 f"--wandb {project}: {why}; run `wandb login`, set WANDB_API_KEY, or set "
-                "WANDB_MODE=offline to log into the folder alone"
+                "WANDB_MODE=offline to log to the folder only"
             ) from None
         id_file.write_text(f"{self._run.id}\n")
         if self._run.offline:
             run = shlex.quote(str(Path(self._run.dir).parent))
-            say(f"wandb: offline; `wandb sync {run}` uploads the run")
+            print_line(f"wandb: offline; `wandb sync {run}` uploads the run")
         elif not self._run.disabled:
-            say(f"wandb: {self._run.url}")
+            print_line(f"wandb: {self._run.url}")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step + 1)
@@ -86,7 +86,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in the folder's `tensorboard/`, under the same keys.
+    """Event files in the folder's `tensorboard/`, with the same keys.
 
     Raises:
         UserError: the extra `tensorboard` is not installed.
@@ -111,16 +111,18 @@ class TensorBoard:
 
 
 class Guarded:
-    """A tracker that cannot stop a run: what it raises is reported once.
+    """Wraps a tracker so that its errors are reported once and do not stop the run.
 
     Args:
-        name: the option that asks for it.
-        open_tracker: makes it; a `UserError` of this is raised, as the options are wrong then.
-        say: takes a line for the person who watches.
+        name: the option that selects the tracker.
+        open_tracker: opens it; its `UserError` is raised, because then an option is wrong.
+        print_line: prints a line for the user.
     """
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
-        self._name, self._say, self._told = name, say, False
+    def __init__(
+        self, name: str, open_tracker: Callable[[], Tracker], print_line: Callable[[str], None]
+    ):
+        self._name, self._print_line, self._reported = name, print_line, False
         self._tracker: Tracker | None = None
         self._guard(lambda: setattr(self, "_tracker", open_tracker()), UserError)
 
@@ -138,10 +140,12 @@ class Guarded:
         except passed:
             raise
         except Exception as error:
-            if not self._told:
+            if not self._reported:
                 line = next(iter(str(error).splitlines()), type(error).__name__)
-                self._say(f"warning: --{self._name} failed ({line}); training continues without it")
-            self._told = True
+                self._print_line(
+                    f"warning: --{self._name} failed ({line}); training continues without it"
+                )
+            self._reported = True
 
 
 def open_trackers(
@@ -149,22 +153,22 @@ def open_trackers(
     model: ModelConfig,
     options: dict[str, Any],
     folder: Path,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     resumed: bool,
 ) -> Iterator[Tracker]:
-    """Those that the options ask for, one after the other (the step log is the trainer's own).
+    """The trackers selected by the options (the step log is always written, by the trainer).
 
     Args:
-        options: for those that keep them.
-        resumed: the run continues from a checkpoint, and so do those that can.
+        options: recorded by trackers that support it.
+        resumed: the run continues from a checkpoint, and trackers that can, continue, too.
     """
     time = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     name = f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {time}"
     openers: dict[str, Callable[[], Tracker]] = {
-        "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed, say),
+        "wandb": lambda: Wandb(config.wandb, folder, name, options, resumed, print_line),
         "tensorboard": lambda: TensorBoard(folder),
         "plot": lambda: LivePlot(folder),
     }
     for option, opener in openers.items():
         if getattr(config, option):
-            yield Guarded(option, opener, say)
+            yield Guarded(option, opener, print_line)

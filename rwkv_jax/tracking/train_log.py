@@ -1,4 +1,4 @@
-"""train_log.txt: a line a miniepoch, in the official format."""
+"""train_log.txt: one line per miniepoch, in the official format."""
 
 import datetime
 import math
@@ -8,13 +8,13 @@ from rwkv_jax.tracking.log_file import LogFile
 
 
 class TrainLog:
-    """train_log.txt, a line a miniepoch in the official format, each miniepoch once:
+    """train_log.txt in the official format: one line per miniepoch, each miniepoch once.
 
     `{miniepoch} {mean loss:.6f} {exp(loss):.4f} {lr:.8f} {timestamp} {miniepoch of this run}`
 
     Args:
-        first: as for `LogFile`: the miniepoch in which a resumed run begins.
-        begin: the run's first.
+        first: as for `LogFile`: the miniepoch in which a resumed run starts.
+        begin: the run's first miniepoch.
     """
 
     def __init__(self, folder: Path, first: int | None, begin: int):
@@ -22,7 +22,7 @@ class TrainLog:
         self._begin = begin
 
     def add(self, miniepoch: int, mean_loss: float, rate: float) -> None:
-        perplexity = math.exp(min(mean_loss, 700.0))  # float64 ends soon after
+        perplexity = math.exp(min(mean_loss, 700.0))  # exp overflows float64 at 709.8
         self._file.append(
             f"{miniepoch} {mean_loss:.6f} {perplexity:.4f} {rate:.8f} "
             f"{datetime.datetime.now()} {miniepoch - self._begin}\n"

@@ -68,12 +68,12 @@ class Exporter:
             UserError: it cannot be written.
         """
         if not self._written.get(FINAL):
-            params = distributed.to_first(params)
+            params = distributed.gather_to_first(params)
             if distributed.is_first():
                 weights.save_pth(self._run.folder / FINAL, params)
 
     def _try(self, path: Path, params: Params) -> bool:
-        params, worked = distributed.to_first(params), False
+        params, worked = distributed.gather_to_first(params), False
         if distributed.is_first():
             try:
                 weights.save_pth(path, params)

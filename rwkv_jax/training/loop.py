@@ -21,7 +21,7 @@ def train(run: Run, stop: Stop) -> None:
         SystemExit: stopped before the end, with a checkpoint.
     """
     state, train_step = run.start.state, run.build_step()
-    any_process = distributed.make_agree(run.mesh)
+    any_process = distributed.make_any_process(run.mesh)
     report = Report(run)  # before `stop` handles Ctrl-C: a tracker may ask for a key
     batches = run.batches(report.stalled)
     with stop, report, Saver(run, report) as saver, contextlib.closing(batches):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rwkv_jax.parallel import distributed
-from rwkv_jax.tracking.progress import LossWatch, ProgressLine, tell
+from rwkv_jax.tracking.progress import LossWatch, ProgressLine, print_line
 from rwkv_jax.tracking.step_log import StepLog
 from rwkv_jax.tracking.trackers import open_trackers
 from rwkv_jax.tracking.train_log import TrainLog
@@ -34,9 +34,9 @@ class Report(contextlib.ExitStack):
     def __init__(self, run: Run):
         super().__init__()
         self._run, config, start = run, run.config, run.start
-        self.running, self.skipped = start.about.loss, list[int]()
+        self.running, self.skipped = start.metadata.loss, list[int]()
         self.before = copy.copy(self.running)
-        self.say: Callable[[str], None] = tell
+        self.log: Callable[[str], None] = print_line
         folder = run.folder
         if not distributed.is_first():
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -54,7 +54,7 @@ class Report(contextlib.ExitStack):
             {"auto": None, "True": True, "False": False}[config.enable_progress_bar],
             run.peak_tokens_per_second,
         )
-        self.say = self._progress.say
+        self.log = self._progress.print_line
         self.callback(self._progress.close)
         self.callback(self.flush)
 
@@ -81,7 +81,7 @@ class Report(contextlib.ExitStack):
             run.model,
             _resolved_options(run),
             folder,
-            lambda text: self.say(text),
+            lambda text: self.log(text),
             run.start.resumed,
         )
         with contextlib.ExitStack() as opened:  # closed here if one cannot be opened
@@ -101,14 +101,14 @@ class Report(contextlib.ExitStack):
                 self.before = copy.copy(self.running)
             self.skipped.append(step)
             halved = "; the loss scale is halved" if self._run.config.precision == "fp16" else ""
-            self.say(
+            self.log(
                 f"step {step}: loss {loss}, gradient norm {norm}: skipped{halved} ({self.at(step)})"
             )
         else:
             self.skipped.clear()
             self.running.add(loss)
             if words := self._watch.add(loss):
-                self.say(f"step {step}: {words} ({self.at(step)})")
+                self.log(f"step {step}: {words} ({self.at(step)})")
         speed = self._progress.show(step, loss, self.running.mean, rate, norm)
         values = {
             "loss": loss,
@@ -138,7 +138,7 @@ class Report(contextlib.ExitStack):
 
     def stalled(self, seconds: float) -> None:
         """The next batch is late."""
-        self.say(f"warning: waiting for data for {seconds:.0f} s: is the disk slow or gone?")
+        self.log(f"warning: waiting for data for {seconds:.0f} s: is the disk slow or gone?")
 
     def flush(self) -> None:
         """Makes the logs survive a power cut, before a checkpoint says that the steps are done."""

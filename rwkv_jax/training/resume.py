@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rwkv_jax.checkpoints import pth
-from rwkv_jax.checkpoints.store import About, Checkpoints, Unreadable
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
@@ -30,7 +30,7 @@ class Start(NamedTuple):
 
     step: int  # the next one
     state: TrainState  # before that step
-    about: About
+    metadata: Metadata
     origin: str  # of the state, in a few words
     resumed: bool  # from a checkpoint
 
@@ -51,7 +51,7 @@ def resolve_folder(config: TrainConfig, checkpoints: Checkpoints) -> TrainConfig
     steps = checkpoints.steps()
     for step in steps:
         with contextlib.suppress(UserError):  # `restore_or_initialize` names what is damaged
-            run = checkpoints.claim(step).run
+            run = checkpoints.read_metadata(step).run
             begin, warmup = config.epoch_begin, config.warmup_steps
             return dataclasses.replace(
                 config,
@@ -134,7 +134,7 @@ def restore_or_initialize(
         return _restore(config, mesh, schedule, checkpoints, identity)
     init = Path(config.proj_dir) / INIT
     source = Path(config.load_model or init)
-    with distributed.first_ahead():
+    with distributed.first_process_first():
         if not config.load_model:
             write_init(init, config)
     model, params = load(config, source)
@@ -142,7 +142,9 @@ def restore_or_initialize(
         if not is_of_seed(params["emb"]["weight"], config.random_seed):
             print(f"note: {source} is not of --random_seed {config.random_seed}: used as it is")
     abstract = _abstract_state(config, model, mesh, schedule)
-    params = distributed.place(params, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
+    params = distributed.device_put_global(
+        params, jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    )
     opt_state = fresh_moments(build_optimizer(config, model, schedule)[1], abstract)
     origin = f"the weights of {source} and a fresh optimizer"
     if source == export_path(Path(config.proj_dir), config.epoch_begin - 1) != init:
@@ -150,8 +152,8 @@ def restore_or_initialize(
             f"continued from {source} at miniepoch {config.epoch_begin}, with the weights alone: "
             "the optimizer and the warm-up start anew"
         )
-    state, about = TrainState(params, opt_state), About(model, run=identity)
-    return Start(schedule.first_step, state, about, origin, resumed=False)
+    state, metadata = TrainState(params, opt_state), Metadata(model, run=identity)
+    return Start(schedule.first_step, state, metadata, origin, resumed=False)
 
 
 def _abstract_state(
@@ -169,27 +171,27 @@ def _restore(
     identity: dict[str, Any],
 ) -> Start:
     # Every byte is compared by one process, not by each over the same network.
-    saved, about = _newest_good(checkpoints) if distributed.is_first() else (0, None)
+    saved, metadata = _newest_good(checkpoints) if distributed.is_first() else (0, None)
     saved = distributed.from_first(saved)
-    about = about or checkpoints.claim(saved)
+    metadata = metadata or checkpoints.read_metadata(saved)
     source = checkpoints.folder / str(saved)
-    check_shape(config, about.model, str(source))
-    changed = _check_changes(config, about.run, identity, checkpoints.folder)
+    check_shape(config, metadata.model, str(source))
+    changed = _check_changes(config, metadata.run, identity, checkpoints.folder)
     if changed:
-        _check_later_exports(config, schedule, about.run, changed, source)
+        _check_later_exports(config, schedule, metadata.run, changed, source)
         print(f"note: this run was trained so far with {', '.join(changed)}")
     tokens_then, tokens_now = (
-        run.get("samples a step", 0) * run.get("ctx_len", 0) for run in (about.run, identity)
+        run.get("samples a step", 0) * run.get("ctx_len", 0) for run in (metadata.run, identity)
     )
     step = max(schedule.first_step, saved * tokens_then // tokens_now)
-    state = checkpoints.restore(saved, _abstract_state(config, about.model, mesh, schedule))
+    state = checkpoints.restore(saved, _abstract_state(config, metadata.model, mesh, schedule))
     opt_state = with_updates(state.opt_state, step - schedule.first_step)
     state = state._replace(opt_state=opt_state)
-    run = {**identity, WEIGHTS: resumed_weights(about.run, identity)}
-    about = dataclasses.replace(about, run=run)
+    run = {**identity, WEIGHTS: resumed_weights(metadata.run, identity)}
+    metadata = dataclasses.replace(metadata, run=run)
     if step != saved:
-        _renumber(checkpoints, step, state, about)
-    return Start(step, state, about, f"resumed from {source}", resumed=True)
+        _renumber(checkpoints, step, state, metadata)
+    return Start(step, state, metadata, f"resumed from {source}", resumed=True)
 
 
 def _check_changes(
@@ -250,25 +252,25 @@ def _check_later_exports(
         )
 
 
-def _renumber(checkpoints: Checkpoints, step: int, state: TrainState, about: About) -> None:
+def _renumber(checkpoints: Checkpoints, step: int, state: TrainState, metadata: Metadata) -> None:
     """Saves the state under another step: steps have another size from here on."""
-    with distributed.first_ahead():
+    with distributed.first_process_first():
         if step in checkpoints.steps():
             checkpoints.set_aside(step)
-    checkpoints.save(step, state, about)
+    checkpoints.save(step, state, metadata)
     checkpoints.close()
-    with distributed.first_ahead():
+    with distributed.first_process_first():
         for other in checkpoints.steps():
             if other != step:
                 checkpoints.set_aside(other)
 
 
-def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
+def _newest_good(checkpoints: Checkpoints) -> tuple[int, Metadata]:
     """The newest checkpoint without damage; those with damage are named and set aside."""
     damaged: list[tuple[int, UserError]] = []
     for step in checkpoints.steps():
         try:
-            about = checkpoints.about(step)
+            metadata = checkpoints.verify(step)
         except Unreadable:
             raise
         except UserError as error:
@@ -277,7 +279,7 @@ def _newest_good(checkpoints: Checkpoints) -> tuple[int, About]:
         for number, reason in damaged:
             aside = checkpoints.set_aside(number)
             print(f"warning: {reason}; now {aside.name}, continuing from step {step}", flush=True)
-        return step, about
+        return step, metadata
     raise UserError(
         f"{damaged[0][1]}; no other checkpoint is whole: copy one there again, move "
         f"{checkpoints.folder} elsewhere to continue from the last rwkv-{{n}}.pth, or give another "

@@ -44,7 +44,7 @@ class Run:
 
     @property
     def model(self) -> ModelConfig:
-        return self.start.about.model
+        return self.start.metadata.model
 
     @property
     def folder(self) -> Path:

@@ -22,7 +22,7 @@ def exported(folder: Path) -> list[int]:
 
 
 def logged_tokens(folder: Path) -> float:
-    """How far the run in a folder came by its log, which has seven digits; 0: it does not tell."""
+    """Tokens of the run in a folder by its log, to seven digits; 0 if there is no log."""
     with contextlib.suppress(UserError):
         return 1e9 * read_step_log(folder / STEP_LOG)["Gtokens"].max(initial=0.0)
     return 0.0

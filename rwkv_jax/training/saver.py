@@ -8,9 +8,9 @@ from typing import NoReturn
 
 import jax
 
-from rwkv_jax.checkpoints.store import About, Checkpoints, MiniepochLoss
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata, MiniepochLoss
 from rwkv_jax.errors import UserError
-from rwkv_jax.tracking.progress import tell
+from rwkv_jax.tracking.progress import print_line
 from rwkv_jax.training.exports import Exporter
 from rwkv_jax.training.optimizer import with_updates
 from rwkv_jax.training.report import Report
@@ -32,10 +32,10 @@ class Saver:
 
     def __init__(self, run: Run, report: Report):
         self._run, self._report = run, report
-        self._exporter = Exporter(run, report.say)
+        self._exporter = Exporter(run, report.log)
         config = run.config
         self._writer = CheckpointWriter(
-            run.checkpoints, config.save_every_steps, config.save_every_minutes, report.say
+            run.checkpoints, config.save_every_steps, config.save_every_minutes, report.log
         )
 
     def __enter__(self) -> "Saver":
@@ -95,7 +95,7 @@ class Saver:
             SystemExit: always, with status 1.
         """
         if self._writer.finish():
-            tell(f"stopped and saved at step {step + 1}: the same command resumes from there")
+            print_line(f"stopped and saved at step {step + 1}: the same command resumes from there")
         sys.exit(1)
 
     def export_missing(self, state: TrainState) -> None:
@@ -108,8 +108,8 @@ class Saver:
 
     def _checkpoint(self, step: int, state: TrainState, loss: MiniepochLoss) -> None:
         self._report.flush()
-        about = dataclasses.replace(self._run.start.about, loss=loss)
-        self._writer.save(step, state, about)
+        metadata = dataclasses.replace(self._run.start.metadata, loss=loss)
+        self._writer.save(step, state, metadata)
 
 
 class CheckpointWriter:
@@ -143,11 +143,11 @@ class CheckpointWriter:
         self._reporting(self._checkpoints.check)
         return time.monotonic() >= self._due_at
 
-    def save(self, step: int, state: TrainState, about: About) -> None:
+    def save(self, step: int, state: TrainState, metadata: Metadata) -> None:
         """Starts a checkpoint; the arrays may be overwritten when this returns."""
         self._due_at = time.monotonic() + self._seconds
         self._reporting(self._checkpoints.close)  # an earlier failure does not prevent this save
-        self._begun = self._reporting(lambda: self._checkpoints.save(step, state, about))
+        self._begun = self._reporting(lambda: self._checkpoints.save(step, state, metadata))
 
     def finish(self) -> bool:
         """Waits for the last checkpoint; returns whether it is on disk."""

@@ -30,14 +30,14 @@ def setup_run(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
-    fitting_batch: Callable[[TrainConfig], int],
+    fitting_micro_bsz: Callable[[TrainConfig], int],
 ) -> Run:
     """Reads the data and the output folder, and restores or initializes the state.
 
     Args:
         config: of `build.resolve_config`.
         checkpoints: those in the output folder.
-        fitting_batch: finds micro_bsz for `--micro_bsz auto`, if no checkpoint has it.
+        fitting_micro_bsz: finds micro_bsz for `--micro_bsz auto`, if no checkpoint has it.
 
     Raises:
         UserError: the options contradict the data or the output folder.
@@ -47,14 +47,14 @@ def setup_run(
     _copy_skipped_lines(data, Path(config.proj_dir))
     config = resolve_folder(config, checkpoints)
     if config.micro_bsz == AUTO:
-        micro_bsz = _micro_bsz_so_far(config, mesh, checkpoints) or fitting_batch(config)
+        micro_bsz = _micro_bsz_so_far(config, mesh, checkpoints) or fitting_micro_bsz(config)
         config = dataclasses.replace(config, micro_bsz=micro_bsz)
     batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
     schedule = make_schedule(config, batch, len(data.tokens))
     fingerprint = identity(config, data, batch)
     start = restore_or_initialize(config, mesh, schedule, checkpoints, fingerprint)
-    if start.about.model.vocab_size != vocab_size:  # the file of the weights decides
-        data = _open_data(config, start.about.model.vocab_size)
+    if start.metadata.model.vocab_size != vocab_size:  # the file of the weights decides
+        data = _open_data(config, start.metadata.model.vocab_size)
     return Run(config, mesh, data, schedule, checkpoints, start)
 
 
@@ -143,7 +143,7 @@ def _micro_bsz_so_far(
     def from_checkpoints() -> int:
         for step in checkpoints.steps():
             with contextlib.suppress(UserError):
-                samples = checkpoints.claim(step).run.get("samples a step", 0)
+                samples = checkpoints.read_metadata(step).run.get("samples a step", 0)
                 micro_bsz, rest = divmod(samples, mesh.size * config.accumulate_grad_batches)
                 if micro_bsz and not rest:
                     return micro_bsz

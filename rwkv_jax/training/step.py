@@ -44,7 +44,7 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         state,
-        sharding.cut(mesh, state, offloaded),
+        sharding.shardings(mesh, state, offloaded),
     )
 
 
@@ -99,7 +99,7 @@ def make_step(
         return OffloadedStep(layout, differentiate, update, loss_scale)
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Metrics]:
-        weights = state.params if layout.reads_parts else layout.working_copy(state.params)
+        weights = state.params if layout.reads_shards else layout.working_copy(state.params)
         gradients, metrics = differentiate(weights, batch, loss_scale(state.opt_state))
         return update(state, gradients, metrics), metrics
 
@@ -123,10 +123,10 @@ def fresh_moments(optimizer: optax.GradientTransformation, abstract: TrainState)
         return optimizer.init(zeros)
 
     made = []
-    for group in offload.groups(abstract.params):
-        part = offload.part(abstract, group)
+    for group in offload.group_parameters(abstract.params):
+        part = offload.select(abstract, group)
         where = jax.tree.map(lambda leaf: leaf.sharding, part.opt_state)
-        here = sharding.cut(jax.tree.leaves(where)[0].mesh, part.opt_state)
+        here = sharding.shardings(jax.tree.leaves(where)[0].mesh, part.opt_state)
         zeros = jax.jit(functools.partial(of_part, part), out_shardings=here)()
         made.append(jax.block_until_ready(jax.device_put(zeros, where)))
     return offload.merge(made)

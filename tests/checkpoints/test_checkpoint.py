@@ -27,7 +27,7 @@ import rwkv_jax
 from convert import orbax_to_pth
 from rwkv_jax import train
 from rwkv_jax.checkpoints import arrays, store, weights
-from rwkv_jax.checkpoints.store import MANIFEST, About, Checkpoints, MiniepochLoss, Unreadable
+from rwkv_jax.checkpoints.store import MANIFEST, Checkpoints, Metadata, MiniepochLoss, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.parallel import sharding
@@ -58,8 +58,10 @@ def random_state(seed: int) -> step.TrainState:
     return step.TrainState(jax.tree.map(finite, state.params), jax.tree.map(leaf, state.opt_state))
 
 
-def about(step: int) -> About:
-    return About(MODEL, MiniepochLoss(total=0.1 * step, steps=step), {"ctx_len": 16, "data": "x"})
+def metadata(step: int) -> Metadata:
+    return Metadata(
+        MODEL, MiniepochLoss(total=0.1 * step, steps=step), {"ctx_len": 16, "data": "x"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def run(tmp_path_factory) -> Path:
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         assert checkpoints.steps() == []
         for number in (3, 10, 200):
-            checkpoints.save(number, random_state(number), about(number))
+            checkpoints.save(number, random_state(number), metadata(number))
     return folder
 
 
@@ -85,7 +87,7 @@ def test_restore_is_exact_on_any_number_of_devices(run, devices):
     checkpoints = Checkpoints(run / "checkpoints")
     assert checkpoints.steps() == [200, 10]
     for number in (10, 200):
-        assert checkpoints.about(number) == about(number)
+        assert checkpoints.verify(number) == metadata(number)
         state = checkpoints.restore(number, abstract(devices))
         assert_same_bits(state, random_state(number))
         where = jax.tree.map(lambda leaf: leaf.sharding, abstract(devices))
@@ -97,7 +99,7 @@ def test_the_arrays_may_be_overwritten_while_they_are_written(tmp_path):
     state, expected = random_state(1), random_state(1)
     overwrite = jax.jit(lambda tree: jax.tree.map(jax.numpy.zeros_like, tree), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, about(1))
+    checkpoints.save(1, state, metadata(1))
     jax.block_until_ready(overwrite(state))
     checkpoints.close()
     assert_same_bits(checkpoints.restore(1, abstract()), expected)
@@ -125,7 +127,7 @@ def test_a_run_can_be_read_tensor_by_tensor(tmp_path, devices, monkeypatch):
         state = jax.device_put(
             random_state(1), jax.tree.map(lambda x: x.sharding, abstract(devices))
         )
-        checkpoints.save(1, state, about(1))
+        checkpoints.save(1, state, metadata(1))
     with pytest.MonkeyPatch.context() as patch:  # a layer is read without the others
         patch.setattr(arrays, "_Tensor", lambda array, *_: array.chunk_layout.read_chunk.shape)
         chunks = store.open_newest(tmp_path, lambda _, tensors: tensors)
@@ -227,12 +229,12 @@ def test_no_damaged_file_is_read(run, tmp_path, damage):
         content = (folder / name).read_bytes()
         damage(folder / name)
         with pytest.raises(UserError, match=rf"200.*({MANIFEST}|{re.escape(name)})"):
-            checkpoints.about(200)
+            checkpoints.verify(200)
         params = store.load_newest(tmp_path / "run")[1]
         of_optimizer = name.startswith("opt_state/")  # which a reader of the model does not need
         assert_same_bits(params, before if of_optimizer else random_state(10).params)
         (folder / name).write_bytes(content)
-    checkpoints.about(200)
+    checkpoints.verify(200)
 
 
 # What orbax or tensorstore takes for a pattern, a separator or a URL, or cannot encode; and what
@@ -267,8 +269,8 @@ def test_a_folder_may_have_any_name(run, state, tmp_path, name):
     folder = tmp_path / name / "out"
     folder.mkdir(parents=True)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        checkpoints.save(3, state, about(3))
-    assert checkpoints.about(3) == about(3)
+        checkpoints.save(3, state, metadata(3))
+    assert checkpoints.verify(3) == metadata(3)
     assert_same_bits(checkpoints.restore(3, abstract()), state)
     assert_same_bits(store.load_newest(folder)[1], state.params)
     with contextlib.redirect_stdout(io.StringIO()):  # which can take what is not UTF-8
@@ -284,8 +286,8 @@ def test_a_path_may_lead_up(state, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     folder = tmp_path / "link" / ".." / "out"
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        checkpoints.rehearse()
-        checkpoints.save(3, state, about(3))
+        checkpoints.check_writable()
+        checkpoints.save(3, state, metadata(3))
     assert_same_bits(checkpoints.restore(3, abstract()), state)
     assert_same_bits(store.load_newest(folder)[1], state.params)
     store.save_model(folder / ".." / "model", MODEL, weights.to_official(state.params))
@@ -304,11 +306,11 @@ def test_a_name_that_needs_a_link_needs_a_folder_for_it(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "[ab]")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"\[ab\]: .* needs a link .*: No such file .*; set TMPDIR"):
-        checkpoints.rehearse()
+        checkpoints.check_writable()
     (tmp_path / "[tmp]").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[tmp]"))
     with pytest.raises(UserError, match=r"TMPDIR .*\[tmp\]: set it to"):
-        checkpoints.rehearse()
+        checkpoints.check_writable()
     assert not list((tmp_path / "[ab]").iterdir())
     assert not list((tmp_path / "[tmp]").iterdir())
 
@@ -325,12 +327,12 @@ def test_what_cannot_be_read_back_replaces_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "literal", as_it_is)
     checkpoints = Checkpoints(tmp_path / "[ab]", keep=1)
     with pytest.raises(UserError, match=r"0.partial: cannot be written: "):
-        checkpoints.rehearse()
-    checkpoints.save(201, random_state(1), about(201))
+        checkpoints.check_writable()
+    checkpoints.save(201, random_state(1), metadata(201))
     with pytest.raises(UserError, match="201.partial: cannot be written: "):
         checkpoints.close()
     assert names_but_of_late_writers(tmp_path / "[ab]") == ["200"]
-    checkpoints.about(200)
+    checkpoints.verify(200)
     monkeypatch.setattr(arrays, "write", lambda *_: None)
     with pytest.raises(UserError, match="model: cannot be written: .* cannot be read back"):
         store.save_model(tmp_path / "model", MODEL, {})
@@ -343,7 +345,7 @@ def test_what_cannot_be_read_back_replaces_nothing(run, tmp_path, monkeypatch):
         ("mu.emb.weight/c/3/0", "a piece of mu.emb.weight cannot be read back"),
         (
             "mu.emb.weight/zarr.json",
-            r"4 arrays \[20, 32\] of float32 cannot be read back: 3 are there",
+            r"4 arrays \[20, 32\] of float32 cannot be read back: 3 exist",
         ),
         ("count/c", "a piece of count cannot be read back"),
     ],
@@ -351,12 +353,12 @@ def test_what_cannot_be_read_back_replaces_nothing(run, tmp_path, monkeypatch):
 def test_every_piece_is_looked_for(run, tmp_path, key, reason):
     """Orbax would read zeros where a process's part is missing, and say nothing."""
     shutil.copytree(run / "checkpoints" / "200", tmp_path / "200")
-    arrays = jax.tree.leaves(abstract().opt_state)
-    arrays.check(tmp_path / "200" / "opt_state", arrays)
+    leaves = jax.tree.leaves(abstract().opt_state)
+    arrays.check(tmp_path / "200" / "opt_state", leaves)
     database = ts.KvStore.open(arrays._database(tmp_path / "200" / "opt_state")).result()
     database.delete_range(ts.KvStore.KeyRange(key, key + "\0")).result()
     with pytest.raises(ValueError, match=reason):
-        arrays.check(tmp_path / "200" / "opt_state", arrays)
+        arrays.check(tmp_path / "200" / "opt_state", leaves)
 
 
 @pytest.fixture
@@ -372,7 +374,7 @@ def linked(run, tmp_path) -> Path:
 
 def test_links_to_files_elsewhere_are_read(linked):
     checkpoints = Checkpoints(linked / "checkpoints")
-    assert checkpoints.about(200) == about(200)
+    assert checkpoints.verify(200) == metadata(200)
     assert_same_bits(checkpoints.restore(200, abstract()), random_state(200))
     assert_same_bits(store.load_newest(linked)[1], random_state(200).params)
 
@@ -385,9 +387,9 @@ def test_a_file_that_was_not_fetched_is_no_damage(linked, name, pointer, capsys)
     if pointer:
         link.resolve().write_bytes(pointer)
     with pytest.raises(Unreadable, match=f"{name}: is a .* to .* which has not been fetched"):
-        Checkpoints(link.parents[len(Path(name).parts)]).about(200)
+        Checkpoints(link.parents[len(Path(name).parts)]).verify(200)
     assert_same_bits(store.load_newest(linked)[1], random_state(10).params)
-    assert "has not been fetched; taking the one before" in capsys.readouterr().err
+    assert "has not been fetched; using the previous one" in capsys.readouterr().err
 
 
 def test_a_link_to_a_checkpoint_can_be_removed(run, tmp_path):
@@ -396,9 +398,9 @@ def test_a_link_to_a_checkpoint_can_be_removed(run, tmp_path):
     (tmp_path / "checkpoints" / "10").symlink_to(run / "checkpoints" / "10")
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", keep=1)) as checkpoints:
         assert checkpoints.steps() == [10]
-        checkpoints.save(11, random_state(1), about(11))
+        checkpoints.save(11, random_state(1), metadata(11))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["11"]
-    assert Checkpoints(run / "checkpoints").about(10) == about(10)
+    assert Checkpoints(run / "checkpoints").verify(10) == metadata(10)
 
 
 @pytest.mark.parametrize("moment", ["opening", "reading"])
@@ -440,7 +442,7 @@ def test_what_was_set_aside_stays(run, tmp_path):
 
 def names_but_of_late_writers(folder):
     """Without what a part of a failed save may write after the rest of it has been removed."""
-    return [path.name for path in folder.iterdir() if not store._CUT_SHORT.fullmatch(path.name)]
+    return [path.name for path in folder.iterdir() if not store._UNFINISHED.fullmatch(path.name)]
 
 
 @pytest.fixture
@@ -464,15 +466,15 @@ def small_files():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, random_state(1), about(1))
+    checkpoints.save(1, random_state(1), metadata(1))
     checkpoints.close()
     with small_files():
-        checkpoints.save(2, random_state(2), about(2))
+        checkpoints.save(2, random_state(2), metadata(2))
         with pytest.raises(UserError, match="2.partial: cannot be written: "):
             checkpoints.close()
     assert names_but_of_late_writers(tmp_path) == ["1"]
     assert_same_bits(checkpoints.restore(1, abstract()), random_state(1))
-    checkpoints.save(3, random_state(3), about(3))
+    checkpoints.save(3, random_state(3), metadata(3))
     checkpoints.close()
     assert names_but_of_late_writers(tmp_path) == ["3"]
 
@@ -496,7 +498,7 @@ def test_a_failed_save_is_removed_while_parts_of_it_still_write(tmp_path, monkey
     monkeypatch.setattr(store.time, "sleep", write_late)
     (tmp_path / "1").mkdir()
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, random_state(2), about(2))
+    checkpoints.save(2, random_state(2), metadata(2))
     with pytest.raises(UserError, match="2.partial: cannot be written: No space left"):
         checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -518,7 +520,7 @@ checkpoints = store.Checkpoints(Path({str(tmp_path)!r}))
 state = TrainState({{str(i): np.ones(100_000, np.float32) for i in range(40)}}, {{}})
 def save():
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    checkpoints.save(1, state, store.About(ModelConfig(n_layer=1, n_embd=64)))
+    checkpoints.save(1, state, store.Metadata(ModelConfig(n_layer=1, n_embd=64)))
     checkpoints.close()
 run_command(save)
 """
@@ -535,20 +537,20 @@ run_command(save)
 def test_what_can_never_be_saved_is_known_before_the_first_step(tmp_path, small_files):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written: it is not a folder"):
-        Checkpoints(tmp_path / "file").rehearse()
+        Checkpoints(tmp_path / "file").check_writable()
     resource_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource_limit[1]))
         with pytest.raises(UserError, match="0.partial: cannot be written: "):
-            Checkpoints(tmp_path / "full").rehearse()
+            Checkpoints(tmp_path / "full").check_writable()
     assert not names_but_of_late_writers(tmp_path / "full")
 
 
 def test_space_is_looked_for_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="a checkpoint takes 1 MB, but 0 are free"):
-        Checkpoints(tmp_path).save(1, random_state(1), about(1))
+    with pytest.raises(UserError, match="a checkpoint takes 1 MB, but only 0 MB are free"):
+        Checkpoints(tmp_path).save(1, random_state(1), metadata(1))
     assert not list(tmp_path.iterdir())
 
 
@@ -557,7 +559,7 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):
         (tmp_path / name / "params").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps() == []
-    checkpoints.save(6, random_state(1), about(6))
+    checkpoints.save(6, random_state(1), metadata(6))
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4.aside", "6", "my.partial copy"]
 
@@ -565,8 +567,8 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):
 def test_a_step_below_the_others_is_kept(tmp_path):
     """A run that goes on with larger steps has fewer of them: its first save is not the oldest."""
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", keep=1)) as checkpoints:
-        checkpoints.save(10, random_state(0), about(10))
-        checkpoints.save(5, random_state(1), about(5))
+        checkpoints.save(10, random_state(0), metadata(10))
+        checkpoints.save(5, random_state(1), metadata(5))
     assert checkpoints.steps() == [10, 5]
 
 

@@ -69,9 +69,12 @@ USE_A_STATE = {"generate"}
 EXTRA = {
     "rwkv8": ({"blocks.1.ffn.enn.weight": (512, 256)}, "is RWKV-8, not RWKV-7"),
     "rwkv7a": ({"blocks.0.ffn.s_emb.weight": (512, 64)}, "is RWKV-7a (with DeepEmbed), not RWKV-7"),
-    "lora": ({"blocks.0.att.key.lora_A": (8, 64)}, "is an unmerged LoRA (alone or beside a model)"),
-    "state": ({"blocks.0.att.time_state": (1, 64, 64)}, "has a tuned initial state beside the mod"),
-    "unknown": ({"blocks.0.att.note": (3,)}, "has blocks.0.att.note, which RWKV-7 does not"),
+    "lora": ({"blocks.0.att.key.lora_A": (8, 64)}, "is an unmerged LoRA (alone or with a model)"),
+    "state": ({"blocks.0.att.time_state": (1, 64, 64)}, "has a tuned initial state in add"),
+    "unknown": (
+        {"blocks.0.att.note": (3,)},
+        "has tensors that RWKV-7 does not have: blocks.0.att.note;",
+    ),
 }
 
 
@@ -94,7 +97,7 @@ def test_a_model_with_more_than_rwkv7_has(tmp_path, reader, kind, capsys):
 
 NAN = (
     "blocks.0.att.receptance.weight: 2 of 4,096 values are not finite (NaN or infinity), so the "
-    "model computes nothing: take an earlier file, or download it again"
+    "model cannot be used: use an earlier file, or download it again"
 )
 
 
@@ -126,9 +129,9 @@ def test_values_that_are_not_finite_are_described(tmp_path, capsys):
 def test_values_that_are_not_finite_in_other_layouts(tmp_path, layout, monkeypatch):
     source, new = tmp_path / layout, tmp_path / "new"
     with monkeypatch.context() as patch:  # as programs that do not look at values wrote them
-        patch.setattr(weights, "not_finite", lambda values: 0)
+        patch.setattr(weights, "count_not_finite", lambda values: 0)
         if layout == "checkpoint":
-            store.save_model(source, CONFIG, weights.checked(with_nan()))
+            store.save_model(source, CONFIG, weights.with_finite_check(with_nan()))
         elif layout == "hf":
             hf.write_hf(source, with_nan(), "")
         else:
@@ -162,8 +165,8 @@ def test_no_text_is_given_to_a_model_of_the_pile(pile, tmp_path, reader):
     about = pile if reader == "generate" else tmp_path / "text.jsonl"
     assert str(caught.value) == (
         f"{about}: the model has a vocabulary of 50304, GPT-NeoX's, of the Pile models, so it is "
-        "not for the World tokenizer: no text can be given to it, only token files (binidx) made "
-        "by its own"
+        "not for the World tokenizer: it cannot read text, only token files (binidx) made "
+        "with its own tokenizer"
     )
 
 
@@ -175,7 +178,7 @@ def test_a_model_of_the_pile_is_trained_and_measured_on_tokens(pile, tmp_path, c
     with BinIdxWriter(tmp_path / "tokens") as writer:
         writer.append(ids, [len(ids)])
     assert open_dataset(tmp_path / "tokens", 4, vocab_size=50304).tokens.tolist() == ids.tolist()
-    answers = [scoring.Answer(nats=80.0, first=True)]
+    answers = [scoring.SpanScore(nats=80.0, first=True)]
     monkeypatch.setattr(evaluate, "score", lambda model, documents: [(0, answers)])
     result = evaluate.evaluate(rwkv_jax.load(pile), "text", tmp_path / "tokens")
     assert result["tokens"] == 40 and result["perplexity"] == np.exp(2)

@@ -247,15 +247,15 @@ FINITE = {np.float32: np.finfo(np.float32).max, BF16: 3e38, np.float16: 65504, n
 def test_values_that_are_not_finite_are_counted(dtype):
     values = np.zeros((3, 200_001), dtype)
     values[0, :4] = [FINITE[dtype], -FINITE[dtype], -0.0, np.finfo(np.float16).tiny]
-    assert weights.not_finite(values) == weights.not_finite(values.T) == 0
+    assert weights.count_not_finite(values) == weights.count_not_finite(values.T) == 0
     values[2, -3:] = [np.inf, -np.inf, np.nan]
     values[0, 7] = -np.float32(np.nan)
-    assert weights.not_finite(values) == weights.not_finite(values.T) == 4
-    assert weights.not_finite(values[:2, 8:]) == weights.not_finite(values[:0]) == 0
+    assert weights.count_not_finite(values) == weights.count_not_finite(values.T) == 4
+    assert weights.count_not_finite(values[:2, 8:]) == weights.count_not_finite(values[:0]) == 0
 
 
 def test_integers_are_finite():
-    assert weights.not_finite(np.full(3, -1, np.int32)) == 0
+    assert weights.count_not_finite(np.full(3, -1, np.int32)) == 0
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
@@ -268,7 +268,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(dtype):
         weights.from_official(tensors, None, dtype, "x.pth")
     assert str(caught.value) == (
         "x.pth: blocks.1.att.key.weight: 2 of 16,384 values are not finite (NaN or infinity), so "
-        "the model computes nothing: take an earlier file, or download it again"
+        "the model cannot be used: use an earlier file, or download it again"
     )
 
 
@@ -301,8 +301,8 @@ def test_a_model_of_another_shape_than_asked_for_is_refused_with_the_differences
     with pytest.raises(UserError) as caught:
         weights.load_pth(path, expect=ModelConfig(2, 128, vocab_size=512, dim_g=96))
     assert str(caught.value) == (
-        f"{path}: does not fit the model asked for, 2 layers, width 128, vocabulary 512, head size "
-        "64: layers too many blocks.2.ln1.weight, blocks.2.ln1.bias, blocks.2.ln2.weight, "
+        f"{path}: does not match the requested model, 2 layers, width 128, vocabulary 512, head "
+        "size 64: too many layers blocks.2.ln1.weight, blocks.2.ln1.bias, blocks.2.ln2.weight, "
         "blocks.2.ln2.bias, blocks.2.att.x_r, blocks.2.att.x_w and 27 more; "
         "blocks.0.att.g1 is [128, 64] and should be [128, 96], "
         "blocks.0.att.g2 is [64, 128] and should be [96, 128], "

@@ -63,8 +63,8 @@ def test_a_closed_stream_is_empty_or_takes_everything(closed, tmp_path):
         ("raise KeyboardInterrupt", "", 130, "interrupted\n"),
         (
             "raise MemoryError('Unable to allocate 9 TiB')", "", 2,
-            "error: out of memory: Unable to allocate 9 TiB; give a smaller model or batch, or "
-            "free memory\n",
+            "error: out of memory: Unable to allocate 9 TiB; use a smaller model or batch, or "
+            "free some memory\n",
         ),
         ("warnings.warn('something of no use')", "", 0, ""),
     ],
@@ -124,7 +124,7 @@ def test_paths_and_numbers_of_a_command_line(monkeypatch):
     assert parse("--path=./~") == Path("~") and parse("--number=１２") == 12
     refused = {
         "--path=": "it is empty",
-        "--path=~nobody-of-this-name/x": "nobody's home folder",
+        "--path=~nobody-of-this-name/x": "there is no such user",
         "--number=": "'' is not a whole number",
         "--number=1.5": "'1.5' is not a whole number",
         f"--number={2**63}": "beyond 64 bits",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rwkv_jax.errors import UserError, held_back, run_command
+from rwkv_jax.errors import UserError, run_command, suppress_stderr
 
 
 def test_a_notebook_shows_the_line_alone(capsys):
@@ -56,7 +56,7 @@ def test_what_is_held_back_may_have_no_place(monkeypatch):
     before = os.dup(2)
     os.close(2)
     try:
-        with held_back():
+        with suppress_stderr():
             held = True
     finally:
         os.dup2(before, 2)

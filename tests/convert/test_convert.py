@@ -286,8 +286,9 @@ def test_error_lines_of_a_st(tmp_path):
     assert "is damaged or no safetensors file" in refusal(st_to_pth, FP32, new)
     for command in (generate, pth_to_orbax, pth_to_st):
         arguments = ["--load_model", model] if command is generate else [model, new]
-        assert "model.st: is a safetensors file, not a .pth: convert it by python -m convert." in (
-            refusal(command, *arguments)
+        assert (
+            "model.st: is a safetensors file, not a .pth: convert it with python -m convert."
+            in (refusal(command, *arguments))
         )
     large = dict(pth.read(FP32))
     large["head.weight"] = large["head.weight"] + 1e5
@@ -296,7 +297,7 @@ def test_error_lines_of_a_st(tmp_path):
     assert "large.pth: head.weight: has values beyond the range of float16; bfloat16" in message
     tensors = safetensors.numpy.load_file(model)
     for change, complaint in [
-        ({"note": np.zeros(3, np.float16)}, "has note, which RWKV-7 does not"),
+        ({"note": np.zeros(3, np.float16)}, "has tensors that RWKV-7 does not have: note;"),
         ({"blocks.0.att.key.lora.0": np.zeros((8, 128), np.float16)}, "is an unmerged LoRA"),
         ({"head.weight": np.zeros((512, 128), np.int8)}, "head.weight is I8, not floating point"),
         ({"blocks.1.att.w1": np.zeros((128, 32), np.float16)}, "w1 is [32, 128] and should be"),

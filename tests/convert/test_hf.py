@@ -112,7 +112,9 @@ def test_folders_of_the_first_version(folder, tmp_path, packed_shape, file):
 
 
 def test_a_folder_is_no_model_until_it_is_converted(folder):
-    message = "is the folder of a Hugging Face model: convert it first, by python -m convert.hf_to_"
+    message = (
+        "is the folder of a Hugging Face model: convert it first with python -m convert.hf_to_"
+    )
     assert message in refusal(generate, "--load_model", folder)
 
 

@@ -57,7 +57,10 @@ def test_of_both_names_the_newer_counts(monkeypatch, capsys):
     set_variables(monkeypatch, NEW="0.5", OLD="0.7")
     runtime.prepare_jax()
     assert os.environ[NAMES["NEW"]] == "0.5" and NAMES["OLD"] not in os.environ
-    assert capsys.readouterr().err == f"note: {NAMES['OLD']} has no effect beside {NAMES['NEW']}\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: {NAMES['OLD']} has no effect, because {NAMES['NEW']} is set\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["90%", "0", "-0.5", "nan"])

@@ -32,7 +32,7 @@ def changed(facts: Facts = HEALTHY, /, gpu: dict | None = None, **fields) -> Fac
 
 
 def without_gpu(**fields) -> Facts:
-    return changed(ON_CPU, gpus=(), driver_says=None, versions=CUDA12, **fields)
+    return changed(ON_CPU, gpus=(), driver_error=None, versions=CUDA12, **fields)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,13 @@ def without_gpu(**fields) -> Facts:
             "together",
         ),
         (changed(versions=CUDA13 | {"jax-cuda13-plugin": "0.11.0"}), "ignores a plugin"),
-        (changed(platform="", jax_says="RuntimeError: boom"), "does not start: RuntimeError: boom"),
         (
-            changed(platform="", jax_says="AssertionError", variables={"JAX_PLATFORMS": "cuda"}),
-            "JAX_PLATFORMS=cuda: jax does not start with it: unset it",
+            changed(platform="", jax_error="RuntimeError: boom"),
+            "does not start: RuntimeError: boom",
+        ),
+        (
+            changed(platform="", jax_error="AssertionError", variables={"JAX_PLATFORMS": "cuda"}),
+            "JAX_PLATFORMS=cuda: jax does not start with this value: unset it",
         ),
         (changed(ON_CPU, versions={"jax": "0.12.0", "jaxlib": "0.12.0"}), r"jax\[cuda13\]"),
         (
@@ -60,7 +63,8 @@ def without_gpu(**fields) -> Facts:
         (changed(ON_CPU, gpu={"driver": "470.1"}), "470.1, too old for any jax"),
         (
             changed(ON_CPU, gpu={"driver": "550.54"}),
-            r"needs driver 580; here is 550.54.*uninstall jax-cuda13-plugin jax-cuda13-pjrt and "
+            r"needs driver 580; this machine has 550.54.*uninstall jax-cuda13-plugin "
+            r"jax-cuda13-pjrt and "
             r"pip install 'jax\[cuda12\]'",
         ),
         (
@@ -70,16 +74,16 @@ def without_gpu(**fields) -> Facts:
         (changed(ON_CPU, variables={"JAX_PLATFORMS": "cpu"}), "JAX_PLATFORMS=cpu hides"),
         (changed(ON_CPU, variables={"CUDA_VISIBLE_DEVICES": ""}), "VISIBLE_DEVICES='' hides"),
         (changed(ON_CPU, variables={"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}), "another CUDA"),
-        (changed(ON_CPU, jax_says="cuInit failed"), "it says: cuInit failed"),
+        (changed(ON_CPU, jax_error="cuInit failed"), "its message: cuInit failed"),
         (
-            changed(ON_CPU, jax_says="RuntimeError: Unable to load cuDNN. Is it installed?"),
-            r"the extra plan does not bring: pip install 'jax\[cuda13\]'",
+            changed(ON_CPU, jax_error="RuntimeError: Unable to load cuDNN. Is it installed?"),
+            r"the extra plan does not install: pip install 'jax\[cuda13\]'",
         ),
         (
             changed(
                 ON_CPU,
                 gpus=(),
-                driver_says="Failed to initialize NVML: Driver/library version "
+                driver_error="Failed to initialize NVML: Driver/library version "
                 "mismatch\nNVML library version: 580.65",
             ),
             "NVML: Driver/library version mismatch': .* restart",
@@ -88,22 +92,22 @@ def without_gpu(**fields) -> Facts:
             changed(
                 ON_CPU,
                 gpus=(),
-                driver_says="NVIDIA-SMI has failed because it couldn't "
+                driver_error="NVIDIA-SMI has failed because it couldn't "
                 "communicate with the NVIDIA driver.",
             ),
             "not loaded; modprobe",
         ),
         (
-            changed(ON_CPU, gpus=(), driver_says="No devices were found"),
+            changed(ON_CPU, gpus=(), driver_error="No devices were found"),
             "passed into this container",
         ),
         (
             changed(
-                ON_CPU, gpus=(), driver_says='Field "compute_cap" is not a valid field to query.'
+                ON_CPU, gpus=(), driver_error='Field "compute_cap" is not a valid field to query.'
             ),
-            "too old to tell",
+            "too old to report",
         ),
-        (changed(ON_CPU, gpus=(), driver_says="out of cheese"), "fails: 'out of cheese'"),
+        (changed(ON_CPU, gpus=(), driver_error="out of cheese"), "fails: 'out of cheese'"),
     ],
 )
 def test_each_trouble_is_said_in_one_line(facts, words):
@@ -125,7 +129,7 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
     for variable in facts.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     nvidia_smi("NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4, 9.0")
-    hidden = "jax does not use the GPU; it says: Unknown backend cuda"
+    hidden = "jax does not use the GPU; its message: Unknown backend cuda"
     assert rules.why_no_gpu().startswith(hidden)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert rules.why_no_gpu().startswith("CUDA_VISIBLE_DEVICES='' hides every GPU")
@@ -149,7 +153,7 @@ def test_why_training_is_on_the_cpu(nvidia_smi, monkeypatch, capsys):
 def test_a_driver_without_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(rules, "has_driver", lambda: True)
-    assert rules.why_no_gpu().startswith("jax sees no GPU; it says: Unknown backend cuda")
+    assert rules.why_no_gpu().startswith("jax sees no GPU; its message: Unknown backend cuda")
     monkeypatch.setattr(rules, "has_driver", lambda: False)
     assert rules.why_no_gpu() == ""
     with pytest.raises(UserError, match="^--accelerator gpu: there is no NVIDIA driver here$"):
@@ -206,11 +210,11 @@ def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
 def test_nothing_is_wrong_only_where_nothing_was_said(says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doctor"])
     monkeypatch.setattr(doctor, "run_trial", lambda: facts.Trial({}, {}, says, says))
-    monkeypatch.setattr(doctor, "gather_facts", lambda _: changed(jax_says=says))
+    monkeypatch.setattr(doctor, "gather_facts", lambda _: changed(jax_error=says))
     doctor.main()
     *_, note, last = capsys.readouterr().out.splitlines()
     assert last == ("nothing else is wrong" if says else "nothing is wrong")
-    assert (note == "note: jax says as it starts: E0000 something") == bool(says)
+    assert (note == "note: jax printed at start-up: E0000 something") == bool(says)
 
 
 def trial(**changes) -> facts.Trial:
@@ -223,7 +227,7 @@ def test_a_machine_that_computes_something_else():
     for apart in (0.01, float("nan")):
         losses = np.array(rules.KNOWN_LOSSES)
         losses[3] += apart
-        with pytest.raises(UserError, match="computes something else"):
+        with pytest.raises(UserError, match="computes wrong results"):
             rules.self_test(trial(losses={"fp32": losses}), "fp32")
     losses = np.array(rules.KNOWN_LOSSES) + 0.01
     assert "within 0.01 of" in rules.self_test(trial(losses={"bf16": losses}), "bf16")
@@ -238,13 +242,13 @@ def test_fp16_steps_that_overflow_are_done_again(tmp_path):
 
 
 def test_a_training_that_fails():
-    failed = trial(losses={}, says="XlaRuntimeError: no kernel image")
+    failed = trial(losses={}, last_message="XlaRuntimeError: no kernel image")
     with pytest.raises(UserError, match="training fails: XlaRuntimeError: no kernel image"):
         rules.self_test(failed, "fp32")
 
 
 @pytest.mark.parametrize(
-    ("program", "found", "losses", "start_says", "says"),
+    ("program", "found", "losses", "start_message", "says"),
     [
         ("raise MemoryError('no GPU')", {}, {}, "MemoryError: no GPU", "MemoryError: no GPU"),
         (
@@ -258,10 +262,10 @@ def test_a_training_that_fails():
     ],
     ids=["does not start", "fails in bf16", "crashes"],
 )  # fmt: skip
-def test_whatever_happens_to_the_trial(program, found, losses, start_says, says, monkeypatch):
+def test_whatever_happens_to_the_trial(program, found, losses, start_message, says, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", program)
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    assert facts.run_trial() == facts.Trial(found, losses, start_says, says)
+    assert facts.run_trial() == facts.Trial(found, losses, start_message, says)
 
 
 def test_a_trial_that_hangs(monkeypatch):
@@ -296,7 +300,7 @@ optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
 @pytest.mark.parametrize("part", BREAKAGES)
 def test_a_broken_part_fails_the_self_test(part, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", BREAKAGES[part] + facts.TRIAL)
-    with pytest.raises(UserError, match="computes something else"):
+    with pytest.raises(UserError, match="computes wrong results"):
         rules.self_test(facts.run_trial(), "fp32")
 
 

@@ -221,7 +221,7 @@ def a_nat_a_token(monkeypatch):
 
     def score(_, documents):
         for number, document in enumerate(documents):
-            yield number, [scoring.Answer(float(len(document.ids)), True)]
+            yield number, [scoring.SpanScore(float(len(document.ids)), True)]
 
     monkeypatch.setattr(evaluate, "score", score)
 
@@ -271,7 +271,7 @@ def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
         ([], '{"text": "cut \\ud83d"}', "x.jsonl:1: character 4 of the text"),
         ([], "", "holds no text"),
         ([], '{"texts": 1}\n', ':1: is not {"text": "…"}'),
-        (["--task", "lambada"], '{"text": "word"}\n', "no blank before a last word in 'word'"),
+        (["--task", "lambada"], '{"text": "word"}\n', "no space before the last word in 'word'"),
         (["--task", "arithmetic"], '{"text": "a b"}\n', 'no "Assistant:" and no "="'),
     ],
 )
@@ -300,5 +300,5 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path):
 def test_an_id_beyond_the_model(tmp_path):
     oracle = Path(__file__).parents[1] / "data" / "oracles" / "tiny_v512_rand_fp32.pth"
     path = write_jsonl(tmp_path / "x.jsonl", ["今"])
-    with pytest.raises(UserError, match="a token of the text is 10381; the model knows 512"):
+    with pytest.raises(UserError, match="token 10381 is outside the model's vocabulary of 512"):
         evaluate.main(["--load_model", str(oracle), "--data_file", str(path)])

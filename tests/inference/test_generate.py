@@ -22,7 +22,14 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.inference import decoder, generation
 from rwkv_jax.inference.decoder import Decoder
 from rwkv_jax.inference.generation import Reply, Text
-from rwkv_jax.inference.sampling import DEFAULT, GREEDY, Made, Sampling, choose, sampling_logits
+from rwkv_jax.inference.sampling import (
+    DEFAULT,
+    GREEDY,
+    Sampling,
+    TokenHistory,
+    sample,
+    sampling_logits,
+)
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.text import tokenizer
 
@@ -91,7 +98,7 @@ def test_greedy_is_the_plain_loop_and_ends_before_an_end_of_document(tiny, monke
     assert len(set(expected)) > 20
     end = expected.index(0) if 0 in expected else 40
     assert make_ids(tiny, [prompt], 40) == [expected[:end]]
-    monkeypatch.setattr(decoder, "PROMPT_PIECES", (7, 1))
+    monkeypatch.setattr(decoder, "PREFILL_LENGTHS", (7, 1))
     assert make_ids(tiny, [prompt], 40) == [expected[:end]]
 
     # Swap the rows of 0 and of a token made late (in a later call): then that place is the end.
@@ -118,10 +125,10 @@ def test_a_batch_of_ragged_prompts_is_each_alone(world):
 def test_an_empty_prompt_begins_a_document(tiny):
     ids = make_ids(tiny, [[]], 5)
     assert ids[0] and ids == make_ids(tiny, [[0]], 5)
-    read = tiny.read([5, 6])
-    assert Text(read).read_by(tiny) is read  # and nothing is slipped in where it goes on
+    read = tiny.prefill([5, 6])
+    assert Text(read).prefill(tiny) is read  # and nothing is slipped in where it goes on
     with pytest.raises(ValueError, match="no tokens to read after a state"):
-        tiny.read([], read[1])
+        tiny.prefill([], read[1])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -129,10 +136,10 @@ def test_on_a_cpu_every_precision_is_the_same_program(precision):
     """XLA would widen narrow matrices anew for each call of it, for longer than a token takes."""
 
     def program(precision: str) -> str:
-        decoder = Decoder(*rwkv_jax.load_params(ORACLE), precision)
-        batch = decoder.batch([(jnp.zeros((1, 512)), decoder.initial_state())], seed=0)
-        return decoder._make.lower(
-            decoder._graphdef, decoder._params, batch, np.int32(4), GREEDY.checked()
+        small = Decoder(*rwkv_jax.load_params(ORACLE), precision)
+        batch = small.batch([(jnp.zeros((1, 512)), small.initial_state())], seed=0)
+        return decoder._generate.lower(
+            small._graphdef, small._params, batch, np.int32(4), GREEDY.validated()
         ).as_text()
 
     assert program(precision) == program("fp32")
@@ -143,12 +150,12 @@ def test_decoding_is_the_model_and_bf16_is_near(tiny):
     tokens = np.random.default_rng(2).integers(1, 512, 20)
     model = rwkv_jax.load(ORACLE)
     expected, _ = model.forward(jnp.asarray(tokens[None]))
-    got, states = tiny.read(tokens[:-1].tolist())
+    got, states = tiny.prefill(tokens[:-1].tolist())
     np.testing.assert_allclose(got[0], expected[0, -2], rtol=0, atol=2e-5)
-    got, _ = tiny.read(tokens[-1:].tolist(), states)
+    got, _ = tiny.prefill(tokens[-1:].tolist(), states)
     np.testing.assert_allclose(got[0], expected[0, -1], rtol=0, atol=2e-5)
     narrow = Decoder(*rwkv_jax.load_params(ORACLE), "bf16")
-    rounded, _ = narrow.read(tokens.tolist())
+    rounded, _ = narrow.prefill(tokens.tolist())
     scale = float(jnp.std(expected[0, -1]))
     assert 1e-4 * scale < float(jnp.abs(rounded[0] - expected[0, -1]).max()) < 0.1 * scale
 
@@ -241,7 +248,7 @@ def test_the_rwkv_package_makes_the_same_choices(world, world_file):
         if case[0] == 0:
             assert np.flatnonzero(p).tolist() == [row.argmax()]
         else:
-            q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).checked()))
+            q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).validated()))
             np.testing.assert_allclose(q, p, rtol=1e-5, atol=1e-7)
 
 
@@ -251,37 +258,37 @@ def test_the_rwkv_package_makes_the_same_choices(world, world_file):
 def test_probabilities_are_exact():
     rows = sample_cases()
     for row, case in zip(rows[:-1], CASES, strict=False):
-        q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).checked()))
+        q = jax.nn.softmax(sampling_logits(jnp.asarray(row), Sampling(*case).validated()))
         np.testing.assert_allclose(q, exact(row, *case), rtol=1e-5, atol=1e-9)
-    both = sampling_logits(jnp.asarray(rows[:2]), Sampling(*CASES[0]).checked())
+    both = sampling_logits(jnp.asarray(rows[:2]), Sampling(*CASES[0]).validated())
     np.testing.assert_allclose(jax.nn.softmax(both)[1], exact(rows[1], *CASES[0]), rtol=1e-5)
 
 
 def test_top_p_of_1_keeps_all_and_a_low_temperature_does_not_underflow():
     row = jnp.asarray(sample_cases()[0])
-    assert jnp.isfinite(sampling_logits(row, Sampling(1.0, 1.0).checked())).all()
-    cold = jax.nn.softmax(sampling_logits(row - 50.0, Sampling(1e-4, 1.0).checked()))
+    assert jnp.isfinite(sampling_logits(row, Sampling(1.0, 1.0).validated())).all()
+    cold = jax.nn.softmax(sampling_logits(row - 50.0, Sampling(1e-4, 1.0).validated()))
     assert cold[jnp.argmax(row)] == 1 and jnp.sum(cold) == 1
 
 
 def test_penalties_decay_and_do_not_count_digits():
     word, digit = tokenizer.encode("city")[0], tokenizer.encode("12")[0]
-    made = Made.none(1, 65536)
+    history = TokenHistory.empty(1, 65536)
     for token in (word, digit, word):
-        made = made.add(jnp.array([token]), np.float32(0.5))
-    assert made.counts[0, word] == 1 + 0.25 and made.counts[0, digit] == 0
+        history = history.add(jnp.array([token]), np.float32(0.5))
+    assert history.counts[0, word] == 1 + 0.25 and history.counts[0, digit] == 0
     logits = np.zeros((1, 65536), np.float32)
     logits[0, [word, digit, 700]] = 3.0, 2.5, 2.0
     keys = jax.random.split(jax.random.key(0), 1)
     for presence, frequency, best in [(0, 0, word), (0, 0.5, digit), (1.5, 0, 700), (-1, 0, word)]:
-        sampling = Sampling(0, 1, 0, presence, frequency, 0.5).checked()
-        assert choose(jnp.asarray(logits), made, keys, sampling) == best
+        sampling = Sampling(0, 1, 0, presence, frequency, 0.5).validated()
+        assert sample(jnp.asarray(logits), history, keys, sampling) == best
 
 
 def test_draws_follow_the_distribution_and_the_seed(tiny):
     prompt, sampling = [5, 6, 7], Sampling(0.3, 0.6, 0, 0, 0)
     first = [ids[0] for ids in make_ids(tiny, [prompt] * 200, 1, sampling)]
-    logits, _ = tiny.read(prompt)
+    logits, _ = tiny.prefill(prompt)
     p = exact(np.asarray(logits[0]), 0.3, 0.6)
     assert (p[first] > 0).all()
     likely = np.argsort(p)[-8:]
@@ -302,9 +309,9 @@ def test_a_character_is_never_broken():
     pieces = [reply.add([token]) for token in ids]
     assert "".join(pieces) == text == reply.text and "\ufffd" not in text
     cut = Reply()
-    assert cut.add([*ids[:6], 0xE9 + 1]) + cut.end() == "naïve\ufffd" == cut.text
+    assert cut.add([*ids[:6], 0xE9 + 1]) + cut.finish() == "naïve\ufffd" == cut.text
     odd = Reply()
-    assert odd.add([0xFF + 1, ord("x") + 1, 65535]) + odd.end() == "\ufffdx"
+    assert odd.add([0xFF + 1, ord("x") + 1, 65535]) + odd.finish() == "\ufffdx"
     assert odd.add([70]) == "" and odd.text == "\ufffdx"
 
 
@@ -313,23 +320,23 @@ def test_stop_strings_are_held_back_and_left_out():
     reply = Reply(["\n\nUser:", "three"])
     pieces = [reply.add([token]) for token in ids]
     assert "".join(pieces) == "one two" == reply.text and reply.ended
-    assert tokenizer.decode(reply.kept_ids()) == "one two"
+    assert tokenizer.decode(reply.text_ids()) == "one two"
     near = Reply(["\n\nUser:"])
     shown = near.add(tokenizer.encode("a\n\nUse"))
-    assert shown == "a" and near.end() == "\n\nUse" and near.text == "a\n\nUse"
+    assert shown == "a" and near.finish() == "\n\nUse" and near.text == "a\n\nUse"
     inside = Reply(["ity"])  # begins inside the token "city"
     inside.add(tokenizer.encode("my city"))
-    assert inside.text == "my c" and tokenizer.decode(inside.kept_ids()) == "my c"
+    assert inside.text == "my c" and tokenizer.decode(inside.text_ids()) == "my c"
     ended = Reply(["x"])
-    assert ended.add([66, 0, 67]) == "A" and ended.ended and ended.kept_ids() == [66]
+    assert ended.add([66, 0, 67]) == "A" and ended.ended and ended.text_ids() == [66]
 
 
 def test_half_a_character_is_kept_for_the_next():
     ids = [token + 1 for token in "好".encode()[:2]]  # ids of single bytes are the byte plus one
     reply = Reply()
     reply.add(ids)
-    reply.end()
-    assert reply.text == "\ufffd" and reply.kept_ids() == ids
+    reply.finish()
+    assert reply.text == "\ufffd" and reply.text_ids() == ids
 
 
 def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_path):
@@ -444,8 +451,8 @@ def test_what_was_said_before_an_error_is_saved(world_file, monkeypatch, tmp_pat
     turn = Text().then(tokenizer.encode(generation.chat_turn("a")))
     reply = Reply()
     list(generation.generate(decoder, [turn], [reply], 1, GREEDY))
-    logits, states = decoder.read(turn.unread)
-    expected = decoder.read(reply.ids, states)
+    logits, states = decoder.prefill(turn.unread)
+    expected = decoder.prefill(reply.ids, states)
     saved = generation.load_state(state, decoder).read
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), saved, expected)
 
@@ -503,7 +510,7 @@ def test_a_state_is_gone_on_from(world_file, tmp_path, capsys):
         generation.load_state(state, other)
     for content in (b"", b"PK\3\4", b"x" * 100):
         (tmp_path / "b.npz").write_bytes(content)
-        with pytest.raises(UserError, match="^[^\n]*b.npz: is neither a state that --save_state"):
+        with pytest.raises(UserError, match="^[^\n]*b.npz: is neither a state of --save_state"):
             generation.load_state(tmp_path / "b.npz", other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
 
@@ -541,7 +548,7 @@ def test_texts_begin_in_a_tuned_state(tuned, tmp_path, monkeypatch, capsys):
     state = model.initial_state(1)._replace(wkv=jnp.asarray(tuned["state"])[:, None])
     logits, _ = model.forward(jnp.asarray([tokens]), state)
     decoder = generation.load_decoder(str(tuned["beside"]))
-    np.testing.assert_allclose(decoder.read(tokens)[0][0], logits[0, -1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(decoder.prefill(tokens)[0][0], logits[0, -1], rtol=0, atol=1e-4)
     expected = tokenizer.decode(make_ids(decoder, [tokens], 6)[0])
     assert run("--load_model", tuned["beside"], "--prompt", PROMPTS[1]) == expected + "\n"
 
@@ -573,7 +580,7 @@ def test_the_rwkv_package_begins_in_the_same_state(tuned):
     )
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours, _ = generation.load_decoder(str(tuned["beside"])).read(tokens)
+    ours, _ = generation.load_decoder(str(tuned["beside"])).prefill(tokens)
     np.testing.assert_allclose(ours[0], theirs, rtol=0, atol=2e-4)
 
 
@@ -655,8 +662,8 @@ def test_the_command(world, world_file):
         (["--alpha_presence", "inf"], "--alpha_presence inf: give a finite number"),
         (["--alpha_decay", "2"], "--alpha_decay 2.0: give a number from 0 to 1"),
         (["--seed", "-1"], "--seed -1: give a number from 0 to 2147483647"),
-        (["--think", "on"], "--think goes with --chat"),
-        (["--system", "x"], "--system goes with --chat"),
+        (["--think", "on"], "--think needs --chat"),
+        (["--system", "x"], "--system needs --chat"),
         (["--prompt", "\udcff"], "--prompt: is not UTF-8"),
         (["--stop", "\udcff"], "--stop: is not UTF-8"),
         (["--save_state", "none/s.npz"], "none/s.npz: cannot write: No such file"),
@@ -673,7 +680,7 @@ def test_bad_input(options, complaint):
 
 def test_a_system_prompt_begins_a_chat(world, world_file, monkeypatch, tmp_path):
     generation.save_state(tmp_path / "s.npz", Text(), world)
-    with pytest.raises(UserError, match="^--system begins a chat"):
+    with pytest.raises(UserError, match="^--system starts a chat"):
         chat(monkeypatch, world_file, b"", "--load_state", tmp_path / "s.npz", "--system", "x")
 
 
@@ -691,18 +698,18 @@ def test_lines_of_prompts_end_at_line_feeds_alone(name, tmp_path):
 
 def test_bad_files_of_prompts(tmp_path):
     for content, complaint in [
-        (b"\n \n", "holds no prompts"),
+        (b"\n \n", "has no prompts"),
         (b"a\xff", "byte 1 is not UTF-8"),
         (
             b'{"prompt": "a"}\n{"text": "b"}',
             ':2: is not {"prompt": "…"}: it has no string "prompt"',
         ),
         (b'{"prompt": "a"}\r\n{"prompt": "\\ud83d"}', ":2: character 0 of the text, '\\ud83d'"),
-        (b"{", ":1: is no JSON"),
+        (b"{", ":1: is not valid JSON"),
     ]:
         (tmp_path / "p.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="^[^\n]*$") as caught:
             generate.main(["--load_model", "no.pth", "--prompts", str(tmp_path / "p.jsonl")])
         assert complaint in str(caught.value)
-    with pytest.raises(UserError, match="have no one state"):
+    with pytest.raises(UserError, match="there is no single state"):
         generate.main(["--load_model", "x", "--prompts", "p", "--save_state", "s"])

@@ -175,9 +175,9 @@ def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = TrainConfig(size="0.1b", ctx_len=4096, micro_bsz=8, devices=1)
 
-    def needs() -> dict[str, memory.Need]:
+    def needs() -> dict[str, memory.StepCost]:
         return {
-            gpu: plan.plan(options, GPU_TARGETS[gpu], search=False).needs[8]
+            gpu: plan.plan(options, GPU_TARGETS[gpu], search=False).costs[8]
             for gpu in ("h100", "a100")
         }
 
@@ -209,7 +209,7 @@ def test_every_card_is_planned_for_with_the_traffic_of_jax_0_10(card, monkeypatc
     options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=512, micro_bsz=4)
     target = GPU_TARGETS[card]
     with jax.numpy_dtype_promotion("standard"):
-        need = plan.plan(options, target, search=False).needs[4]
+        need = plan.plan(options, target, search=False).costs[4]
     assert capfd.readouterr().err.startswith(f"compiling for {target.device_kind}, ")
     expected = TRAFFIC[target.compute_capability]
     assert need.traffic / 1e6 == pytest.approx(expected, rel=0.02)
@@ -226,9 +226,9 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
         assert capfd.readouterr().err == ""
         (kept,) = tmp_path.rglob("plans/*.json")
         kept.write_text(kept.read_text()[:20])  # as a full disk leaves it
-        anew = plan.plan(options, GPU_TARGETS["t4"], search=False).needs[2]
-    assert first == again and first.largest == 2 and anew.total == first.needs[2].total
-    need = first.needs[2]
+        anew = plan.plan(options, GPU_TARGETS["t4"], search=False).costs[2]
+    assert first == again and first.largest == 2 and anew.total == first.costs[2].total
+    need = first.costs[2]
     assert need.total > need.parameters + need.optimizer > 2 * need.parameters
     assert need.flops > 0 and need.traffic > 3 * need.parameters
 

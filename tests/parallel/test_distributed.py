@@ -42,7 +42,7 @@ from rwkv_jax.planning import batch_size, memory
 from rwkv_jax.text import dataset
 from rwkv_jax.errors import run_command
 batch_size.device_memory = lambda _: (7 - 2 * jax.process_index()) * memory.GIB
-need = lambda config, *_: memory.Need(0, 0, 3 * config.micro_bsz * memory.GIB, 0, 0, 0)
+need = lambda config, *_: memory.StepCost(0, 0, 3 * config.micro_bsz * memory.GIB, 0, 0, 0)
 batch_size.measure = need
 batch = dataset.Dataset.batch
 def noting(self, step, world_size, micro_bsz, rows):
@@ -173,7 +173,7 @@ def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
 
 def test_a_device_gets_the_samples_of_its_rank():
     """Of [A, B, T + 1]: rank q has rows q·B/W to (q + 1)·B/W of each micro batch."""
-    mesh = sharding.mesh_of(jax.devices(), data=2)
+    mesh = sharding.mesh_from_devices(jax.devices(), data=2)
     asked = []
 
     def samples(micro: int, rows: range) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_a_device_gets_the_samples_of_its_rank():
 )
 def test_wrong_options_are_one_line(given, said):
     with pytest.raises(UserError, match=said):
-        with distributed.joined(parse_train_options(given.split())[0]):
+        with distributed.process_group(parse_train_options(given.split())[0]):
             pass
 
 
@@ -208,7 +208,7 @@ def test_wrong_options_are_one_line(given, said):
 def test_the_only_process_of_a_machine_takes_all_of_its_devices(monkeypatch, tasks, named):
     unset_variables(monkeypatch)
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    assert distributed._named(parse_train_options(["--num_nodes", "2"])[0]) == named
+    assert distributed._initialize_arguments(parse_train_options(["--num_nodes", "2"])[0]) == named
 
 
 TORCH = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -244,7 +244,7 @@ def test_variables_of_torchrun_and_of_lightning(monkeypatch, given, variables, n
     unset_variables(monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = distributed._named(parse_train_options(given.split())[0])
+    found = distributed._initialize_arguments(parse_train_options(given.split())[0])
     keys = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
     assert tuple(found.get(key) for key in keys) == named
 
@@ -268,7 +268,7 @@ def test_wrong_variables_are_one_line(monkeypatch, given, variables, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
-        with distributed.joined(parse_train_options(given.split())[0]):
+        with distributed.process_group(parse_train_options(given.split())[0]):
             pass
 
 
@@ -281,7 +281,7 @@ def test_a_signal_to_one_process_waits_for_no_other(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda status: (did.append(status), sys.exit()))
     config = TrainConfig(num_nodes=2, coordinator_address="here:1", process_id=0)
     for status in (1, 128 + signal.SIGHUP):  # that of a stop at the same step in all; of a signal
-        with pytest.raises(SystemExit), distributed.joined(config):
+        with pytest.raises(SystemExit), distributed.process_group(config):
             sys.exit(status)
     assert did == ["waited", 129]
 
@@ -311,7 +311,7 @@ def test_an_error_of_one_process_is_reported_as_of_any_command(
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
     monkeypatch.setattr(os, "_exit", lambda code: (left.append(code), sys.exit()))
     config = TrainConfig(num_nodes=2, coordinator_address="here:1", process_id=0)
-    with pytest.raises(SystemExit), distributed.joined(config):
+    with pytest.raises(SystemExit), distributed.process_group(config):
         raise error
     lines = capsys.readouterr().err.splitlines()
     assert left == [status] and len(lines) == len(said)
@@ -323,7 +323,7 @@ def test_one_process_of_torchrun_is_alone(monkeypatch):
     unset_variables(monkeypatch)
     for name, value in (RANKS | {"RANK": "0", "WORLD_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
-    with distributed.joined(parse_train_options([])[0]):
+    with distributed.process_group(parse_train_options([])[0]):
         assert jax.process_count() == 1
 
 
@@ -332,7 +332,7 @@ def test_processes_of_torchrun_meet():
         "import jax\n"
         "from rwkv_jax import config\nfrom rwkv_jax.parallel import distributed, sharding\n"
         "jax.config.update('jax_platforms', 'cpu')\n"
-        "with distributed.joined(config.parse_train_options(['--devices', '2'])[0]):\n"
+        "with distributed.process_group(config.parse_train_options(['--devices', '2'])[0]):\n"
         "    mesh = sharding.make_mesh(2)\n"
         "    print('mesh', mesh.size, flush=True)\n"
         "    assert jax.process_count() == mesh.size\n"
@@ -359,7 +359,7 @@ def test_machines_that_nothing_names_are_one_line(monkeypatch):
     command = [sys.executable, "-m", "rwkv_jax.train", "--num_nodes", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert "neither SLURM, Open MPI nor Kubernetes" in run.stderr
+    assert "no addresses of the other processes: not found in SLURM, Open MPI" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.checkpoints import weights
-from rwkv_jax.checkpoints.store import About, Checkpoints
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.config import SIZES, ModelConfig, TrainConfig
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.model.rwkv7 import abstract_params
@@ -24,11 +24,11 @@ ADAM = make_optimizer(TrainConfig(), lambda count: 1e-3)
 @pytest.mark.parametrize("size", SIZES)
 def test_no_group_is_larger_than_the_largest_tensor(size):
     params = abstract_params(ModelConfig(*SIZES[size]))
-    groups = offload.groups(params)
+    groups = offload.group_parameters(params)
     assert sum(map(len, groups)) == len(frozenset().union(*groups)) == len(jax.tree.leaves(params))
     largest = max(leaf.size for leaf in jax.tree.leaves(params))
     for group in groups:
-        leaves = jax.tree.leaves(offload.part(params, group))
+        leaves = jax.tree.leaves(offload.select(params, group))
         assert len(leaves) == len(group) and sum(leaf.size for leaf in leaves) <= largest
     assert len(groups) <= 5
 
@@ -36,8 +36,8 @@ def test_no_group_is_larger_than_the_largest_tensor(size):
 def test_the_parts_of_a_state_make_the_state():
     params = abstract_params(MODEL)
     state = step.TrainState(params, jax.eval_shape(ADAM.init, params))
-    groups = offload.groups(params)
-    parts = [offload.part(state, group) for group in groups]
+    groups = offload.group_parameters(params)
+    parts = [offload.select(state, group) for group in groups]
     for part, group in zip(parts, groups, strict=True):
         tensors = [leaf for leaf in jax.tree.leaves(part) if leaf.ndim]
         assert len(tensors) == 3 * len(group)
@@ -52,7 +52,7 @@ def test_the_parts_of_a_state_make_the_state():
 def state_on_the_host(mesh) -> step.TrainState:
     abstract = step.abstract_state(mesh, MODEL, ADAM, offloaded=True)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = distributed.place(init_params(MODEL, 0), where.params)
+    params = distributed.device_put_global(init_params(MODEL, 0), where.params)
     state = step.TrainState(params, step.fresh_moments(ADAM, abstract))
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == {"pinned_host"}
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
@@ -62,11 +62,11 @@ def state_on_the_host(mesh) -> step.TrainState:
 def test_a_state_on_the_host_is_saved_and_exported(tmp_path):
     state = state_on_the_host(sharding.make_mesh(4))
     expected = jax.tree.map(np.array, state)
-    weights.save_pth(tmp_path / "ours.pth", distributed.to_first(state.params))
+    weights.save_pth(tmp_path / "ours.pth", distributed.gather_to_first(state.params))
     weights.save_pth(tmp_path / "theirs.pth", init_params(MODEL, 0))
     assert (tmp_path / "ours.pth").read_bytes() == (tmp_path / "theirs.pth").read_bytes()
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, state, About(MODEL))
+        checkpoints.save(1, state, Metadata(MODEL))
         for leaf in jax.tree.leaves(state):  # as the next step does
             leaf.delete()
         checkpoints.close()
@@ -101,7 +101,7 @@ def test_one_part_at_a_time_is_on_the_devices(monkeypatch):
         monkeypatch.setattr(offload.OffloadedStep, "_fetch", noting)
         before = there()
         run(state, batch)
-    assert len(seen) == len(offload.groups(state.params)) and set(seen) == {before}
+    assert len(seen) == len(offload.group_parameters(state.params)) and set(seen) == {before}
 
 
 @pytest.mark.parametrize("strategy, parts", [("zero2_offload", 1), ("fsdp_offload", 4)])
@@ -114,16 +114,16 @@ def test_what_a_device_holds_while_a_part_is_updated(strategy, parts):
         run = step.make_step(MODEL, ADAM, mesh, sharding.STRATEGIES[strategy], dtype, remat=False)
         passes, *updates = step.programs(run, state, batch)
     N = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert offload.bytes_of(passes.arguments[0]) == 2 * N // parts and passes.beside == 0
+    assert offload.bytes_of(passes.arguments[0]) == 2 * N // parts and passes.other_bytes == 0
     waiting = 2 * N // 4
-    for update, group in zip(updates, offload.groups(state.params), strict=True):
+    for update, group in zip(updates, offload.group_parameters(state.params), strict=True):
         visitor, gradients, _ = update.arguments
         n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(visitor.params))
-        assert n == sum(leaf.size for leaf in jax.tree.leaves(offload.part(state.params, group)))
+        assert n == sum(leaf.size for leaf in jax.tree.leaves(offload.select(state.params, group)))
         assert offload.bytes_of(gradients) == 2 * n // 4
         tensors = offload.bytes_of([leaf for leaf in jax.tree.leaves(visitor) if leaf.ndim])
         assert tensors == 12 * n // 4
         waiting -= 2 * n // 4
-        assert update.beside == waiting + 2 * (N - n) // parts
+        assert update.other_bytes == waiting + 2 * (N - n) // parts
         assert update.moved == 2 * offload.bytes_of(visitor)
     assert waiting == 0

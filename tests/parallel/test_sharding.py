@@ -61,7 +61,7 @@ def placed(mesh: jax.sharding.Mesh, offload: bool = False) -> step.TrainState:
 
 def train(batches: np.ndarray, devices: int, strategy: str, micro_batches: int = 1, data: int = 1):
     """Losses and gradient norms [STEPS, 2], the last state and the compiled programs' text."""
-    mesh = sharding.mesh_of(jax.devices()[:devices], data)
+    mesh = sharding.mesh_from_devices(jax.devices()[:devices], data)
     chosen = sharding.STRATEGIES[strategy]
     run = step.make_step(MODEL, ADAM, mesh, chosen, jnp.float32, remat=False)
     batches = batches.reshape(STEPS, micro_batches, -1, T + 1)

@@ -26,7 +26,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.parallel import sharding
 from rwkv_jax.plan import Plan
 from rwkv_jax.planning import batch_size, memory
-from rwkv_jax.planning.memory import GIB, Need
+from rwkv_jax.planning.memory import GIB, StepCost
 from rwkv_jax.training.build import resolve_config
 
 TINY = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=32, micro_bsz=1, precision="fp32")
@@ -202,7 +202,7 @@ def test_nothing_fits():
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[int, Need]:
+def measured() -> dict[int, StepCost]:
     """The tiny step on one simulated device and on two, compiled without optimisation."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
@@ -231,20 +231,22 @@ def test_what_is_measured(measured):
 def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys):
     config = resolve_config(TINY, on_gpu=False)
     model, mesh = config.model_config(), sharding.make_mesh(1)
-    need = Need(parameters=1, optimizer=2, passes=0, flops=0, traffic=0, compile_seconds=0.0)
+    need = StepCost(parameters=1, optimizer=2, passes=0, flops=0, traffic=0, compile_seconds=0.0)
 
     def measure(config, *_):
         return dataclasses.replace(need, passes=100 + 10 * config.micro_bsz)
 
     for user in (plan, batch_size):
         monkeypatch.setattr(user, "measure", measure)
-    assert batch_size.fitting_batch(config, model, mesh, limit=155) == 5
-    assert batch_size.fitting_batch(config, model, mesh, limit=10**9) == 40320  # a miniepoch a step
+    assert batch_size.fitting_micro_bsz(config, model, mesh, limit=155) == 5
+    assert (
+        batch_size.fitting_micro_bsz(config, model, mesh, limit=10**9) == 40320
+    )  # a miniepoch per step
     with pytest.raises(UserError, match="not even 1 fits the 0.0 GiB of cpu; try "):
-        batch_size.fitting_batch(config, model, mesh, limit=109)
-    assert batch_size.fitting_batch(config, model, mesh) == 1  # the default of a CPU
+        batch_size.fitting_micro_bsz(config, model, mesh, limit=109)
+    assert batch_size.fitting_micro_bsz(config, model, mesh) == 1  # the default of a CPU
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "note: --micro_bsz auto: jax does not know the memory of cpu: training with the default, 1"
+        "note: --micro_bsz auto: jax does not report the memory of cpu; using the default, 1"
     )
 
 
@@ -257,7 +259,7 @@ def test_gpus_of_several_machines(monkeypatch):
 
     def measure(config, model, mesh, target):
         asked.append(dict(mesh.shape))
-        return Need(GIB, 2 * GIB, 5 * GIB, 1, 1, 1.0)
+        return StepCost(GIB, 2 * GIB, 5 * GIB, 1, 1, 1.0)
 
     monkeypatch.setattr(plan, "device_mesh", device_mesh)
     for user in (plan, batch_size):
@@ -266,7 +268,7 @@ def test_gpus_of_several_machines(monkeypatch):
     result = plan.plan(options, GPU_TARGETS["h100"], search=False)
     assert asked == [(4, 2), {"data": 2, "fsdp": 2}]
     text = plan.report(result, 1, "")
-    assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens a step" in text
+    assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens per step" in text
 
 
 # What is printed.
@@ -276,7 +278,7 @@ def some_plan(total: float, largest: int = 4, **options) -> Plan:
     config = resolve_config(
         TrainConfig(size="0.1b", ctx_len=4096, devices=2, micro_bsz=2, **options), on_gpu=True
     )
-    need = Need(GIB, 2 * GIB, int(total * GIB), 10**13, 67 * 10**9, 30.0)
+    need = StepCost(GIB, 2 * GIB, int(total * GIB), 10**13, 67 * 10**9, 30.0)
     larger = dataclasses.replace(need, passes=need.passes + GIB)
     return Plan(
         GPU_TARGETS["h100"], config, config.model_config(), {2: need, largest or 1: larger}, largest
@@ -288,16 +290,16 @@ def test_the_report():
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
     assert "12 layers of width 768, 191.1 M parameters" in lines["model"]
     assert lines["devices"].startswith("2 x NVIDIA H100 80GB HBM3, bf16, blocks recomputed")
-    assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens a step"
-    assert lines["parameters"].strip() == "1.00 GiB float32 masters"
+    assert lines["batch"] == "micro_bsz 2, ctx_len 4096: 16,384 tokens per step"
+    assert lines["parameters"].strip() == "1.00 GiB float32 master weights"
     assert lines["optimizer"].strip() == "2.00 GiB Adam's moments"
-    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB per sample"
     assert lines["gradients"].strip() == "1.00 GiB and working copies"
-    assert lines["peak"].strip().startswith("5.00 GiB a device; of its 79.1 GiB jax has 75.1,")
+    assert lines["peak"].strip().startswith("5.00 GiB per device; of its 79.1 GiB jax has 75.1,")
     assert lines["peak"].endswith("fits") and "NOT" not in lines["peak"]
     assert lines["largest"] == "micro_bsz 4 fits: 6.00 GiB"
     assert lines["step"] == (
-        "10.0 TFLOP a device, 10 ms at 989 TFLOP/s; 67 GB of memory traffic, 20 ms at 3,352 GB/s"
+        "10.0 TFLOP per device, 10 ms at 989 TFLOP/s; 67 GB of memory traffic, 20 ms at 3,352 GB/s"
     )
     assert lines["speed"].startswith("at most 819,689 tokens/s")
     assert lines["train"] == "python -m rwkv_jax.train"
@@ -305,19 +307,19 @@ def test_the_report():
 
 def test_the_report_of_one_batch():
     result = some_plan(5)
-    alone = {2: result.needs[2]}
-    text = plan.report(result._replace(needs=alone, largest=2), 2, "")
+    alone = {2: result.costs[2]}
+    text = plan.report(result._replace(costs=alone, largest=2), 2, "")
     assert "2.00 GiB with gradients and working copies" in text
     assert "gradients  " not in text and "leave --micro_bsz out to search" in text
-    alone = {2: some_plan(90).needs[2]}
-    text = plan.report(result._replace(needs=alone, largest=0), 2, "")
+    alone = {2: some_plan(90).costs[2]}
+    text = plan.report(result._replace(costs=alone, largest=0), 2, "")
     assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
 
 
 PARTS = "parameters", "optimizer", "activations", "gradients"
 
 
-@pytest.mark.parametrize("offload", [{}, {"host": 3 * GIB}, {"host": 3 * GIB, "visit": 40 * GIB}])
+@pytest.mark.parametrize("offload", [{}, {"host": 3 * GIB}, {"host": 3 * GIB, "update": 40 * GIB}])
 @pytest.mark.parametrize(
     "passes",
     [
@@ -333,13 +335,13 @@ PARTS = "parameters", "optimizer", "activations", "gradients"
 def test_the_parts_of_the_report_add_up_to_the_peak(passes, offload):
     """Those of the device: of a state in the host's memory there is none, or what is updated."""
     strategy = "fsdp_offload" if offload else "auto"
-    one = some_plan(5, strategy=strategy).needs[2]
+    one = some_plan(5, strategy=strategy).costs[2]
     needs = {
         batch: dataclasses.replace(one, passes=int(gib * GIB), **offload)
         for batch, gib in passes.items()
     }
     for batch in needs:
-        result = some_plan(5, strategy=strategy)._replace(needs=needs, largest=batch)
+        result = some_plan(5, strategy=strategy)._replace(costs=needs, largest=batch)
         lines = [line.split() for line in plan.report(result, batch, "").splitlines()]
         figures = {line[0]: float(line[1]) for line in lines if line[0] in (*PARTS, "peak")}
         assert all(figure >= 0 for figure in figures.values()), figures
@@ -350,28 +352,28 @@ def test_the_parts_of_the_report_add_up_to_the_peak(passes, offload):
 def test_the_report_of_what_is_in_the_host_s_memory():
     """Where the passes are the peak, activations and gradients are theirs."""
     result = some_plan(5, strategy="fsdp_offload")
-    away = {"host": 3 * GIB, "visit": 4 * GIB, "moved": 50 * 10**9}
-    needs = {batch: dataclasses.replace(need, **away) for batch, need in result.needs.items()}
-    text = plan.report(result._replace(needs=needs), 2, "")
+    away = {"host": 3 * GIB, "update": 4 * GIB, "moved": 50 * 10**9}
+    needs = {batch: dataclasses.replace(need, **away) for batch, need in result.costs.items()}
+    text = plan.report(result._replace(costs=needs), 2, "")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
-    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in the host's memory"
-    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB a sample"
+    assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in host memory"
+    assert lines["activations"].strip() == "1.00 GiB 0.50 GiB per sample"
     assert lines["gradients"].strip() == "4.00 GiB and working copies"
-    assert lines["peak"].strip().startswith("5.00 GiB a device")
-    assert lines["host"] == "50 GB to and from its memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB there"
+    assert lines["peak"].strip().startswith("5.00 GiB per device")
+    assert lines["host"] == "50 GB to and from host memory, 2,000 ms at 25 GB/s; 2 x 3.00 GiB in it"
     assert lines["speed"].startswith(f"at most {16384 / (2 + 67 / 3352):,.0f} tokens/s")
 
 
-@pytest.mark.parametrize("visit, largest", [(11, 52), (23, 0)])
+@pytest.mark.parametrize("update, largest", [(11, 52), (23, 0)])
 def test_a_visit_of_the_state_has_to_fit_and_does_not_mislead_the_search(
-    visit, largest, monkeypatch
+    update, largest, monkeypatch
 ):
     measured = []
 
     def measure(config, *_):
         measured.append(config.micro_bsz)
         passes = int((7.2 + 0.3 * config.micro_bsz) * GIB)
-        return Need(GIB, 2 * GIB, passes, 1, 1, 1.0, host=3 * GIB, visit=visit * GIB)
+        return StepCost(GIB, 2 * GIB, passes, 1, 1, 1.0, host=3 * GIB, update=update * GIB)
 
     monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
     for user in (plan, batch_size):
@@ -455,7 +457,7 @@ def test_a_search_says_how_far_it_is(monkeypatch):
 
     def measure(config, model, mesh, target, progress):
         said.append((config.micro_bsz, progress))
-        return Need(
+        return StepCost(
             GIB, 2 * GIB, (8 + config.micro_bsz + 9 * (config.micro_bsz > 60)) * GIB, 1, 1, 1.0
         )
 

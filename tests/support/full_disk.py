@@ -35,7 +35,7 @@ def run(data: Path, folder: Path, ballast: Path) -> None:
             checkpoints = Checkpoints(folder / "checkpoints")
             print(f"  full: the checkpoints are {checkpoints.steps()}")
             for saved in checkpoints.steps():
-                checkpoints.about(saved)  # compares every byte
+                checkpoints.verify(saved)  # compares every byte
             ballast.unlink()
         return shown(self, step, *values)
 
@@ -62,7 +62,7 @@ def run(data: Path, folder: Path, ballast: Path) -> None:
         progress.ProgressLine.show, store._check_space = shown, check
     checkpoints = Checkpoints(folder / "checkpoints")
     assert checkpoints.steps() == [STEPS] and (folder / "rwkv-final.pth").exists()
-    checkpoints.about(STEPS)
+    checkpoints.verify(STEPS)
     print(f"  over: the checkpoint is {checkpoints.steps()}, and good")
 
 

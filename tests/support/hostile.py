@@ -279,7 +279,9 @@ class Bench:
             mock.patch("rwkv_jax.train.build_step", lambda *_: _no_step),
             # A plan compiles nothing either, and needs no CUDA plugin.
             *(
-                mock.patch(f"rwkv_jax.{user}.measure", lambda *_: memory.Need(1, 1, 1, 1, 1, 1.0))
+                mock.patch(
+                    f"rwkv_jax.{user}.measure", lambda *_: memory.StepCost(1, 1, 1, 1, 1, 1.0)
+                )
                 for user in ("plan", "planning.batch_size")
             ),
             mock.patch("rwkv_jax.plan.device_mesh", lambda *_: sharding.make_mesh(1)),

@@ -143,12 +143,12 @@ def idx_with(**changes):
         (idx_with(version=2), "version 2 of the format"),
         (idx_with(code=9), "dtype code 9 is not one of"),
         (idx_with(code=0), "dtype code 0 is not one of"),
-        (idx_with(code=4), "10 bytes are no whole number of int32"),
+        (idx_with(code=4), "10 bytes is not a whole number of int32"),
         (
             idx_with(items=2**64 - 1),
             r"18446744073709551615 items and 3 document marks take \d+ bytes",
         ),
-        (idx_with(items=0, marks=6), r"d\.bin: holds no tokens"),
+        (idx_with(items=0, marks=6), r"d\.bin: has no tokens"),
         (IDX[:-1], "take 82 bytes, but the file has 81"),
         (IDX + b"\0", "take 82 bytes, but the file has 83"),
         (idx_with(sizes=(-1, 2)), "item 0 has -1 tokens"),
@@ -176,7 +176,7 @@ def test_the_hand_made_index_is_sound(tmp_path):
 
 @pytest.mark.parametrize("bin_bytes", [b"", BIN[:-1], BIN[:-2], BIN + b"\0\0"])
 def test_a_bin_of_another_length_is_refused(tmp_path, bin_bytes):
-    with pytest.raises(UserError, match="holds no tokens|damaged"):
+    with pytest.raises(UserError, match="has no tokens|damaged"):
         open_binidx(write_pair(tmp_path / "d", bin_bytes))
 
 

@@ -108,7 +108,7 @@ def test_every_kind_by_every_reader(name, capsys):
     expected = [[*tokenizer.encode(text), 0] for text in TEXTS]
     assert by_every_reader(name) == expected
     err = capsys.readouterr().err
-    assert ("left out: dataset_info.json, z.pdf" in err) == (name == "folder/")
+    assert ("skipped: dataset_info.json, z.pdf" in err) == (name == "folder/")
     if name != "folder/":
         assert by_every_reader(write("k-" + name, key="内容"), text_key="内容") == expected
 
@@ -141,30 +141,38 @@ def test_which_files_count(given, expected):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "d.jsonl: is UTF-16: convert it by iconv"),
+        ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "d.jsonl: is UTF-16: convert it with iconv"),
         ("d.jsonl", '{"text": "a"}'.encode("utf-16-le"), "d.jsonl: is UTF-16: convert"),
         ("d.txt", "a".encode("utf-16"), "d.txt: is UTF-16: convert"),
         ("d.txt", b"a\nb\nc\xff", r"d.txt:1: byte 5 \(line 3\) is not UTF-8; convert .*GB18030"),
         ("d.txt", b" \n", "d.txt: holds no text"),
-        ("d.jsonl", gzip.compress(b"{}", mtime=0), r"d.jsonl: is gzip: end its name in \.gz"),
+        ("d.jsonl", gzip.compress(b"{}", mtime=0), r"d.jsonl: is gzip: give it the extension \.gz"),
         (
             "d.jsonl.gz",
             gzip.compress(b'{"text": "a"}', mtime=0)[:-3],
             "d.jsonl.gz: cannot be .* incomplete",
         ),
         ("d.jsonl.gz", b'{"text": "a"}', "d.jsonl.gz: cannot be decompressed: Not a gzipped file"),
-        ("d.jsonl", b'{"text": "a"}\r{"text": "b"}', r"d.jsonl:1: is no JSON: .* tr '\\r' '\\n'"),
-        ("d.json", b'[\n{"text": "a"}\n]', r"d.json:1: is no JSON: .* jq -c '\.\[\]'"),
+        (
+            "d.jsonl",
+            b'{"text": "a"}\r{"text": "b"}',
+            r"d.jsonl:1: is not valid JSON: .* tr '\\r' '\\n'",
+        ),
+        ("d.json", b'[\n{"text": "a"}\n]', r"d.json:1: is not valid JSON: .* jq -c '\.\[\]'"),
         ("d.json", b'[{"text": "a"}]', r"d.json:1: is a JSON array; .* jq -c '\.\[\]'"),
-        ("d.json", b'{\n "text": "a"\n}', "d.json:1: is no JSON: .* in one line, whole: jq -c"),
-        ("d.jsonl", b'{"text": "a"}{"text": "b"}', "d.jsonl:1: is no JSON: .* a line of its own"),
-        ("d.jsonl", b'{"text": "a"}\n\x1a', r"d.jsonl:2: is no JSON: .* in '\\x1a'"),
-        ("d.jsonl", b'{"a\\n": "x", "b": 1}', r'strings in it: "a\\n": choose one by --text_key'),
+        ("d.json", b'{\n "text": "a"\n}', "d.json:1: is not valid JSON: .* on one line: use jq -c"),
+        (
+            "d.jsonl",
+            b'{"text": "a"}{"text": "b"}',
+            "d.jsonl:1: is not valid JSON: .* on its own line",
+        ),
+        ("d.jsonl", b'{"text": "a"}\n\x1a', r"d.jsonl:2: is not valid JSON: .* in '\\x1a'"),
+        ("d.jsonl", b'{"a\\n": "x", "b": 1}', r'strings in it: "a\\n": choose one with --text_key'),
         ("d.jsonl", b'{"messages": []}', 'no string "text"; its keys are "messages"'),
         ("d.parquet", b"PAR1x", "d.parquet: cannot be read as Parquet: "),
         ("d.csv", b"a,b", r"d.csv: is neither a text file \(\.jsonl, .* nor the PREFIX"),
-        ("e.jsonl", b"{}", r"d.jsonl: no such file; is e.jsonl meant\?"),
-        ("d.jsonl.gz", b"{}", r"d.jsonl: no such file; is d.jsonl.gz meant\?"),
+        ("e.jsonl", b"{}", r"d.jsonl: no such file; did you mean e.jsonl\?"),
+        ("d.jsonl.gz", b"{}", r"d.jsonl: no such file; did you mean d.jsonl.gz\?"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(name, content, message):
@@ -180,28 +188,28 @@ def test_what_cannot_be_used_is_one_line(name, content, message):
 def test_a_pipe_is_refused():
     """Its second reader would wait forever."""
     os.mkfifo("d.jsonl")
-    with pytest.raises(UserError, match="d.jsonl: is a pipe, and text is read twice"):
+    with pytest.raises(UserError, match="d.jsonl: is a pipe, but text is read twice"):
         open_dataset("d.jsonl", 1)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".txt", ".jsonl.zst", ".parquet"])
 def test_a_name_without_its_ending(ending):
     Path(f"l{ending}").write_bytes(b"{}")
-    with pytest.raises(UserError, match=rf"^l: no such file; is l{ending} meant\?$"):
+    with pytest.raises(UserError, match=rf"^l: no such file; did you mean l{ending}\?$"):
         open_dataset("l", 1)
 
 
 def test_folders_and_patterns_without_text():
     for given, message in [
-        ("", "'' is no data"),
-        ("/", "'/' is no data: give a file, a folder"),
+        ("", "'' is not data"),
+        ("/", "'/' is not data: give a text file, a folder"),
         (".", ".: no text in this folder"),
         ("*.jsonl", r"\*\.jsonl: matches no text file"),
     ]:
         with pytest.raises(UserError, match=message):
             find(given)
     Path("tok.idx").touch()
-    with pytest.raises(UserError, match=r"the token files in it are given as tok$"):
+    with pytest.raises(UserError, match=r"for the token files in it, give tok$"):
         find(".")
 
 
@@ -221,7 +229,7 @@ def test_rows_of_parquet(kind):
         open_dataset("p.parquet", 1)
     texts = [text for _, text in find("p.parquet", on_bad_line="skip").documents()]
     assert texts == [*TEXTS, "end"]
-    with pytest.raises(UserError, match='no column "words"; choose one by --text_key: id, text'):
+    with pytest.raises(UserError, match='no column "words"; choose one with --text_key: id, text'):
         open_dataset("p.parquet", 1, text_key="words")
     with pytest.raises(UserError, match='the column "id" is int64, not text'):
         open_dataset("p.parquet", 1, text_key="id")
@@ -246,7 +254,7 @@ def test_bad_lines_are_skipped_counted_and_listed(workers, capsys, monkeypatch):
     good = lines_of(TEXTS).splitlines(keepends=True)
     Path("x.jsonl").write_bytes(b"".join([good[0], *BAD[:2], good[1], b"\n", *BAD[2:], *good[2:]]))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    with pytest.raises(UserError, match=r"x\.jsonl:2: .*; --on_bad_line skip leaves it out$"):
+    with pytest.raises(UserError, match=r"x\.jsonl:2: .*; --on_bad_line skip skips it$"):
         open_dataset("x.jsonl", 1)
     for cores in (workers, 1):  # the second time from the cache
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)

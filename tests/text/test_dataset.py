@@ -146,9 +146,9 @@ def test_a_given_magic_prime_is_checked():
         (-47, "is not a prime"),
         (41, "would visit only 41 of the 48 samples"),
         (23, "would visit only 23 of the 48 samples"),  # of twice the ctx_len
-        (43, "leaves 1, not 2, when divided by 3"),
-        (3, "leaves 0, not 2, when divided by 3"),
-        (53, "needs 217089 tokens at ctx_len 4096, of which it has 200499"),
+        (43, "is 1 mod 3, not 2"),
+        (3, "is 0 mod 3, not 2"),
+        (53, "needs 217089 tokens at ctx_len 4096, but the data has 200499"),
         (10**40 + 1, "needs "),
     ]:
         with pytest.raises(
@@ -311,14 +311,14 @@ def test_several_processes_keep_the_order(tmp_path, monkeypatch):
     [
         (b"", r'x\.jsonl: holds no text; each line should be \{"text": "…"\}'),
         (b"\n \n\r\n", r"x\.jsonl: holds no text"),
-        (b'{"text": "a"}\n\nplain\n', r"x\.jsonl:3: is no JSON: Expecting value"),
-        (b'{"text": "a"}{"text": "b"}\n', r"x\.jsonl:1: is no JSON: Extra data"),
-        (b'{"text": "a"\n', r"x\.jsonl:1: is no JSON"),
-        (b"[" * 100_000, r"x\.jsonl:1: is no JSON: maximum recursion depth"),
-        (b'{"text": 1' + b"1" * 5000 + b"}", r"x\.jsonl:1: is no JSON: Exceeds the limit"),
+        (b'{"text": "a"}\n\nplain\n', r"x\.jsonl:3: is not valid JSON: Expecting value"),
+        (b'{"text": "a"}{"text": "b"}\n', r"x\.jsonl:1: is not valid JSON: Extra data"),
+        (b'{"text": "a"\n', r"x\.jsonl:1: is not valid JSON"),
+        (b"[" * 100_000, r"x\.jsonl:1: is not valid JSON: maximum recursion depth"),
+        (b'{"text": 1' + b"1" * 5000 + b"}", r"x\.jsonl:1: is not valid JSON: Exceeds the limit"),
         (b'{"Text": "a"}\n', r'x\.jsonl:1: is not .* no string "text"'),
         (b'{"text": ["a"]}\n', r'x\.jsonl:1: is not .* no string "text"'),
-        (b'["text"]\n', r"x\.jsonl:1: is a JSON array; .* an object a line"),
+        (b'["text"]\n', r"x\.jsonl:1: is a JSON array; .* one object per line"),
         (b"1\n", r'x\.jsonl:1: is not .* no string "text"'),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: byte 10 is not UTF-8"),
         (b'{"text": "ab\\ud83d"}\n', r"x\.jsonl:1: character 2 of the text.* surrogate pair"),

@@ -79,7 +79,7 @@ def test_lines_without_a_terminal(capsys, clock):
     for step in range(100):
         clock.seconds += 0.5
         speeds.append(progress.show(step, 5 - step / 100, 4.5, 6e-4, 0.5))
-    progress.say("wrote rwkv-final.pth")
+    progress.print_line("wrote rwkv-final.pth")
     progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("compiling")
@@ -123,7 +123,7 @@ def test_bar_when_asked_for(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     progress = ProgressLine(0, 4, 64, bar=True)
     progress.show(0, 6.25, 6.25, 1e-3, 0.5)
-    progress.say("a checkpoint [with brackets]")
+    progress.print_line("a checkpoint [with brackets]")
     progress.show(3, 6.0, 6.1, 1e-3, 0.5)
     progress.close()
     out = capsys.readouterr().out

@@ -94,7 +94,9 @@ def test_the_verdict_beside_the_reference(tmp_path, changed, at_most, agrees):
     lines = [f"{number} {loss:.6f} 1 0.0006 2025-04-24 02:23:42 0" for number, loss in rows.items()]
     (tmp_path / "train_log.txt").write_text("\n".join([*lines, "40 3.0 1 0.0006 x y 0"]) + "\n")
     text = curves.verdict(tmp_path)
-    assert f"at most {at_most} apart: {'agrees' if agrees else 'does not agree'} with it" in text
+    assert (
+        f"largest difference {at_most}: {'agrees' if agrees else 'does not agree'} with it" in text
+    )
     assert "within 0.01" in text and len(text.splitlines()) == 6
     for number, change in changed.items():
         assert text.splitlines()[2 + number].split()[-1] == f"{change:+.4f}"
@@ -191,7 +193,7 @@ def test_the_command(run, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{run}: 4,096,000 tokens, loss 3.3" in done.stdout
-    assert "not compared: " in done.stdout  # there is no train_log.txt
+    assert "not compared: " in done.stdout  # there is not a train_log.txt
     assert "official 0.1b on MiniPile" in (tmp_path / "both.html").read_text("utf-8")
 
 
@@ -199,10 +201,10 @@ def test_the_command(run, tmp_path):
     ("content", "message"),
     [
         (None, "No such file or directory; give a run's folder"),
-        ("", "holds no loss yet"),
-        ("step loss\n1 2\n", "is no train_log.txt"),
-        ("0 nan nan\n", "holds no loss yet"),
-        ("0\n", "is no train_log.txt"),
+        ("", "has no loss yet"),
+        ("step loss\n1 2\n", "is not a train_log.txt"),
+        ("0 nan nan\n", "has no loss yet"),
+        ("0\n", "is not a train_log.txt"),
     ],
 )
 def test_what_is_no_run(tmp_path, content, message):

@@ -402,7 +402,7 @@ def test_a_failed_save_is_tried_again_and_the_run_goes_on(data, run, tmp_path, m
     monkeypatch.setattr("rwkv_jax.training.saver.RETRY_SECONDS", 0.0)
     train(config(data, tmp_path))
     said = capsys.readouterr().out
-    assert said.count("but 0 are free; the earlier checkpoints are as they were") == 3
+    assert said.count("but only 0 MB are free; the earlier checkpoints are as they were") == 3
     assert Checkpoints(tmp_path / "checkpoints").steps() == [12, 10]
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
@@ -481,7 +481,7 @@ def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
     assert not (tmp_path / "rwkv-final.pth").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.steps() == [2, 1]
-    assert checkpoints.about(2).loss == store.MiniepochLoss(2.0, 2)
+    assert checkpoints.verify(2).loss == store.MiniepochLoss(2.0, 2)
 
 
 def test_a_run_that_was_stopped_so_goes_on_from_before(data, run, tmp_path, monkeypatch):
@@ -515,9 +515,9 @@ def failing_from(first: int, build_step):
 
 def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, standing_still):
     options = config(data, tmp_path, micro_bsz=AUTO, devices=2, accumulate_grad_batches=2)
-    monkeypatch.setattr(batch_size, "fitting_batch", lambda *_: 3)
+    monkeypatch.setattr(batch_size, "fitting_micro_bsz", lambda *_: 3)
     assert len(train(options)) == 1  # 12 samples a step
-    monkeypatch.setattr(batch_size, "fitting_batch", lambda *_: 2)
+    monkeypatch.setattr(batch_size, "fitting_micro_bsz", lambda *_: 2)
     train(dataclasses.replace(options, my_exit_tokens=24 * T))
     assert train(options) == []
 
@@ -679,7 +679,7 @@ def test_load_partial_adds_layers(data, run, tmp_path, standing_still, capsys):
     train(dataclasses.replace(more, n_layer=3))
     assert "fresh: blocks.2.ln1.weight, blocks.2.ln1.bias, " in capsys.readouterr().out
     assert rwkv_jax.load_params(tmp_path / "rwkv-final.pth")[0].n_layer == 3
-    with pytest.raises(UserError, match="final.pth: .*layers too many blocks.1.ln1.weight"):
+    with pytest.raises(UserError, match="final.pth: .*too many layers blocks.1.ln1.weight"):
         train(dataclasses.replace(more, n_layer=1, proj_dir=str(tmp_path / "fewer")))
 
 
@@ -1005,7 +1005,7 @@ BAD_INPUT = {
     "--data_file nothing": r"nothing: no such file",
     "--data_file nothing.jsonl": r"nothing.jsonl: no such file",
     "--data_file empty.jsonl": r"empty.jsonl: ",
-    "--data_file no_json.jsonl": r"no_json.jsonl:2: is no JSON",
+    "--data_file no_json.jsonl": r"no_json.jsonl:2: is not valid JSON",
     "--data_file no_text.jsonl": r"no_text.jsonl:2: .* no string \"text\"",
     "--vocab_size 32": r"data: token \d+ has id \d+, outside the vocabulary of 32",
     "--ctx_len 3000": r"data: 2000 tokens are too few for ctx_len 3000",
@@ -1060,7 +1060,7 @@ def test_skipped_lines_are_listed_in_the_output(tmp_path, monkeypatch, capsys):
     assert error.startswith("error: nothing.pth: ")
     assert note == "note: bad lines skipped: 20; out/skipped.tsv lists them"
     first = Path("out/skipped.tsv").read_text("utf-8").split("\n")[0]
-    assert first.startswith("x.jsonl:2\tis no JSON: ") and first.endswith('\t"no"')
+    assert first.startswith("x.jsonl:2\tis not valid JSON: ") and first.endswith('\t"no"')
 
 
 def test_bad_input_is_one_line_of_the_process_too(data, tmp_path):
