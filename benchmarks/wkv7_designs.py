@@ -42,8 +42,9 @@ from benchmarks.wkv7_sass_estimate import (
     resident,
 )
 from pallas_kernels.gpu_targets import GPU_TARGETS
-from pallas_kernels.wkv7 import pallas_triton, wkv7
+from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.wkv7.triton import call
 from rwkv_jax.files import written_whole
 
 CARDS = ("h100", "rtx4090")
@@ -79,17 +80,15 @@ class Kernel(NamedTuple):
 
 @contextlib.contextmanager
 def tuned(changes: dict[str, Any]) -> Iterator[None]:
-    """The kernels with other values in their table; what was traced and compiled is forgotten."""
-    kept = pallas_triton.TUNING
+    """The kernels with another tuning; clears what was traced and compiled."""
+    tuning_for = call.tuning_for
     try:
-        pallas_triton.TUNING = {
-            key: dataclasses.replace(row, **changes) for key, row in kept.items()
-        }
+        call.tuning_for = lambda *key: dataclasses.replace(tuning_for(*key), **changes)
         compiled.cache_clear()
         jax.clear_caches()
         yield
     finally:
-        pallas_triton.TUNING = kept
+        call.tuning_for = tuning_for
         compiled.cache_clear()
         jax.clear_caches()
 
@@ -211,10 +210,10 @@ def trace(card: str, changes: dict[str, Any], in_place: bool = True) -> dict[str
     with tuned(changes), jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(forward_and_backward)(*inputs).jaxpr
     found = {}
-    for call in equations(program):
-        if call.primitive.name != "pallas_call":
+    for equation in equations(program):
+        if equation.primitive.name != "pallas_call":
             continue
-        [loop] = [x for x in call.params["jaxpr"].eqns if x.primitive.name in ("scan", "while")]
+        [loop] = [x for x in equation.params["jaxpr"].eqns if x.primitive.name in ("scan", "while")]
         body = _inner(loop)[-1]
         states = [x.aval.ndim == 2 and not hasattr(x.aval, "inner_aval") for x in body.invars]
         carried = [0.0 if x else -math.inf for x in states]
@@ -224,9 +223,9 @@ def trace(card: str, changes: dict[str, Any], in_place: bool = True) -> dict[str
             outs, _ = longest(body, carried, cost)
             figures.append((whole, max(outs, default=0.0)))
         (products, carried_products), (path, carried_path) = figures
-        programs = math.prod(call.params["grid_mapping"].grid)
-        found[call.params["name"]] = Kernel(
-            block_bytes(call),
+        programs = math.prod(equation.params["grid_mapping"].grid)
+        found[equation.params["name"]] = Kernel(
+            block_bytes(equation),
             product_flops(body) * programs * loop.params["length"] / _token_heads(),
             programs,
             int(loop.params["length"]),

@@ -19,11 +19,11 @@ from wkv7_suite import (
     truth,
 )
 
-from pallas_kernels.wkv7 import api, pallas_triton, wkv7
+from pallas_kernels.wkv7 import api, numerics, wkv7
+from pallas_kernels.wkv7.triton import call
+from pallas_kernels.wkv7.triton.tuning import tuning_for
 
-interpreted = functools.partial(
-    pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
-)
+interpreted = functools.partial(call.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu")
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ class TestPallasTriton(WKV7Suite):
     "tuning, reset",
     sorted(
         {
-            (dataclasses.replace(tuning, warps=2), reset)
-            for (_, _, reset), tuning in pallas_triton.TUNING.items()
+            (dataclasses.replace(tuning_for((major, 0), size, reset, jnp.bfloat16), warps=2), reset)
+            for major, size, reset in itertools.product((8, 9, 12), (64, 128), (False, True))
         },
         key=str,
     ),
@@ -50,8 +50,7 @@ def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
     """Whatever card and head size it was chosen for."""
     starts = (0, 16, 32, 64, 128), (5, 63, 64, 65, 149)
     case = Case("tuning", time=150, size=32, reset=starts if reset else None)
-    tunings = dict.fromkeys(itertools.product(range(8, 13), [case.size], [False, True]), tuning)
-    monkeypatch.setattr(pallas_triton, "TUNING", tunings)
+    monkeypatch.setattr(call, "tuning_for", lambda *_: tuning)
     op = functools.partial(wkv7, implementation="pallas_triton")
     results = outputs_and_gradients(op, *cast(case, "bfloat16"))
     for name, x, true in zip(NAMES, results, truth(case), strict=True):
@@ -61,7 +60,7 @@ def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
 def test_sharded_over_batch_and_heads(monkeypatch, implementation):
     """On simulated devices, each of which has one head of one sequence: values and gradients."""
-    always = functools.partial(pallas_triton.wkv7_pallas_triton, interpret=True)
+    always = functools.partial(call.wkv7_pallas_triton, interpret=True)
     monkeypatch.setitem(globals(), "interpreted", always)
     monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
     devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
@@ -88,7 +87,7 @@ def test_sharded_over_batch_and_heads(monkeypatch, implementation):
 
 @pytest.mark.parametrize("capability", [None, (7, 5)])
 def test_refuses_what_it_cannot_serve(monkeypatch, capability):
-    for module in (api, pallas_triton):
+    for module in (api, call):
         monkeypatch.setattr(module, "current_compute_capability", lambda: capability)
     inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
     with pytest.raises(NotImplementedError, match="compute capability 8.0"):
@@ -122,10 +121,12 @@ def test_inverse_stays_accurate_where_the_product_form_does_not():
     def dot(x, y):
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
+    bfloat16 = jnp.bfloat16
+    ops = numerics.TileOps(bfloat16, dot, jnp.exp2, jnp.reciprocal)
+
     # Not powers of two, as real products of keys are not.
     m, exact = 0.997 * m, np.linalg.inv(np.eye(length) - 0.997 * np.asarray(m))
-    bfloat16 = jnp.bfloat16
-    ours = pallas_triton._inverse(m, bfloat16, dot)
+    ours = numerics.unit_triangular_inverse(m, ops)
     power, product = m, m + jnp.eye(length)
     for _ in range(3):  # (I + M)(I + M²)(I + M⁴)(I + M⁸)
         power = dot(power.astype(bfloat16), power.astype(bfloat16))
