@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +138,51 @@ def test_inverse_stays_accurate_where_the_product_form_does_not():
         product = dot(product.astype(bfloat16), (jnp.eye(length) + power).astype(bfloat16))
     assert relative_error(ours, exact) < 5e-3
     assert relative_error(product, exact) > 0.1
+
+
+# As with a later jax that no longer has the module, on an H100.
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import importlib, json, pkgutil
+import jax.numpy as jnp
+import pallas_kernels, rwkv_jax
+from pallas_kernels import gpu_targets
+gpu_targets.current_compute_capability = lambda: (9, 0)
+for package in (pallas_kernels, rwkv_jax):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "lm_eval", error  # an extra
+from pallas_kernels.wkv7 import wkv7
+from rwkv_jax import doctor
+x = [jnp.full((1, 20, 1, 16), 0.1, jnp.bfloat16)] * 6
+result = {"like xla": bool((wkv7(*x) == wkv7(*x, implementation="xla")).all())}
+try:
+    wkv7(*x, implementation="pallas_triton")
+except NotImplementedError as error:
+    result["error"] = str(error)
+trial = doctor.Trial(doctor.jax_facts(), {}, "", "")
+result["doctor"] = dict(doctor.report(doctor.gather_facts(trial)))["WKV, bfloat16"]
+print(json.dumps(result))
+"""
+
+
+def test_a_jax_without_the_triton_backend_uses_the_xla_form(tmp_path):
+    """Everything imports; naming the kernels is one line of error, which doctor shows, too."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", WITHOUT_TRITON],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr
+    reason = "needs jax.experimental.pallas.triton, which jax "
+    reason = f"pallas_triton {reason}{jax.__version__} does not have"
+    assert json.loads(run.stdout) == {
+        "like xla": True,
+        "error": reason,
+        "doctor": f"xla: {reason}",
+    }
