@@ -12,8 +12,9 @@ At B8 T4096 H12 N64 in 16 bits, for an H100 and an RTX 4090:
   the kernels can be tuned to.
 What the kernels cannot be tuned to is put together from the parts of those that can: `DERIVED`.
 
-Writes benchmarks/results/wkv7_designs.json and the tables in docs/wkv7-kernel.md; a test holds both
-to what can be computed without a compiler. Needs what `wkv7_sass_estimate` needs.
+Writes benchmarks/results/wkv7_designs.json and its tables in docs/wkv7-kernel.md and docs/log.md; a
+test compares both with what can be computed without a compiler. Needs what `wkv7_sass_estimate`
+needs.
 """
 
 import contextlib
@@ -420,7 +421,13 @@ def sensitivity_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"floors": kernels_table, "designs": designs_table, "sensitivity": sensitivity_table}
+LOG = DOCS.with_name("log.md")
+# Where each is: the kernels as they are in their page, what was weighed in the log.
+TABLES = {
+    "floors": (DOCS, kernels_table),
+    "designs": (LOG, designs_table),
+    "sensitivity": (LOG, sensitivity_table),
+}
 
 
 # With the compiler.
@@ -484,8 +491,8 @@ def main() -> None:
     results["replays"] = replayed
     with written_whole(RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    for name, table in TABLES.items():
-        replace(DOCS, name, table(results))
+    for name, (page, table) in TABLES.items():
+        replace(page, name, table(results))
     print(json.dumps(results["sensitivity"]))
 
 
