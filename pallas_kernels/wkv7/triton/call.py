@@ -171,13 +171,13 @@ def _call(
     kernel: Callable,
     options: _Options,
     layout: _Layout,
-    arguments: tuple[Any, ...],
-    in_specs: tuple[pl.BlockSpec, ...],
-    results: tuple[Any, ...],
-    out_specs: tuple[pl.BlockSpec, ...],
+    reads: list[tuple[Any, pl.BlockSpec]],
+    writes: list[tuple[Any, pl.BlockSpec]],
 ) -> Any:
-    """Runs a kernel. There is a BlockSpec for each pytree of arguments and of results."""
-    dtype = jax.tree.leaves(arguments)[0].dtype
+    """Runs a kernel. It reads and writes pytrees, each with the BlockSpec of its leaves."""
+    arrays, in_specs = zip(*reads, strict=True)
+    shapes, out_specs = zip(*writes, strict=True)
+    dtype = jax.tree.leaves(arrays)[0].dtype
     return pl.pallas_call(
         functools.partial(
             kernel,
@@ -185,30 +185,33 @@ def _call(
             ops=backend.tile_ops(dtype, options.precision, options.interpret),
         ),
         grid=layout.grid,
-        in_specs=jax.tree.broadcast(in_specs, arguments),
-        out_specs=jax.tree.broadcast(out_specs, results),
-        out_shape=results,
+        in_specs=jax.tree.broadcast(in_specs, arrays),
+        out_specs=jax.tree.broadcast(out_specs, shapes),
+        out_shape=shapes,
         compiler_params=backend.compiler_params(options.tuning.warps, layout.stages),
         interpret=options.interpret,
         name=f"wkv7_{kernel.__name__}",
-    )(*arguments)
+    )(*arrays)
 
 
 def _forward(options, inputs, initial_state, documents, save):
     """y, the final state, and with `save` S [B,H,C,N,N] of every chunk."""
     layout = _layout(options, inputs.v, sequential=True)
+    states = _like_states(options, inputs.v) if save else None
     return _call(
         kernels.forward,
         options,
         layout,
-        (inputs, initial_state, documents),
-        (layout.tokens, layout.state, layout.documents),
-        (
-            _like(inputs.v),
-            _like(initial_state),
-            _like_states(options, inputs.v) if save else None,
-        ),
-        (layout.tokens, layout.state, layout.states),
+        reads=[
+            (inputs, layout.tokens),
+            (initial_state, layout.state),
+            (documents, layout.documents),
+        ],
+        writes=[
+            (_like(inputs.v), layout.tokens),
+            (_like(initial_state), layout.state),
+            (states, layout.states),
+        ],
     )
 
 
@@ -219,10 +222,16 @@ def _backward_ends(options, inputs, dy, dfinal_state, documents):
         kernels.backward_ends,
         options,
         layout,
-        (inputs._replace(k=None, v=None), dy, dfinal_state, documents),
-        (layout.tokens, layout.tokens, layout.state, layout.documents),
-        (_like_states(options, inputs.r), _like(dfinal_state)),
-        (layout.states, layout.state),
+        reads=[
+            (inputs._replace(k=None, v=None), layout.tokens),
+            (dy, layout.tokens),
+            (dfinal_state, layout.state),
+            (documents, layout.documents),
+        ],
+        writes=[
+            (_like_states(options, inputs.r), layout.states),
+            (_like(dfinal_state), layout.state),
+        ],
     )
 
 
@@ -233,9 +242,13 @@ def _backward_chunks(options, inputs, dy, states, ends, documents):
         kernels.backward_chunks,
         options,
         layout,
-        (inputs, dy, states, ends, documents),
-        (layout.tokens, layout.tokens, layout.states, layout.states, layout.documents),
-        (jax.tree.map(_like, inputs),),
-        (layout.tokens,),
+        reads=[
+            (inputs, layout.tokens),
+            (dy, layout.tokens),
+            (states, layout.states),
+            (ends, layout.states),
+            (documents, layout.documents),
+        ],
+        writes=[(jax.tree.map(_like, inputs), layout.tokens)],
     )
     return gradients
