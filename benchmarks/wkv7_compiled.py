@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
 
 Compiles forward and backward for every row of `ROWS`, a few seconds each, and replaces the record
-of this jax and this assembler in benchmarks/results/wkv7_compiled.json and the tables in
+of this jax and this assembler in benchmarks/results/compiled_kernels.json and the tables in
 docs/wkv7-kernel.md. tests/test_gpu_compile.py fails when a compilation differs from its record.
 Needs the packages of `pallas_kernels.gpu_targets`.
 """
@@ -25,7 +25,7 @@ from pallas_kernels.wkv7.arg_specs import ArgSpec
 from rwkv_jax.files import written_whole
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
-RESULTS = Path(__file__).parent / "results" / "wkv7_compiled.json"
+RESULTS = Path(__file__).parent / "results" / "compiled_kernels.json"
 KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
 # One card of each compute capability that the kernels know.
 CARDS = ("a100", "a6000", "rtx4090", "h100", "rtx5090")
