@@ -1,18 +1,20 @@
-"""What the compiler makes of the WKV-7 kernels, card by card, without a GPU: a table for the docs.
+"""What the compiler makes of the WKV-7 kernels, card by card, without a GPU.
 
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
 
-Compiles forward and backward for every row of `ROWS` and writes the table of this jax and this
-assembler into its place in docs/wkv7-kernel.md; tests/kernels/test_gpu_compile.py fails when the
-two differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
+Compiles forward and backward for every row of `ROWS`, a few seconds each, and replaces the record
+of this jax and this assembler in benchmarks/results/compiled_kernels.json and the tables in
+docs/wkv7-kernel.md. tests/kernels/test_gpu_compile.py fails when a compilation differs from its record.
+Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools
 import itertools
+import json
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from pallas_kernels.wkv7.arg_specs import ArgSpec
 from rwkv_jax.files import written_whole
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
+RESULTS = Path(__file__).parent / "results" / "compiled_kernels.json"
 KERNELS = ("wkv7_forward", "wkv7_backward_ends", "wkv7_backward_chunks")
 # One card of each compute capability that the kernels know.
 CARDS = ("a100", "a6000", "rtx4090", "h100", "rtx5090")
@@ -56,23 +59,56 @@ def compiled(row: Row) -> Compiled:
     return compile_for(GPU_TARGETS[row.card], forward_and_backward, reset, *tokens)
 
 
-def line(row: Row) -> str:
-    """Registers / bytes of spill / tensor-core instructions / KiB of shared memory, by kernel."""
-    cells = [row.card, f"{row.size}, reset" if row.resets else str(row.size)]
+def record(row: Row) -> dict[str, Any]:
+    """The row, and of each kernel the registers and bytes of spill of a thread, the tensor-core
+    instructions in its PTX, and the KiB of shared memory of a block.
+    """
+    found = row._asdict()
     for name in KERNELS:
         kernel = compiled(row).kernels[name]
-        shared = f"{kernel.shared_bytes / 1024:.0f}"
-        figures = (kernel.registers, kernel.spill_bytes, kernel.tensor_instructions, shared)
-        cells.append(" / ".join(str(x) for x in figures))
-    return f"| {' | '.join(cells)} |"
+        found[name] = {
+            "registers": kernel.registers,
+            "spill": kernel.spill_bytes,
+            "tensor": kernel.tensor_instructions,
+            "shared_kib": round(kernel.shared_bytes / 1024),
+        }
+    return found
 
 
 @functools.cache
-def table_name() -> str:
-    """Of this jax and this assembler: other versions allocate registers in other ways."""
+def stack() -> str:
+    """This jax and this assembler: other versions allocate registers in other ways."""
     words = subprocess.run([str(ptxas()), "--version"], capture_output=True, text=True).stdout
     (release,) = re.findall(r"release (\S+),", words)
-    return f"compiled by jax {jax.__version__}, ptxas {release}"
+    return f"jax {jax.__version__}, ptxas {release}"
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = [" / ".join(map(str, row[name].values())) for name in KERNELS]
+    return f"| {' | '.join([row['card'], *cells])} |"
+
+
+def newest_table(results: dict[str, list]) -> str:
+    """Every card with N = 64 and no resets, of the stack that the record has last."""
+    name, rows = list(results.items())[-1]
+    lines = [f"| {name} | {' | '.join(KERNELS)} |", "|---" * (1 + len(KERNELS)) + "|"]
+    return "\n".join(lines + [line(x) for x in rows if x["size"] == 64 and not x["resets"]])
+
+
+def spill_table(results: dict[str, list]) -> str:
+    """The kernel that spills most, of each stack."""
+    lines = ["| stack | compiled | largest spill, bytes a thread | where |", "|---" * 4 + "|"]
+    for name, rows in results.items():
+        row, kernel = max(
+            itertools.product(rows, KERNELS), key=lambda pair: pair[0][pair[1]]["spill"]
+        )
+        where = f"{kernel}, {row['card']}, N = {row['size']}{', reset' if row['resets'] else ''}"
+        count = len(rows) * len(KERNELS)
+        lines.append(f"| {name} | {count} kernels | {row[kernel]['spill']} | {where} |")
+    return "\n".join(lines)
+
+
+TABLES = {"compiled": newest_table, "spills": spill_table}
 
 
 def replace(path: Path, name: str, text: str) -> None:
@@ -83,14 +119,25 @@ def replace(path: Path, name: str, text: str) -> None:
         temporary.write_text(before + begin + text + "\n" + end + rest.split(end)[1], "utf-8")
 
 
+def write(results: dict[str, list]) -> None:
+    """The record, a row a line, and the tables."""
+    stacks = [
+        f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]"
+        for name, rows in results.items()
+    ]
+    with written_whole(RESULTS) as temporary:
+        temporary.write_text("{\n" + ",\n".join(stacks) + "\n}\n", "utf-8")
+    for name, table in TABLES.items():
+        replace(DOCS, name, table(results))
+
+
 def main() -> None:
-    if f"<!-- {table_name()}: begin -->" not in DOCS.read_text("utf-8"):
-        raise SystemExit(f"add <!-- {table_name()}: begin --> and … end --> to {DOCS}")
-    lines = [f"| card | N | {' | '.join(KERNELS)} |", "|---" * (2 + len(KERNELS)) + "|"]
+    results = json.loads(RESULTS.read_text("utf-8"))
+    results[stack()] = rows = []
     for row in ROWS:
-        lines.append(line(row))
-        print(lines[-1], flush=True)
-    replace(DOCS, table_name(), "\n".join(lines))
+        rows.append(record(row))
+        print(json.dumps(rows[-1]), flush=True)
+    write(results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ At B8 T4096 H12 N64 in 16 bits, for an H100 and an RTX 4090:
   the kernels can be tuned to.
 What the kernels cannot be tuned to is put together from the parts of those that can: `DERIVED`.
 
-Writes benchmarks/results/wkv7_designs.json and the tables in docs/wkv7-kernel.md; a test holds both
-to what can be computed without a compiler. Needs what `wkv7_sass_estimate` needs.
+Writes benchmarks/results/wkv7_designs.json and its tables in docs/wkv7-kernel.md and docs/log.md; a
+test compares both with what can be computed without a compiler. Needs what `wkv7_sass_estimate`
+needs.
 """
 
 import contextlib
@@ -42,8 +43,9 @@ from benchmarks.wkv7_sass_estimate import (
     resident,
 )
 from pallas_kernels.gpu_targets import GPU_TARGETS
-from pallas_kernels.wkv7 import pallas_triton, wkv7
+from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.wkv7.triton import call
 from rwkv_jax.files import written_whole
 
 CARDS = ("h100", "rtx4090")
@@ -79,17 +81,15 @@ class Kernel(NamedTuple):
 
 @contextlib.contextmanager
 def tuned(changes: dict[str, Any]) -> Iterator[None]:
-    """The kernels with other values in their table; what was traced and compiled is forgotten."""
-    kept = pallas_triton.TUNING
+    """The kernels with another tuning; clears what was traced and compiled."""
+    tuning_for = call.tuning_for
     try:
-        pallas_triton.TUNING = {
-            key: dataclasses.replace(row, **changes) for key, row in kept.items()
-        }
+        call.tuning_for = lambda *key: dataclasses.replace(tuning_for(*key), **changes)
         compiled.cache_clear()
         jax.clear_caches()
         yield
     finally:
-        pallas_triton.TUNING = kept
+        call.tuning_for = tuning_for
         compiled.cache_clear()
         jax.clear_caches()
 
@@ -211,10 +211,10 @@ def trace(card: str, changes: dict[str, Any], in_place: bool = True) -> dict[str
     with tuned(changes), jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(forward_and_backward)(*inputs).jaxpr
     found = {}
-    for call in equations(program):
-        if call.primitive.name != "pallas_call":
+    for equation in equations(program):
+        if equation.primitive.name != "pallas_call":
             continue
-        [loop] = [x for x in call.params["jaxpr"].eqns if x.primitive.name in ("scan", "while")]
+        [loop] = [x for x in equation.params["jaxpr"].eqns if x.primitive.name in ("scan", "while")]
         body = _inner(loop)[-1]
         states = [x.aval.ndim == 2 and not hasattr(x.aval, "inner_aval") for x in body.invars]
         carried = [0.0 if x else -math.inf for x in states]
@@ -224,9 +224,9 @@ def trace(card: str, changes: dict[str, Any], in_place: bool = True) -> dict[str
             outs, _ = longest(body, carried, cost)
             figures.append((whole, max(outs, default=0.0)))
         (products, carried_products), (path, carried_path) = figures
-        programs = math.prod(call.params["grid_mapping"].grid)
-        found[call.params["name"]] = Kernel(
-            block_bytes(call),
+        programs = math.prod(equation.params["grid_mapping"].grid)
+        found[equation.params["name"]] = Kernel(
+            block_bytes(equation),
             product_flops(body) * programs * loop.params["length"] / _token_heads(),
             programs,
             int(loop.params["length"]),
@@ -421,7 +421,13 @@ def sensitivity_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"floors": kernels_table, "designs": designs_table, "sensitivity": sensitivity_table}
+LOG = DOCS.with_name("log.md")
+# Where each is: the kernels as they are in their page, what was weighed in the log.
+TABLES = {
+    "floors": (DOCS, kernels_table),
+    "designs": (LOG, designs_table),
+    "sensitivity": (LOG, sensitivity_table),
+}
 
 
 # With the compiler.
@@ -485,8 +491,8 @@ def main() -> None:
     results["replays"] = replayed
     with written_whole(RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    for name, table in TABLES.items():
-        replace(DOCS, name, table(results))
+    for name, (page, table) in TABLES.items():
+        replace(page, name, table(results))
     print(json.dumps(results["sensitivity"]))
 
 

@@ -1,9 +1,9 @@
-"""Compiles for a named GPU on a machine that has none, and reads what the compiler made.
+"""Compiles for a named GPU on a machine without one, and reads the compiler's report.
 
 XLA compiles for a GPU from a description of it; no driver is needed, only the compiler's own
 packages, in jax's version: `pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 absl-py`, or jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc, and JAX_PLATFORMS=cpu.
-`tests/kernels/test_gpu_compile.py` checks the kernels with it.
+`tests/kernels/test_gpu_compile.py` checks the kernels in this way.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh
 
 @dataclasses.dataclass(frozen=True)
 class GpuTarget:
-    """What the compiler, and a byte count, need to know of a card (vendor's data sheets)."""
+    """The figures of a card that the compiler and byte counts need (vendor's data sheets)."""
 
     device_kind: str
     compute_capability: tuple[int, int]
@@ -43,13 +43,13 @@ class GpuTarget:
 
     @property
     def sm(self) -> str:
-        """The name ptxas knows the card by; Hopper's wgmma needs the `a`."""
+        """The card's architecture for ptxas; Hopper's wgmma needs the `a`."""
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major in (9, 10, 12) else "")
 
     @property
     def compiled_as(self) -> str:
-        """The name that it is compiled under: of its compute capability, and known to Pallas."""
+        """The name under which it is compiled: one of its compute capability that Pallas knows."""
         return STAND_INS[self.compute_capability]
 
     def text(self) -> str:
@@ -115,8 +115,8 @@ GPU_TARGETS = {
 }
 # fmt: on
 
-# For a GPU that is absent, Pallas looks up the compute capability by name, in a list that lacks
-# many cards. Here is one name of each compute capability.
+# Pallas looks up the compute capability of an absent GPU by name, in a list that lacks many cards.
+# This is one name for each compute capability.
 STAND_INS = {
     (7, 5): "Tesla T4",
     (8, 0): "NVIDIA A100-SXM4-80GB",
@@ -125,14 +125,14 @@ STAND_INS = {
     (9, 0): "NVIDIA H100 80GB HBM3",
     (12, 0): "NVIDIA RTX PRO 6000 Blackwell",
 }
-# The plugins of jax that compile for CUDA, and where in the package `nvidia` their ptxas lies.
+# The plugins of jax that compile for CUDA, and the folder of the package `nvidia` with their ptxas.
 PLUGINS = {"jax_cuda13_plugin": "cu13", "jax_cuda12_plugin": "cuda_nvcc"}
 
 
 def current_compute_capability() -> tuple[int, int] | None:
-    """Of the NVIDIA GPU that a function traced now will run on; None when it is another device.
+    """That of the NVIDIA GPU on which a function traced now will run; None on another device.
 
-    That is the device of `jax.sharding.use_abstract_mesh` when it names one, else the default one.
+    This is the device of `jax.sharding.use_abstract_mesh` if it names one, else the default device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -142,7 +142,7 @@ def current_compute_capability() -> tuple[int, int] | None:
         kinds |= {kind: capability for capability, kind in STAND_INS.items()}
         if device.device_kind in kinds:
             return kinds[device.device_kind]
-    # A mesh of devices that are there names one as well, and it may be any.
+    # A mesh of present devices names one as well, which may be missing from the tables.
     if jax.default_backend() != "gpu" or "rocm" in jax.devices()[0].client.platform_version:
         return None
     major, minor = jax.devices()[0].compute_capability.split(".")
@@ -155,15 +155,15 @@ def can_compile() -> bool:
 
 
 def plugins() -> list[str]:
-    """The plugins of jax that are installed and compile for CUDA."""
+    """The installed plugins of jax that compile for CUDA."""
     return [name for name in PLUGINS if importlib.util.find_spec(name)]
 
 
 def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "data") -> Mesh:
-    """A mesh of `count` GPUs that are not there, over `hosts` processes.
+    """A mesh of `count` absent GPUs, over `hosts` processes.
 
-    Inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, functions are traced and lowered as
-    on such GPUs.
+    Inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, functions are traced and lowered
+    for such GPUs.
     """
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -175,7 +175,7 @@ def device_mesh(target: GpuTarget, count: int = 1, hosts: int = 1, axis: str = "
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of a kernel, and what its code holds."""
+    """The assembler's report on a kernel, and counts from its code."""
 
     name: str
     registers: int
@@ -186,7 +186,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """`executable` as jax compiled it: its `memory_analysis()` is what XLA plans for that GPU."""
+    """`executable` is jax's; its `memory_analysis()` is XLA's plan for that GPU."""
 
     executable: Any
     kernels: dict[str, Kernel]
@@ -201,9 +201,9 @@ def compile_for(
     Args:
       target: one of `GPU_TARGETS`.
       function: anything that `jax.jit` takes, or its result.
-      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over `mesh`; without a mesh,
-        over one GPU, arrays and structs of any kind (only shapes and dtypes are used).
-      mesh: of `device_mesh`.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over `mesh`. Without a mesh, any
+        arrays and structs: their shapes and dtypes are used, for one GPU.
+      mesh: a result of `device_mesh`.
     """
     if mesh is None:
         mesh = device_mesh(target)
@@ -220,7 +220,7 @@ def compile_for(
             compiler_options={
                 "xla_dump_to": folder,
                 "xla_gpu_cuda_data_dir": folder,
-                # The assembler of that folder, not one in the process.
+                # Use the assembler of that folder, not the library in the process.
                 "xla_gpu_enable_libnvptxcompiler": False,
                 "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED",
             }
@@ -246,7 +246,7 @@ def compile_for(
 
 
 def ptxas() -> str | None:
-    """The assembler's path, of the packages that the module docstring names or else of the PATH."""
+    """The assembler's path: in the packages that the module docstring names, else on the PATH."""
     try:
         import nvidia
     except ImportError:
@@ -263,15 +263,15 @@ def _assembler() -> str:
 
 
 def assemble(target: GpuTarget, ptx: str, cubin: Path) -> str:
-    """Assembles PTX as XLA does; returns the assembler's report on the kernels."""
+    """Assembles PTX with XLA's options; returns the assembler's report on the kernels."""
     command = [_assembler(), "-v", f"-arch={target.sm}", "-", "-o", str(cubin)]
     return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
 
 
 def _put_recording_assembler(folder: Path) -> None:
-    """Makes `bin/ptxas`, which keeps the PTX it is given and what it says, both beside itself.
+    """Writes `bin/ptxas`, which saves its input (PTX) and its report beside itself.
 
-    XLA's own dump has the PTX of Triton kernels up to jax 0.10 alone.
+    XLA's own dump has the PTX of Triton kernels only up to jax 0.10.
     """
     assembler = _assembler()
     recording = folder / "bin" / "ptxas"

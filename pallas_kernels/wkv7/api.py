@@ -1,4 +1,4 @@
-"""The WKV-7 operation: one signature, several implementations."""
+"""The WKV-7 operation: one signature, and the choice of an implementation."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_targets import current_compute_capability
+from pallas_kernels.wkv7.inputs import Inputs
 
-# name -> module and function; the module is imported when it is first asked for.
+# name -> module and function(inputs, initial_state, reset). A module is imported on first use.
 IMPLEMENTATIONS = {
     "reference": ("pallas_kernels.wkv7.reference", "wkv7_reference"),
     "xla": ("pallas_kernels.wkv7.chunked_xla", "wkv7_xla"),
-    "pallas_triton": ("pallas_kernels.wkv7.pallas_triton", "wkv7_pallas_triton"),
+    "pallas_triton": ("pallas_kernels.wkv7.triton", "wkv7_pallas_triton"),
 }
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -38,16 +39,16 @@ def wkv7(
         S_t = S_{t−1}·diag(decay_t) + (S_{t−1} a_t) b_tᵀ + v_t k_tᵀ        y_t = S_t r_t
         decay = exp(−exp(−softplus(−w) − 0.5)) = exp(−e^−0.5·sigmoid(w))  ∈ (0.5452…, 1)
 
-    The map from w to the decay is part of the operation, because the lower bound of the decay is
-    what keeps the chunked forms in range. RWKV-7 calls it with a = −kk and b = kk·(in-context
-    learning rate); nothing here relies on that.
+    The map from w to the decay is part of the operation, because the lower bound of the decay
+    keeps the chunked forms in range. RWKV-7 calls it with a = −kk and b = kk·(in-context learning
+    rate); nothing here relies on that.
 
     Args:
       r, w, k, v, a, b: [B,T,H,N], N one of 16, 32, 64, 128, all of one floating dtype (w, the raw
         decay logit, may be float32 beside narrower others).
       initial_state: [B,H,N,N], value row and key column; zero when None.
       reset: [B,T] bool; where true, the state is set to zero before that token (the first token
-        of a document in a packed row).
+        of a document in a packed sequence).
       return_state: also return the state after the last token.
       implementation: a name in `IMPLEMENTATIONS`; None picks by device: reference for a single
         token; pallas_triton for 16-bit inputs on one NVIDIA GPU of compute capability 8.0 or
@@ -61,23 +62,27 @@ def wkv7(
       ValueError, TypeError: an argument of the wrong shape or dtype.
       NotImplementedError: the named implementation cannot serve this call, and why.
     """
-    _check_arguments(r, w, k, v, a, b, initial_state, reset)
+    inputs = Inputs(r, w, k, v, a, b)
+    _check_arguments(inputs, initial_state, reset)
     state_dtype = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
     if initial_state is None:
         batch, _, head, size = v.shape
         initial_state = jnp.zeros((batch, head, size, size), state_dtype)
     run = _load(implementation or choose(v)[0])
     with jax.named_scope("wkv7"):
-        y, final_state = run(r, w, k, v, a, b, initial_state.astype(state_dtype), reset)
+        y, final_state = run(inputs, initial_state.astype(state_dtype), reset)
     return (y, final_state) if return_state else y
 
 
-def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
+def _check_arguments(
+    inputs: Inputs, initial_state: jax.Array | None, reset: jax.Array | None
+) -> None:
+    v, w = inputs.v, inputs.w
     if v.ndim != 4 or v.shape[-1] not in HEAD_SIZES or 0 in v.shape:
         raise ValueError(f"v must be [B,T,H,N], none empty, N in {HEAD_SIZES}; got {v.shape}")
     batch, time, head, size = v.shape
-    expected = {name: (v.shape, v.dtype) for name in ("r", "w", "k", "v", "a", "b")}
-    given = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    given = inputs._asdict()
+    expected = {name: (v.shape, v.dtype) for name in given}
     if w.dtype == jnp.float32:
         expected["w"] = (v.shape, w.dtype)
     if initial_state is not None:
@@ -99,25 +104,26 @@ def _check_arguments(r, w, k, v, a, b, initial_state, reset) -> None:
 
 
 def choose(v: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, str]:
-    """The implementation that `wkv7` picks for v [B,T,H,N] on the present device, and why."""
+    """The implementation that `wkv7` picks for v [B,T,H,N] on the current device, and why."""
     if v.shape[1] == 1:
-        return "reference", "one token leaves nothing to do at once"
+        return "reference", "a single token leaves nothing to compute in parallel"
     if current_compute_capability() is None:
         return "xla", "the Pallas kernels need an NVIDIA GPU"
     if jnp.dtype(v.dtype).itemsize != 2:
         return "xla", f"a GPU core's registers do not hold the Pallas kernels' {v.dtype} operands"
     if _is_partitioned():
-        return "xla", "XLA cuts this call over several devices; to it a kernel is opaque"
-    refusal = import_module("pallas_kernels.wkv7.pallas_triton").refusal(v)
+        return "xla", "XLA partitions this call over several devices; it cannot partition a kernel"
+    refusal = import_module("pallas_kernels.wkv7.triton").refusal(v)
     if refusal:
         return "xla", f"pallas_triton {refusal}"
     return "pallas_triton", "kernels for tensor cores"
 
 
 def _is_partitioned() -> bool:
-    """Whether XLA may cut this call over devices: to it a kernel is opaque, it would gather.
+    """Whether XLA may partition this call over devices.
 
-    Inside `jax.shard_map` the cutting is done.
+    It cannot partition a kernel: it would gather the kernel's arguments. Inside `jax.shard_map`
+    the call is partitioned already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.abstract_device is None else mesh.size

@@ -1,4 +1,4 @@
-"""The shapes that WKV-7 runs at in training: what benchmarks time and compilers are tried on."""
+"""Shapes of WKV-7 in training, for benchmarks and for tests of compilers."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class ArgSpec(NamedTuple):
 
 
 ARG_SPECS = {
-    # What others publish their times for, and a 7.2b model has: the first to be timed.
+    # A 7.2b model's, for which others publish times. Benchmarks time it first.
     "7.2b_micro_batch_8": ArgSpec(8, 4096, 64),
     "0.1b_micro_batch_8": ArgSpec(8, 4096, 12),
     "0.1b_micro_batch_16": ArgSpec(16, 4096, 12),

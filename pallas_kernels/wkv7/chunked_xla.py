@@ -7,26 +7,27 @@ m = g_L/2. Everything is expressed at the decay half way through the chunk::
     Ŝ = S·diag(exp(m))
 
 so that no factor exceeds exp(L·e^−0.5/2) (1.6e4 at L = 32, 2.7e8 at 64). With the lower
-triangular matrices rk = tril(r̂ k̂ᵀ), rb = tril(r̂ b̂ᵀ), and the strictly lower ak and ab, the state
-of before every token is eliminated by one triangular inverse, and a chunk is an affine map::
+triangular matrices rk = tril(r̂ k̂ᵀ), rb = tril(r̂ b̂ᵀ), and the strictly lower ak and ab, one
+triangular inverse eliminates the states inside of the chunk, and a chunk is an affine map::
 
     T = (I − ab)⁻¹     u = T (ak v)     x = T â     q = r̂ + rb x
     y = q Ŝᵀ + rk v + rb u              Ŝ' = Ŝ + Ŝ xᵀ b̂ + vᵀ k̂ + uᵀ b̂
 
-All but the two products with Ŝ is computed for all chunks at once; a `lax.scan` applies
-Ŝ (xᵀ b̂), one [N,N] product a chunk; y is then again computed for all chunks at once. The backward
-pass has the same three stages, its scan carrying the state's cotangent through (xᵀ b̂)ᵀ.
+Everything but the two products with Ŝ is computed for all chunks at once. A `lax.scan` applies
+Ŝ (xᵀ b̂), one [N,N] product a chunk. Then y is computed for all chunks at once. The backward pass
+has the same three stages; its scan carries the state's cotangent through (xᵀ b̂)ᵀ.
 
-Why so, by measurement (B1 T512 H12 N64, float32, forward + backward, two x86 cores): chunks of 16
-take about 1.5 times as long as of 64, whose products XLA's CPU runs at full speed; 32 is level with
-64 and stores twice the states. One stacked [r̂; â][k̂; b̂]ᵀ in place of four products takes 1.6
-times as long, for its concatenations. LAPACK's triangular solve takes longer than all the rest.
-Operands are float32 for every input dtype narrower than float64: with bfloat16 ones, aligned keys
-give errors of 2e-2 in da and db (L = 64; 1e-2 at 16), with float32 ones 2e-3, that of rounding
-the result; on CPUs and on GPUs before Ampere bfloat16 products are no faster.
+The choices were measured (B1 T512 H12 N64, float32, forward + backward, two x86 cores). Chunks of
+16 take about 1.5 times as long as chunks of 64, whose products XLA's CPU backend runs at full
+speed; 32 takes the same time as 64 and stores twice the states. One stacked [r̂; â][k̂; b̂]ᵀ in
+place of four products takes 1.6 times as long, because of its concatenations. LAPACK's triangular
+solve takes longer than all the rest. Operands are float32 for every input dtype narrower than
+float64: with bfloat16 operands, aligned keys give errors of 2e-2 in da and db (L = 64; 1e-2 at
+16), with float32 ones 2e-3, which is the rounding of the result. On CPUs and on GPUs before Ampere
+bfloat16 products are no faster.
 
-`reset` cuts a chunk into segments: the triangular matrices keep pairs of one segment, only the
-first segment sees the state that enters and only the last reaches the one that leaves.
+`reset` divides a chunk into documents: the triangular matrices keep pairs of the same document,
+only the first document sees the state before the chunk, and only the last reaches the state after.
 """
 
 from functools import partial
@@ -35,33 +36,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.wkv7.inputs import Inputs
+from pallas_kernels.wkv7.numerics import DECAY_SCALE, document_masks, unit_lower_inverse
+
 CHUNK = 64  # tokens; a power of two
-DECAY_SCALE = 0.6065306597126334  # e^−0.5
 
 
 def wkv7_xla(
-    r: jax.Array,
-    w: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    initial_state: jax.Array,
-    reset: jax.Array | None,
+    inputs: Inputs, initial_state: jax.Array, reset: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """y [B,T,H,N] in v's dtype and the final state [B,H,N,N], as `api.wkv7` defines them.
 
-    Matrix operands are float32. On GPUs that could round them to TF32, that is allowed for
-    narrower inputs, and for float32 inputs where `jax.default_matmul_precision` says so.
+    Matrix operands are float32. GPUs may round them to TF32 for narrower inputs, and for float32
+    inputs where `jax.default_matmul_precision` allows it.
     """
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    exact = v.dtype.itemsize >= 4 and asked is None
+    exact = inputs.v.dtype.itemsize >= 4 and asked is None
     precision = jax.lax.Precision.HIGHEST if exact else None
-    return _wkv7(precision, r, w, k, v, a, b, initial_state, reset)
+    return _wkv7(precision, inputs, initial_state, reset)
 
 
 class _Chunks(NamedTuple):
-    """What both passes need of the chunks and can have without a state, in the module's letters."""
+    """What both passes need of the chunks and depends on no state, in the module's letters."""
 
     gate: jax.Array  # sigmoid(w)                          [C,B,H,L,N]
     up: jax.Array  # exp(g_t − m)
@@ -83,9 +79,9 @@ class _Chunks(NamedTuple):
     transition: jax.Array  # xᵀ b̂                          [C,B,H,N,N]
     causal: jax.Array  # 1 where token t may see token i   [1 or C,1 or B,1,L,L]
     strict: jax.Array  # the same for i < t
-    first: jax.Array | float  # 1 in the segment that sees the state entering   [C,B,1,L,1]
-    last: jax.Array | float  # 1 in the segment that reaches the state leaving
-    keep: jax.Array  # 1 where the state passes the chunk     [C,B,1,1,1]
+    first: jax.Array | float  # 1 where the state before the chunk reaches the token  [C,B,1,L,1]
+    last: jax.Array | float  # 1 where the token reaches the state after the chunk
+    keep: jax.Array  # 1 where the state passes through the chunk  [C,B,1,1,1]
 
 
 # The einsums of the chunk's matrices: t and i are tokens, v value rows, k key columns.
@@ -122,33 +118,11 @@ def _sum_over_tokens(x: jax.Array, offset: int) -> jax.Array:
     return jnp.einsum(_APPLY, lower, x, precision="highest")
 
 
-def unit_lower_inverse(m: jax.Array) -> jax.Array:
-    """(I − M)⁻¹ for strictly lower triangular M [..., L, L], L a power of two.
-
-    By block doubling: the inverses P, Q of two neighbouring diagonal blocks give that of the
-    block of twice the size, [[P, 0], [Q M₂₁ P, Q]]. Unlike the product
-    (I + M)(I + M²)(I + M⁴)…, no power of M is formed, whose entries grow like binomial
-    coefficients when keys align, only to cancel.
-    """
-    dot = partial(jnp.einsum, "...ij,...jk->...ik", precision="highest")
-    length = m.shape[-1]
-    inverse = jnp.ones((*m.shape[:-2], length, 1, 1), m.dtype)  # [..., blocks, size, size]
-    size = 1
-    while size < length:
-        pairs = range(0, length, 2 * size)
-        below = jnp.stack([m[..., i + size : i + 2 * size, i : i + size] for i in pairs], -3)
-        p, q = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        corner = dot(dot(q, below), p)
-        top = jnp.concatenate([p, jnp.zeros_like(p)], -1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, q], -1)], -2)
-        size *= 2
-    return inverse[..., 0, :, :]
-
-
-def _prepare(dot, r, w, k, v, a, b, reset) -> _Chunks:
+def _prepare(dot, inputs: Inputs, reset: jax.Array | None) -> _Chunks:
+    r, w, k, v, a, b = inputs
     length = _chunk_length(v.shape[1])
     dtype = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
-    # After the last token: no decay (the gate is zero) and nothing read, removed or written.
+    # Padding does nothing: no decay (the gate is zero), nothing is read, removed or written.
     gate = _split(jax.nn.sigmoid(w.astype(dtype)), length)
     r, k, v, a, b = (_split(x, length).astype(dtype) for x in (r, k, v, a, b))
 
@@ -164,12 +138,12 @@ def _prepare(dot, r, w, k, v, a, b, reset) -> _Chunks:
     last: jax.Array | float = 1.0
     keep = jnp.ones((*v.shape[:2], 1, 1, 1), dtype)
     if reset is not None:
-        segment = jnp.cumsum(_split(reset[:, :, None, None], length), -2)  # [C,B,1,L,1]
-        same = (segment == segment.swapaxes(-1, -2)).astype(dtype)
+        own = jnp.cumsum(_split(reset[:, :, None, None], length)[..., 0], -1)  # [C,B,1,L]
+        masks = document_masks(0, own, own[..., -1:, None])
+        same = masks.tokens.astype(dtype)
         causal, strict = causal * same, strict * same
-        first = (segment == 0).astype(dtype)
-        last = (segment == segment[..., -1:, :]).astype(dtype)
-        keep = (segment[..., -1:, :] == 0).astype(dtype)
+        first, last = (x.swapaxes(-1, -2).astype(dtype) for x in (masks.start, masks.end))
+        keep = masks.through.astype(dtype)
 
     rk, rb = dot(_ROWS, r, k) * causal, dot(_ROWS, r, b) * causal
     ak, ab = dot(_ROWS, a, k) * strict, dot(_ROWS, a, b) * strict
@@ -187,14 +161,14 @@ def _prepare(dot, r, w, k, v, a, b, reset) -> _Chunks:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv7(precision, r, w, k, v, a, b, initial_state, reset):
-    return _forward(precision, r, w, k, v, a, b, initial_state, reset)[0]
+def _wkv7(precision, inputs, initial_state, reset):
+    return _forward(precision, inputs, initial_state, reset)[0]
 
 
-def _forward(precision, r, w, k, v, a, b, initial_state, reset):
+def _forward(precision, inputs, initial_state, reset):
     """The outputs, and what the backward pass keeps: the inputs and each chunk's first state."""
     dot = partial(jnp.einsum, precision=precision)
-    c = _prepare(dot, r, w, k, v, a, b, reset)
+    c = _prepare(dot, inputs, reset)
     written = dot(_OUTER, c.v, c.last * c.k) + dot(_OUTER, c.u, c.last * c.b)
 
     def step(state, chunk):
@@ -204,15 +178,16 @@ def _forward(precision, r, w, k, v, a, b, initial_state, reset):
 
     final_state, states = jax.lax.scan(step, initial_state, (c.half, c.keep, c.transition, written))
     y = dot(_READ, c.q, states * c.half) + dot(_APPLY, c.rk, c.v) + dot(_APPLY, c.rb, c.u)
-    return (_join(y, v), final_state), (r, w, k, v, a, b, reset, states.astype(v.dtype))
+    saved = inputs, reset, states.astype(inputs.v.dtype)
+    return (_join(y, inputs.v), final_state), saved
 
 
 def _backward(precision, saved, cotangents):
     """The backward equations; d followed by a name is the cotangent of what has that name."""
-    r, w, k, v, a, b, reset, states = saved
+    inputs, reset, states = saved
     dy, dfinal_state = cotangents
     dot, dtype = partial(jnp.einsum, precision=precision), dfinal_state.dtype
-    c = _prepare(dot, r, w, k, v, a, b, reset)
+    c = _prepare(dot, inputs, reset)
     states = states.astype(dtype)
     dy = _split(dy, c.v.shape[-2]).astype(dtype)
     read = dot(_OUTER, dy, c.q)
@@ -239,25 +214,17 @@ def _backward(precision, saved, cotangents):
     db = dot(_APPLY_T, drb, c.r) + dot(_APPLY_T, dab, c.a) + c.last * dot(_READ_T, u, dmiddle)
 
     # g_t scales r_t up, k_t and b_t down, and (as g_{t−1}) a_t up. All g of a chunk together scale
-    # the state that enters, so the sum over the tokens from t on is that at the chunk's start less
-    # the sum over those before t.
+    # the state before it. So the sum over the tokens from t on is the sum at the chunk's start
+    # minus the sum over the tokens before t.
     before_own_decay = da * c.a
     dg = dr * c.r - dk * c.k - db * c.b + before_own_decay
-    # Exact, as the sums that it is compared with: most of it cancels.
+    # As exact as the sums it is subtracted from: most of it cancels.
     at_start = jnp.einsum("...vk,...vk->...k", states, dstates, precision="highest")[..., None, :]
     dlog_decay = at_start - _sum_over_tokens(dg, -1) - before_own_decay
-    closed = _split(jax.nn.sigmoid(-w.astype(dtype)), dy.shape[-2])  # 1 − gate, exactly
+    closed = _split(jax.nn.sigmoid(-inputs.w.astype(dtype)), dy.shape[-2])  # 1 − gate, exactly
     dw = -DECAY_SCALE * dlog_decay * c.gate * closed
-    return (
-        _join(dr * c.up, r),
-        _join(dw, w),
-        _join(dk * c.down, k),
-        _join(dv, v),
-        _join(da * c.up_before, a),
-        _join(db * c.down, b),
-        dinitial_state,
-        None,
-    )
+    gradients = Inputs(dr * c.up, dw, dk * c.down, dv, da * c.up_before, db * c.down)
+    return jax.tree.map(_join, gradients, inputs), dinitial_state, None
 
 
 _wkv7.defvjp(_forward, _backward)

@@ -285,8 +285,8 @@ chunked_xla.DECAY_SCALE *= 1.1
 from pallas_kernels.wkv7 import chunked_xla
 backward = chunked_xla._backward
 def wrong(precision, saved, cotangents):
-    dr, dw, dk, *rest = backward(precision, saved, cotangents)
-    return dr, dw, -dk, *rest
+    gradients, *rest = backward(precision, saved, cotangents)
+    return gradients._replace(k=-gradients.k), *rest
 chunked_xla._wkv7.defvjp(chunked_xla._forward, wrong)
 """,
     "Adam": """

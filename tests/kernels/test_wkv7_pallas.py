@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.wkv7 import api, pallas_triton, wkv7
+from pallas_kernels.wkv7 import api, numerics, wkv7
+from pallas_kernels.wkv7.triton import call
+from pallas_kernels.wkv7.triton.tuning import tuning_for
 from tests.support.wkv7_suite import (
     NAMES,
     Case,
@@ -21,9 +28,7 @@ from tests.support.wkv7_suite import (
     truth,
 )
 
-interpreted = functools.partial(
-    pallas_triton.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu"
-)
+interpreted = functools.partial(call.wkv7_pallas_triton, interpret=jax.default_backend() != "gpu")
 
 
 @pytest.fixture
@@ -40,8 +45,8 @@ class TestPallasTriton(WKV7Suite):
     "tuning, reset",
     sorted(
         {
-            (dataclasses.replace(tuning, warps=2), reset)
-            for (_, _, reset), tuning in pallas_triton.TUNING.items()
+            (dataclasses.replace(tuning_for((major, 0), size, reset, jnp.bfloat16), warps=2), reset)
+            for major, size, reset in itertools.product((8, 9, 12), (64, 128), (False, True))
         },
         key=str,
     ),
@@ -50,8 +55,7 @@ def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
     """Whatever card and head size it was chosen for."""
     starts = (0, 16, 32, 64, 128), (5, 63, 64, 65, 149)
     case = Case("tuning", time=150, size=32, reset=starts if reset else None)
-    tunings = dict.fromkeys(itertools.product(range(8, 13), [case.size], [False, True]), tuning)
-    monkeypatch.setattr(pallas_triton, "TUNING", tunings)
+    monkeypatch.setattr(call, "tuning_for", lambda *_: tuning)
     op = functools.partial(wkv7, implementation="pallas_triton")
     results = outputs_and_gradients(op, *cast(case, "bfloat16"))
     for name, x, true in zip(NAMES, results, truth(case), strict=True):
@@ -61,7 +65,7 @@ def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
 def test_sharded_over_batch_and_heads(monkeypatch, implementation):
     """On simulated devices, each of which has one head of one sequence: values and gradients."""
-    always = functools.partial(pallas_triton.wkv7_pallas_triton, interpret=True)
+    always = functools.partial(call.wkv7_pallas_triton, interpret=True)
     monkeypatch.setitem(globals(), "interpreted", always)
     monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
     devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
@@ -88,7 +92,7 @@ def test_sharded_over_batch_and_heads(monkeypatch, implementation):
 
 @pytest.mark.parametrize("capability", [None, (7, 5)])
 def test_refuses_what_it_cannot_serve(monkeypatch, capability):
-    for module in (api, pallas_triton):
+    for module in (api, call):
         monkeypatch.setattr(module, "current_compute_capability", lambda: capability)
     inputs, _, _ = cast(Case("small", time=3, size=16), "bfloat16")
     with pytest.raises(NotImplementedError, match="compute capability 8.0"):
@@ -122,13 +126,65 @@ def test_inverse_stays_accurate_where_the_product_form_does_not():
     def dot(x, y):
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
+    bfloat16 = jnp.bfloat16
+    ops = numerics.TileOps(bfloat16, dot, jnp.exp2, jnp.reciprocal)
+
     # Not powers of two, as real products of keys are not.
     m, exact = 0.997 * m, np.linalg.inv(np.eye(length) - 0.997 * np.asarray(m))
-    bfloat16 = jnp.bfloat16
-    ours = pallas_triton._inverse(m, bfloat16, dot)
+    ours = numerics.unit_triangular_inverse(m, ops)
     power, product = m, m + jnp.eye(length)
     for _ in range(3):  # (I + M)(I + M²)(I + M⁴)(I + M⁸)
         power = dot(power.astype(bfloat16), power.astype(bfloat16))
         product = dot(product.astype(bfloat16), (jnp.eye(length) + power).astype(bfloat16))
     assert relative_error(ours, exact) < 5e-3
     assert relative_error(product, exact) > 0.1
+
+
+# As with a later jax that no longer has the module, on an H100.
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import importlib, json, pkgutil
+import jax.numpy as jnp
+import pallas_kernels, rwkv_jax
+from pallas_kernels import gpu_targets
+gpu_targets.current_compute_capability = lambda: (9, 0)
+for package in (pallas_kernels, rwkv_jax):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "lm_eval", error  # an extra
+from pallas_kernels.wkv7 import wkv7
+from rwkv_jax import doctor
+x = [jnp.full((1, 20, 1, 16), 0.1, jnp.bfloat16)] * 6
+result = {"like xla": bool((wkv7(*x) == wkv7(*x, implementation="xla")).all())}
+try:
+    wkv7(*x, implementation="pallas_triton")
+except NotImplementedError as error:
+    result["error"] = str(error)
+trial = doctor.Trial(doctor.jax_facts(), {}, "", "")
+result["doctor"] = dict(doctor.report(doctor.gather_facts(trial)))["WKV, bfloat16"]
+print(json.dumps(result))
+"""
+
+
+def test_a_jax_without_the_triton_backend_uses_the_xla_form(tmp_path):
+    """Everything imports; naming the kernels is one line of error, which doctor shows, too."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", WITHOUT_TRITON],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr
+    reason = (
+        "pallas_triton needs jax.experimental.pallas.triton, which jax "
+        f"{jax.__version__} does not have; jax 0.12 has it"
+    )
+    assert json.loads(run.stdout) == {
+        "like xla": True,
+        "error": reason,
+        "doctor": f"xla: {reason}",
+    }
