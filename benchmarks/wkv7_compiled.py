@@ -4,8 +4,8 @@
 
 Compiles forward and backward for every row of `ROWS`, a few seconds each, and replaces the record
 of this jax and this assembler in benchmarks/results/compiled_kernels.json and the tables in
-docs/wkv7-kernel.md. tests/kernels/test_gpu_compile.py fails when a compilation differs from its record.
-Needs the packages of `pallas_kernels.gpu_targets`.
+docs/wkv7-kernel.md. tests/kernels/test_gpu_compile.py fails when a compilation differs from its
+record. Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools
