@@ -223,7 +223,7 @@ def a_nat_a_token(monkeypatch):
         for number, document in enumerate(documents):
             yield number, [scoring.SpanScore(float(len(document.ids)), True)]
 
-    monkeypatch.setattr(scoring, "score", score)
+    monkeypatch.setattr(evaluate, "score", score)
 
 
 def test_text_of_other_kinds(a_nat_a_token, tmp_path, monkeypatch):
