@@ -60,7 +60,7 @@ def without_gpu(**fields) -> Facts:
             changed(ON_CPU, gpu={"capability": (7, 0)}, versions={"jax": "0", "jaxlib": "0"}),
             r"pip install 'jax\[cuda12\]'",
         ),
-        (changed(ON_CPU, gpu={"driver": "470.1"}), "470.1, too old for any jax"),
+        (changed(ON_CPU, gpu={"driver": "470.1"}), "470.1, too old for any current jax"),
         (
             changed(ON_CPU, gpu={"driver": "550.54"}),
             r"needs driver 580; this machine has 550.54.*uninstall jax-cuda13-plugin "

@@ -346,9 +346,9 @@ def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\n \nWhat is\t2?\n"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", None)  # another module's command may have set it
-    read, taken = Decoder.read, []
+    prefill, taken = Decoder.prefill, []
     monkeypatch.setattr(
-        Decoder, "read", lambda self, ids, *a: taken.extend(ids) or read(self, ids, *a)
+        Decoder, "prefill", lambda self, ids, *a: taken.extend(ids) or prefill(self, ids, *a)
     )
     options = ["--load_model", str(world_file), "--temperature", "0", "--length", "7"]
     generate.main([*options, "--chat", "--think", "short"])
@@ -408,14 +408,14 @@ def test_the_system_prompt_comes_once_and_first(world_file, monkeypatch):
 def test_a_line_that_is_no_message_is_skipped(world_file, monkeypatch, capsys, tmp_path):
     """Also one whose tokens the model does not know: the chat is that of the other lines."""
     unknown = tokenizer.encode("今")[0]
-    read = Decoder.read
+    prefill = Decoder.prefill
 
     def refusing(self, tokens, *state):
         if unknown in tokens:
             raise UserError("a token of the text is unknown")
-        return read(self, tokens, *state)
+        return prefill(self, tokens, *state)
 
-    monkeypatch.setattr(Decoder, "read", refusing)
+    monkeypatch.setattr(Decoder, "prefill", refusing)
     a, b = tmp_path / "a.npz", tmp_path / "b.npz"
     chat(monkeypatch, world_file, "é\nb\n".encode(), "--save_state", a)
     expected = capsys.readouterr().out
@@ -434,15 +434,15 @@ def test_a_line_that_is_no_message_is_skipped(world_file, monkeypatch, capsys, t
 def test_what_was_said_before_an_error_is_saved(world_file, monkeypatch, tmp_path, error):
     """SystemExit is what SIGTERM becomes. Half a reply counts; of nothing, nothing is written."""
     state = tmp_path / "s.npz"
-    make, calls = Decoder.make, []
+    generate_tokens, calls = Decoder.generate, []
 
     def failing(self, *arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise error("now")
-        return make(self, *arguments)
+        return generate_tokens(self, *arguments)
 
-    monkeypatch.setattr(Decoder, "make", failing)
+    monkeypatch.setattr(Decoder, "generate", failing)
     with pytest.raises(error):
         chat(monkeypatch, world_file, b"a\n", "--save_state", state)
     monkeypatch.undo()
@@ -457,7 +457,7 @@ def test_what_was_said_before_an_error_is_saved(world_file, monkeypatch, tmp_pat
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), saved, expected)
 
     before = state.read_bytes()
-    monkeypatch.setattr(Decoder, "read", lambda *_: (_ for _ in ()).throw(error("now")))
+    monkeypatch.setattr(Decoder, "prefill", lambda *_: (_ for _ in ()).throw(error("now")))
     with pytest.raises(error):
         generate.main(
             ["--load_model", str(world_file), "--prompt", "a", "--save_state", str(state)]
@@ -669,7 +669,7 @@ def test_the_command(world, world_file):
         (["--save_state", "none/s.npz"], "none/s.npz: cannot write: No such file"),
         (["--save_state", "."], ".: cannot write: it is not a regular file"),
         (["--load_state", "no.npz", "--load_model", str(ORACLE)], "no.npz: cannot read: No such"),
-        (["--prompt", "今", "--load_model", str(ORACLE)], "a token of the text is 10"),
+        (["--prompt", "今", "--load_model", str(ORACLE)], "token 10381 is outside"),
     ],
 )
 def test_bad_input(options, complaint):
