@@ -179,8 +179,10 @@ def test_a_jax_without_the_triton_backend_uses_the_xla_form(tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr
-    reason = "needs jax.experimental.pallas.triton, which jax "
-    reason = f"pallas_triton {reason}{jax.__version__} does not have"
+    reason = (
+        "pallas_triton needs jax.experimental.pallas.triton, which jax "
+        f"{jax.__version__} does not have; jax 0.12 has it"
+    )
     assert json.loads(run.stdout) == {
         "like xla": True,
         "error": reason,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 try:
     from jax.experimental.pallas import triton as pltriton
-except ImportError:  # deprecated in jax 0.10; its successor, Mosaic GPU, has no consumer GPUs yet
+except ImportError:  # deprecated since jax 0.11; its successor has no consumer GPUs yet
     pltriton = None  # type: ignore[assignment]
 
 from pallas_kernels.wkv7.numerics import TileOps, operand_dtype
@@ -22,7 +22,10 @@ def missing() -> str | None:
     """Why there is no Triton backend in this jax; None when there is one."""
     if pltriton is not None:
         return None
-    return f"needs jax.experimental.pallas.triton, which jax {jax.__version__} does not have"
+    return (
+        f"needs jax.experimental.pallas.triton, which jax {jax.__version__} does not have; "
+        "jax 0.12 has it"
+    )
 
 
 def compiler_params(warps: int, stages: int) -> Any:
