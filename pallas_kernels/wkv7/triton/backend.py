@@ -9,9 +9,7 @@ import jax.numpy as jnp
 
 try:
     from jax.experimental.pallas import triton as pltriton
-except (
-    ImportError
-):  # deprecated since jax 0.11; its successor, Mosaic GPU, has no consumer GPUs yet
+except ImportError:  # deprecated since jax 0.11; its successor has no consumer GPUs yet
     pltriton = None  # type: ignore[assignment]
 
 from pallas_kernels.wkv7.numerics import TileOps, operand_dtype
