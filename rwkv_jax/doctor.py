@@ -49,7 +49,6 @@ def main() -> None:
     as compiled programs are kept.
     """
     CommandParser(
-        prog="python -m rwkv_jax.doctor",
         description="Say what this machine would train on, which kernels would run, and what is "
         "wrong with drivers, packages and settings; then train a small model for some steps whose "
         "losses are known. Exits with 1 when something is wrong.",

@@ -141,13 +141,12 @@ def _exp(nats: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        "python -m rwkv_jax.evaluate",
         description="Measure a model on text: a .jsonl, .txt or .parquet, a folder of them, or a "
         "pattern in quotes. text: bits per byte and perplexity, also of a binidx, and of any other "
         "file as one text; lambada: how often the last word of a text is the model's choice, and "
         "its perplexity; arithmetic: how often greedy decoding gives the answer exactly. Prints a "
         "line of JSON.",
-        epilog="example: python -m rwkv_jax.evaluate --load_model out --data_file held_out.jsonl",
+        epilog="example: %(prog)s --load_model out --data_file held_out.jsonl",
     )
     parser.add_argument(
         "--load_model",

@@ -156,7 +156,6 @@ def _gib(count: float) -> str:
 
 def main() -> None:
     parser = CommandParser(
-        prog="python -m rwkv_jax.plan",
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Whether a run fits a GPU, how large a batch does, and how fast a step could "
         "be, on a machine without one. Compiles the step that python -m rwkv_jax.train would run: "

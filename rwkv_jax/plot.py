@@ -25,7 +25,6 @@ from rwkv_jax.tracking.curves import (
 
 def main() -> None:
     parser = CommandParser(
-        prog="python -m rwkv_jax.plot",
         description="Draw the loss of one or more runs, to compare them: OUTPUT.html, which needs "
         "nothing but a browser, and OUTPUT.png, where matplotlib is installed.",
         allow_abbrev=False,

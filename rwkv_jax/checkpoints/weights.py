@@ -556,7 +556,7 @@ _KINDS = {
 _WAYS_OUT = {
     "an unmerged LoRA (alone or beside a model)": "merge it into its model first",
     "a tuned initial state": "give it to python -m rwkv_jax.generate as --load_state",
-    "a Hugging Face model": "convert its folder by python -m convert.hf_to_pth",
+    "a Hugging Face model": "convert its folder with rwkv-jax hf-to-pth",
 }
 
 

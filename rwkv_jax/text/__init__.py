@@ -8,4 +8,10 @@ token_cache.py   token files kept for the next run
 sampler.py       the official cubic-hash order of samples
 dataset.py       a token file with its order of samples
 loader.py        batches prepared ahead of the step
+
+Three commands, which `rwkv_jax.cli` lists:
+
+make_data.py            text to a shuffled token file
+compute_magic_prime.py  the options to train on a token file
+arithmetic.py           a corpus of exact arithmetic
 """

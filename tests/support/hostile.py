@@ -98,7 +98,7 @@ def commands() -> list[str]:
     return [
         f"{path.parent.name}.{path.stem}"
         for path in files
-        if "\n    run_command(main)" in path.read_text(encoding="utf-8")
+        if '__main__":\n    run_command(main)' in path.read_text(encoding="utf-8")
     ]
 
 
@@ -201,7 +201,9 @@ def fixtures(folder: Path) -> dict[str, str]:
     made = {"pth_to_orbax": "checkpoint", "pth_to_hf": "hf", "pth_to_st": "st.st"}
     for name, target in made.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(f"convert.{name}").main([str(model), str(folder / target)])
+            importlib.import_module(f"rwkv_jax.convert.{name}").main(
+                [str(model), str(folder / target)]
+            )
     with BinIdxWriter(folder / "data") as writer:
         writer.append(np.arange(400) % 99 + 1, [100] * 4)
     lines = [json.dumps({"text": "1 2 + 3 4 = 4 6"}) + "\n"] * 8

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data import make_data
 from rwkv_jax import files
 from rwkv_jax.errors import UserError
 from rwkv_jax.inference import tasks
-from rwkv_jax.text import corpus, token_cache, tokenization, tokenizer
+from rwkv_jax.text import corpus, make_data, token_cache, tokenization, tokenizer
 from rwkv_jax.text.binidx import open_binidx
 from rwkv_jax.text.corpus import find
 from rwkv_jax.text.dataset import open_dataset
