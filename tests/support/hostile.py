@@ -274,16 +274,15 @@ class Bench:
         numbers = (signal.SIGPROF, signal.SIGALRM)
         before_handlers = {number: signal.signal(number, _too_slow) for number in numbers}
         about = f"{one.command} {one.option}={one.value[:60]!r}"
+        measure = mock.Mock(return_value=memory.Need(1, 1, 1, 1, 1, 1.0))
         with (
             mock.patch.dict(os.environ, settings),
             mock.patch.object(sys, "argv", [one.command, *argv]),
             mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
             mock.patch("rwkv_jax.train.build_step", lambda *_: _no_step),
             # A plan compiles nothing either, and needs no CUDA plugin.
-            *(
-                mock.patch(f"rwkv_jax.{user}.measure", lambda *_: memory.Need(1, 1, 1, 1, 1, 1.0))
-                for user in ("plan", "planning.batch_size")
-            ),
+            mock.patch("rwkv_jax.plan.measure", measure),
+            mock.patch("rwkv_jax.planning.batch_size.measure", measure),
             mock.patch("rwkv_jax.plan.device_mesh", lambda *_: sharding.make_mesh(1)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

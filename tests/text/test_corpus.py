@@ -383,7 +383,7 @@ def test_killed_while_processes_tokenize(number, in_an_empty_folder):
         "corpus.Corpus.pieces = pieces\n"
         "if __name__ == '__main__':\n"
         "    with files.scratch_folder(Path('o')) as folder:\n"
-        "        tokenizing.tokenize(corpus.find('x.jsonl'), folder / 't')\n"
+        "        tokenization.tokenize(corpus.find('x.jsonl'), folder / 't')\n"
     )
     (in_an_empty_folder / "script.py").write_text(script)
     Path("x.jsonl").write_bytes(lines_of(["a b c d e f g"] * 40))
