@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 import rwkv_jax  # noqa: E402
-from convert import pth_to_hf  # noqa: E402
+from rwkv_jax.convert import pth_to_hf  # noqa: E402
 
 
 def main() -> None:

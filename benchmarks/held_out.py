@@ -22,8 +22,8 @@ import scipy.special
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 import rwkv_jax  # noqa: E402
-from data.arithmetic import write_corpus  # noqa: E402
 from rwkv_jax.text import tokenizer  # noqa: E402
+from rwkv_jax.text.arithmetic import write_corpus  # noqa: E402
 
 DEMO = HERE.parent / "data" / "demo.jsonl"
 LENGTH = 256  # chats are padded to a multiple of this; the padding is not counted

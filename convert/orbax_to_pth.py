@@ -1,57 +1,13 @@
-"""Turns a checkpoint into an official .pth: python -m convert.orbax_to_pth RUN_OR_DIR OUT.pth"""
+"""`python -m convert.orbax_to_pth`: the command of rwkv_jax/convert/orbax_to_pth.py."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __spec__ is None:  # run as a script: imports come from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).parents[1])
 
-from rwkv_jax.checkpoints import pth, weights
-from rwkv_jax.checkpoints.store import open_newest
-from rwkv_jax.device.runtime import prepare_jax
-from rwkv_jax.errors import CommandParser, UserError, run_command
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(
-        "python -m convert.orbax_to_pth",
-        description="Turn a checkpoint into a .pth in the official format, which the rwkv package "
-        "and RWKV Runner load.",
-        epilog="example: python -m convert.orbax_to_pth out model.pth, "
-        "or with out/checkpoints/2000 for a certain step",
-    )
-    parser.add_argument(
-        "source",
-        metavar="RUN_OR_DIR",
-        type=Path,
-        help="A run's output folder, whose newest checkpoint is taken, or a checkpoint itself.",
-    )
-    parser.add_argument(
-        "target", metavar="OUT.pth", type=Path, help="The file to write; must not exist."
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="Type of the tensors. bfloat16 (default): rounded to nearest even, half the size, "
-        "as the official trainer writes; float32: the master weights, exactly.",
-    )
-    args = parser.parse_args(argv)
-    if not args.source.is_dir():
-        raise UserError(f"{args.source}: is not a folder; give a run's output folder")
-    if args.target.exists():
-        raise UserError(f"{args.target}: exists already; give a new name")
-    prepare_jax()
-    source = str(args.source)
-    open_newest(
-        args.source,
-        lambda _, tensors: pth.write(
-            args.target, weights.with_finite_check(tensors, source), args.dtype
-        ),
-    )
-    print(f"wrote {args.target}")
-
+from rwkv_jax.convert.orbax_to_pth import main
+from rwkv_jax.errors import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -425,7 +425,6 @@ def parse_train_options(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m rwkv_jax.train",
         usage="%(prog)s [--size 0.1b] [--data_file X.jsonl] [--option value …]",
         description="Pretrain an RWKV-7 model, or continue training one. Without options: the 0.1b "
         "model on the demo text. A run that was stopped is resumed by the same command.",

@@ -49,7 +49,6 @@ def main() -> None:
     6 s after that, because compiled programs are cached.
     """
     CommandParser(
-        prog="python -m rwkv_jax.doctor",
         description="Report the device and kernels that training would use, and problems with "
         "drivers, packages and settings; then train a small model for a few steps and compare its "
         "losses with known values. Exits with 1 if there is a problem.",

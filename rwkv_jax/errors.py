@@ -66,14 +66,27 @@ def whole_number(text: str) -> int:
     return value
 
 
+def called_as() -> str:
+    """The command as it was typed: `python -m rwkv_jax.train`, `python make_data.py`, `rwkv-jax`.
+
+    argparse does the same from Python 3.14 on. `rwkv_jax.cli` adds the subcommand to `sys.argv[0]`.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name != "rwkv_jax.__main__":
+        return f"python -m {spec.name}"
+    name = os.path.basename(sys.argv[0])
+    return f"python {name}" if name.endswith(".py") else name
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that reports a wrong command line as a `UserError` of one line.
 
     Arguments of `type=Path` are parsed by `path_argument`, those of `type=int` by `whole_number`.
+    The name of the program is `called_as`.
     """
 
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
+    def __init__(self, **settings: Any):
+        super().__init__(**{"prog": called_as()} | settings)
         self.register("type", int, whole_number)
         self.register("type", Path, lambda text: Path(path_argument(text)))
         self._negative_number_matcher = re.compile(

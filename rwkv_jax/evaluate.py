@@ -155,13 +155,12 @@ def _exp(nats: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        "python -m rwkv_jax.evaluate",
         description="Evaluate a model on text: a .jsonl, .txt or .parquet, a folder of them, or a "
         "quoted pattern. text: bits per byte and perplexity, also of a binidx; any other file is "
         "read as one text. lambada: how often the last word of a text is the model's choice, and "
         "its perplexity. arithmetic: how often greedy decoding gives the exact answer. Prints one "
         "line of JSON.",
-        epilog="example: python -m rwkv_jax.evaluate --load_model out --data_file held_out.jsonl",
+        epilog="example: %(prog)s --load_model out --data_file held_out.jsonl",
     )
     parser.add_argument(
         "--load_model",

@@ -162,11 +162,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        "python -m rwkv_jax.generate",
         description="Continue a text with an RWKV-7 model, or chat with it. The text goes to "
         "standard output; it ends after --length tokens, where the model ends the document, or "
         "before a --stop string.",
-        epilog="example: python -m rwkv_jax.generate --load_model out/rwkv-final.pth "
+        epilog="example: %(prog)s --load_model out/rwkv-final.pth "
         "--prompt $'User: 123+456=?\\n\\nAssistant:'",
     )
     parser.add_argument(

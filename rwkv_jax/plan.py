@@ -158,7 +158,6 @@ def _gib(count: float) -> str:
 
 def main() -> None:
     parser = CommandParser(
-        prog="python -m rwkv_jax.plan",
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Plan a run on a GPU that this machine does not have: whether it fits, the "
         "largest batch that fits, and the step time. Compiles the step that python -m "

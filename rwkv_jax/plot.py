@@ -54,7 +54,6 @@ def main() -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m rwkv_jax.plot",
         description="Plot the loss of one or more runs: OUTPUT.html, for any browser, and "
         "OUTPUT.png if matplotlib is installed.",
         allow_abbrev=False,

@@ -4,7 +4,7 @@ A file of that name would hide Python's own module from whatever runs in the fol
 without `__init__.py` does not.
 """
 
-from convert.describe import main
+from rwkv_jax.convert.describe import main
 from rwkv_jax.errors import run_command
 
 run_command(main)

@@ -124,8 +124,8 @@ _OTHER_FILES = {
 def _what_is(head: bytes) -> str:
     if is_safetensors(head):
         return (
-            "is a safetensors file, not a .pth: convert it with python -m convert.st_to_pth, or "
-            "the folder of a Hugging Face model with python -m convert.hf_to_pth"
+            "is a safetensors file, not a .pth: convert it with rwkv-jax st-to-pth, or the "
+            "folder of a Hugging Face model with rwkv-jax hf-to-pth"
         )
     for begin, what in _OTHER_FILES.items():
         if head.lstrip(b"\r\n\t ").startswith(begin):

@@ -390,7 +390,7 @@ def _open_newest(
     if (folder / "config.json").exists():
         raise UserError(
             f"{path}: is the folder of a Hugging Face model: convert it first with "
-            f"python -m convert.hf_to_pth {shlex.quote(str(path))} model.pth"
+            f"rwkv-jax hf-to-pth {shlex.quote(str(path))} model.pth"
         )
     raise UserError(
         f"{path}: no checkpoints; give a .pth, the output folder of a run, or a checkpoint"

@@ -559,7 +559,7 @@ _KINDS = {
 _FIXES = {
     "an unmerged LoRA (alone or with a model)": "merge it into its model first",
     "a tuned initial state": "give it to python -m rwkv_jax.generate as --load_state",
-    "a Hugging Face model": "convert its folder with python -m convert.hf_to_pth",
+    "a Hugging Face model": "convert its folder with rwkv-jax hf-to-pth",
 }
 
 

@@ -8,4 +8,10 @@ token_cache.py   cached token files
 sampler.py       the official cubic-hash order of samples
 dataset.py       a token file with its order of samples
 loader.py        prefetching of batches
+
+Three commands, which `rwkv_jax.cli` lists:
+
+make_data.py            text to a shuffled token file
+compute_magic_prime.py  the options to train on a token file
+arithmetic.py           a corpus of exact arithmetic
 """

@@ -24,11 +24,11 @@ import pytest
 import tensorstore as ts
 
 import rwkv_jax
-from convert import orbax_to_pth
 from rwkv_jax import train
 from rwkv_jax.checkpoints import arrays, store, weights
 from rwkv_jax.checkpoints.store import MANIFEST, Checkpoints, Metadata, MiniepochLoss, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.convert import orbax_to_pth
 from rwkv_jax.errors import UserError
 from rwkv_jax.parallel import sharding
 from rwkv_jax.training import step

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from convert import (
+from rwkv_jax import evaluate, generate
+from rwkv_jax.checkpoints import pth, store, weights
+from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.convert import (
     describe,
     hf,
     hf_to_pth,
@@ -21,9 +24,6 @@ from convert import (
     st_to_pth,
     verify,
 )
-from rwkv_jax import evaluate, generate
-from rwkv_jax.checkpoints import pth, store, weights
-from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError
 from rwkv_jax.inference import scoring
 from rwkv_jax.text import tokenizer

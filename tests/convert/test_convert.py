@@ -15,7 +15,10 @@ import pytest
 import safetensors.numpy
 
 import rwkv_jax
-from convert import (
+from rwkv_jax import generate
+from rwkv_jax.checkpoints import pth, weights
+from rwkv_jax.config import ModelConfig
+from rwkv_jax.convert import (
     describe,
     hf_to_pth,
     orbax_to_pth,
@@ -25,9 +28,6 @@ from convert import (
     st_to_pth,
     verify,
 )
-from rwkv_jax import generate
-from rwkv_jax.checkpoints import pth, weights
-from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_round_trip_is_exact(tmp_path, source, options):
 MEASURED = """
 import sys, threading, time
 import jax
-from convert import orbax_to_pth, pth_to_orbax
+from rwkv_jax.convert import orbax_to_pth, pth_to_orbax
 
 def anonymous():  # what is neither of a file nor shared
     with open("/proc/self/status") as lines:
@@ -283,11 +283,11 @@ def test_error_lines_of_a_st(tmp_path):
     assert "model.st: exists already" in refusal(pth_to_st, FP32, model)
     assert "exists already" in refusal(st_to_pth, model, FP32)
     assert "no.st: cannot read: No such file" in refusal(st_to_pth, tmp_path / "no.st", new)
-    assert "is damaged or no safetensors file" in refusal(st_to_pth, FP32, new)
+    assert "is damaged or not a safetensors file" in refusal(st_to_pth, FP32, new)
     for command in (generate, pth_to_orbax, pth_to_st):
         arguments = ["--load_model", model] if command is generate else [model, new]
         assert (
-            "model.st: is a safetensors file, not a .pth: convert it with python -m convert."
+            "model.st: is a safetensors file, not a .pth: convert it with rwkv-jax st-to-pth"
             in (refusal(command, *arguments))
         )
     large = dict(pth.read(FP32))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import hf_to_pth, pth_to_hf
 from rwkv_jax import generate
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.convert import hf_to_pth, pth_to_hf
 from rwkv_jax.errors import UserError
 from rwkv_jax.text import tokenizer
 
@@ -112,9 +112,7 @@ def test_folders_of_the_first_version(folder, tmp_path, packed_shape, file):
 
 
 def test_a_folder_is_no_model_until_it_is_converted(folder):
-    message = (
-        "is the folder of a Hugging Face model: convert it first with python -m convert.hf_to_"
-    )
+    message = "is the folder of a Hugging Face model: convert it first with rwkv-jax hf-to-pth "
     assert message in refusal(generate, "--load_model", folder)
 
 

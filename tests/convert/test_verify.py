@@ -1,4 +1,4 @@
-"""`convert.verify`: a good file is ready for all readers, a bad one is refused for its reason."""
+"""verify: a good file is ready for all readers, a bad one is refused for its reason."""
 
 import zipfile
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert import verify
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.convert import verify
 from rwkv_jax.errors import UserError
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
@@ -55,7 +55,7 @@ SMALL = weights.official_shapes(ModelConfig(2, 16, vocab_size=100, head_size=16)
         ),
         (
             dict(sorted(TENSORS.items())),
-            {"rwkv.cpp": "att.x_* come as a,g,k,r,v,w; it takes them for r,w,k,v,a,g"},
+            {"rwkv.cpp": "att.x_* are in the order a,g,k,r,v,w; it assumes r,w,k,v,a,g"},
         ),
         (
             {n: t.reshape(-1) if n.endswith("att.x_w") else t for n, t in TENSORS.items()},

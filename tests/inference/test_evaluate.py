@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from data.arithmetic import Chat, Sums, write_corpus
 from rwkv_jax import evaluate
 from rwkv_jax.checkpoints import weights
 from rwkv_jax.config import ModelConfig
@@ -23,6 +22,7 @@ from rwkv_jax.inference.decoder import Decoder
 from rwkv_jax.inference.sampling import GREEDY
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.text import corpus, tokenizer
+from rwkv_jax.text.arithmetic import Chat, Sums, write_corpus
 from rwkv_jax.text.binidx import BinIdxWriter
 
 TEXTS = [

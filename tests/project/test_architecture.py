@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "pallas_kernels": {"pallas_kernels"},
     "rwkv_jax": {"rwkv_jax", "pallas_kernels"},
-    "data": {"data", "rwkv_jax"},
-    "convert": {"convert", "rwkv_jax"},
+    "data": {"rwkv_jax"},
+    "convert": {"rwkv_jax"},
 }
 OURS = {*LAYERS, "tests", "benchmarks"}
-# The rooms of rwkv_jax: each imports those before it alone. The commands stand behind them all.
+# The rooms of rwkv_jax, in the order of their imports. The commands may import them all.
 ROOMS = [
     "errors", "files", "official_options", "config", "device", "text", "model", "parallel",
-    "checkpoints", "inference", "tracking", "training", "planning", "diagnosis",
+    "checkpoints", "convert", "inference", "tracking", "training", "planning", "diagnosis",
 ]  # fmt: skip
-COMMANDS = {"train", "generate", "evaluate", "plan", "plot", "doctor"}
+COMMANDS = {"train", "generate", "evaluate", "plan", "plot", "doctor", "cli", "__main__"}
 
 
 def imported(path: Path) -> set[str]:
@@ -70,6 +70,14 @@ def test_rooms_import_those_before_them():
         assert used <= allowed, f"{path} imports {used - allowed}"
 
 
+@pytest.mark.parametrize("folder", ["data", "convert"])
+def test_the_folders_of_commands_are_thin(folder):
+    """Whoever installs the wheel does not have them, so all code is in the package."""
+    for path in files(folder):
+        nodes = {type(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))}
+        assert not nodes & {ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.For}, path
+
+
 def test_every_module_has_a_room_that_lists_it():
     folders = {path for path in (ROOT / "rwkv_jax").iterdir() if (path / "__init__.py").exists()}
     assert {path.name for path in folders} <= set(ROOMS)
@@ -82,7 +90,7 @@ def test_every_module_has_a_room_that_lists_it():
 def test_tests_mirror_the_rooms():
     tested = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
     rooms = {path.parent.name for path in (ROOT / "rwkv_jax").glob("*/__init__.py")}
-    assert tested == rooms | {"commands", "convert", "kernels", "benchmarks", "project"}
+    assert tested == rooms | {"commands", "kernels", "benchmarks", "project"}
 
 
 def test_orbax_is_imported_in_one_place():
@@ -135,7 +143,6 @@ importlib.util.find_spec = lambda name, *more: None if "jax_cuda" in name else f
 def test_commands_on_data_run_without_jax():
     """Neither they nor what they import: a file is tokenized on any machine, and at once."""
     modules = [f"data.{path.stem}" for path in files("data") if path.stem != "__init__"]
-    assert not any("jax" in roots(path) for path in files("data"))
     code = WITHOUT_PLUGIN + (
         f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\n"
         "print(sorted({'jax', 'torch', 'orbax', 'flax', 'wandb'} & set(sys.modules)))"
@@ -162,3 +169,16 @@ def test_the_picture_is_drawn_from_this_source():
     drawn = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
     assert drawn["OUTPUT"].read_text("utf-8") == drawn["draw"](drawn["graph"]())
     assert set(drawn["graph"]()) >= set(ROOMS) - {"errors", "files", "official_options", "config"}
+
+
+def test_the_list_of_commands_is_quick():
+    """`rwkv-jax --help` imports no command, and so neither jax nor numpy."""
+    code = WITHOUT_PLUGIN + (
+        "import sys\nsys.argv = ['rwkv-jax', '--help']\nfrom rwkv_jax import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n"
+        "    print(sorted({'jax', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.startswith("usage: ") and done.stdout.endswith("\n[]\n")

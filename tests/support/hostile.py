@@ -98,7 +98,7 @@ def commands() -> list[str]:
     return [
         f"{path.parent.name}.{path.stem}"
         for path in files
-        if "\n    run_command(main)" in path.read_text(encoding="utf-8")
+        if '__main__":\n    run_command(main)' in path.read_text(encoding="utf-8")
     ]
 
 
@@ -201,7 +201,9 @@ def fixtures(folder: Path) -> dict[str, str]:
     made = {"pth_to_orbax": "checkpoint", "pth_to_hf": "hf", "pth_to_st": "st.st"}
     for name, target in made.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(f"convert.{name}").main([str(model), str(folder / target)])
+            importlib.import_module(f"rwkv_jax.convert.{name}").main(
+                [str(model), str(folder / target)]
+            )
     with BinIdxWriter(folder / "data") as writer:
         writer.append(np.arange(400) % 99 + 1, [100] * 4)
     lines = [json.dumps({"text": "1 2 + 3 4 = 4 6"}) + "\n"] * 8
@@ -272,18 +274,15 @@ class Bench:
         numbers = (signal.SIGPROF, signal.SIGALRM)
         before_handlers = {number: signal.signal(number, _too_slow) for number in numbers}
         about = f"{one.command} {one.option}={one.value[:60]!r}"
+        measure = mock.Mock(return_value=memory.Need(1, 1, 1, 1, 1, 1.0))
         with (
             mock.patch.dict(os.environ, settings),
             mock.patch.object(sys, "argv", [one.command, *argv]),
             mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
             mock.patch("rwkv_jax.train.build_step", lambda *_: _no_step),
             # A plan compiles nothing either, and needs no CUDA plugin.
-            *(
-                mock.patch(
-                    f"rwkv_jax.{user}.measure", lambda *_: memory.StepCost(1, 1, 1, 1, 1, 1.0)
-                )
-                for user in ("plan", "planning.batch_size")
-            ),
+            mock.patch("rwkv_jax.plan.measure", measure),
+            mock.patch("rwkv_jax.planning.batch_size.measure", measure),
             mock.patch("rwkv_jax.plan.device_mesh", lambda *_: sharding.make_mesh(1)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

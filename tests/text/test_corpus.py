@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data import make_data
 from rwkv_jax import files
 from rwkv_jax.errors import UserError
 from rwkv_jax.inference import tasks
-from rwkv_jax.text import corpus, token_cache, tokenization, tokenizer
+from rwkv_jax.text import corpus, make_data, token_cache, tokenization, tokenizer
 from rwkv_jax.text.binidx import open_binidx
 from rwkv_jax.text.corpus import find
 from rwkv_jax.text.dataset import open_dataset
@@ -392,7 +391,7 @@ def test_killed_while_processes_tokenize(number, in_an_empty_folder):
         "corpus.Corpus.pieces = pieces\n"
         "if __name__ == '__main__':\n"
         "    with files.scratch_folder(Path('o')) as folder:\n"
-        "        tokenizing.tokenize(corpus.find('x.jsonl'), folder / 't')\n"
+        "        tokenization.tokenize(corpus.find('x.jsonl'), folder / 't')\n"
     )
     (in_an_empty_folder / "script.py").write_text(script)
     Path("x.jsonl").write_bytes(lines_of(["a b c d e f g"] * 40))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data import arithmetic
 from rwkv_jax.errors import UserError
+from rwkv_jax.text import arithmetic
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data" / "demo.jsonl"

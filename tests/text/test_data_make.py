@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import compute_magic_prime, make_data
 from rwkv_jax.errors import UserError, run_command
-from rwkv_jax.text import tokenizer
+from rwkv_jax.text import compute_magic_prime, make_data, tokenizer
 from rwkv_jax.text.binidx import open_binidx
 from rwkv_jax.text.corpus import find
 from rwkv_jax.text.tokenization import tokenize
@@ -94,7 +93,7 @@ def test_verify_sees_a_difference(monkeypatch):
     make_data.verify(corpus, documents, written, 2, 0)
 
     def refused(data, passes):
-        with pytest.raises(UserError, match="reads back otherwise than written"):
+        with pytest.raises(UserError, match="differs when read back"):
             make_data.verify(corpus, documents, data, passes, 0)
 
     refused(written, 1)  # more than was to be written
@@ -167,7 +166,7 @@ def test_as_a_person_runs_it():
     assert "error: none.jsonl: no such file" in result.stderr
     assert "Traceback" not in result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "numpy" in imported
+    assert "rwkv_jax.text.make_data" in imported
     assert "jax" not in imported
 
 
@@ -176,7 +175,7 @@ def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         command.main(["--help"])
     assert exit_.value.code == 0
-    assert f"example: python -m {command.__name__}" in " ".join(capsys.readouterr().out.split())
+    assert "\nexample: " in capsys.readouterr().out
 
 
 def test_the_name_of_a_file_is_printed_as_it_is(capsys, tmp_path, monkeypatch):

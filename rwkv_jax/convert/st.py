@@ -1,7 +1,7 @@
-"""safetensors files, written and read a tensor at a time, and how web-rwkv and Ai00 name tensors.
+"""safetensors files, read and written one tensor at a time, and the .st of web-rwkv and Ai00.
 
-A .st of theirs has the official names and shapes, but the low-rank matrices transposed (as linear
-layers have them), all in float16. Source: web-rwkv, assets/scripts/convert_safetensors.py and
+A .st has the official names and shapes, except that the low-rank matrices are transposed, as in
+linear layers. All tensors are float16. Source: web-rwkv, assets/scripts/convert_safetensors.py and
 src/runtime/loader.rs.
 """
 
@@ -32,7 +32,7 @@ def is_turned(name: str) -> bool:
 
 
 class Turned:
-    """A tensor in the shape of the other layout; its values are turned when they are used."""
+    """A tensor in the shape of the other layout; its values are transposed when they are used."""
 
     def __init__(self, name: str, tensor: pth.Array, shape: tuple[int, ...]):
         self.shape, self.dtype = shape, tensor.dtype
@@ -44,7 +44,7 @@ class Turned:
 
 
 def to_st(tensors: Mapping[str, pth.Array]) -> dict[str, pth.Array]:
-    """Official tensors as a .st has them; the same function is the way back."""
+    """Official tensors in the layout of a .st. The function is its own inverse."""
     return {
         name: Turned(name, tensor, _shape(name, tuple(tensor.shape)))
         for name, tensor in tensors.items()
@@ -56,7 +56,7 @@ def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is of this format; not if it cannot be read."""
+    """Whether a file has this format; False if it cannot be read."""
     try:
         with path.open("rb") as file:
             return pth.is_safetensors(file.read(64))
@@ -65,26 +65,26 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_st(path: Path) -> dict[str, pth.Array]:
-    """Official tensors of a .st, values read when they are used.
+    """Official tensors of a .st. Values are read when they are used.
 
     Raises:
-        UserError: it is missing, damaged or not of floating point.
+        UserError: the file is missing or damaged, or a tensor is not floating point.
     """
     return to_st(open_safetensors(path))
 
 
 def open_safetensors(path: Path) -> dict[str, pth.Array]:
-    """Name → tensor of a safetensors file, values read when they are used.
+    """Name → tensor of a safetensors file. Values are read when they are used.
 
     Raises:
-        UserError: it is missing, damaged or not of floating point.
+        UserError: the file is missing or damaged, or a tensor is not floating point.
     """
     with reporting_os_errors(path, "read"):
         try:
             file = safetensors.safe_open(path, framework="np")
             return {name: _Lazy(file, name) for name in file.keys()}
         except safetensors.SafetensorError as error:
-            raise UserError(f"{path}: is damaged or no safetensors file: {error}") from None
+            raise UserError(f"{path}: is damaged or not a safetensors file: {error}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -105,16 +105,17 @@ class _Lazy:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, pth.Array], dtype: Any = None) -> None:
-    """The file format: an uint64 length, a JSON header padded to 8 bytes, the tensors end to end.
+    """Writes a safetensors file, one tensor in memory at a time.
 
-    The safetensors package writes it, too, but from memory that holds all tensors at once.
+    The format is an uint64 length, a JSON header padded to 8 bytes, and the tensors end to end. The
+    safetensors package can write it too, but needs all tensors in memory at once.
 
     Args:
-        dtype: what to convert to, rounding to nearest even; None keeps each tensor's own.
+        dtype: to convert to, rounding to nearest even; None keeps the dtype of each tensor.
 
     Raises:
-        UserError: a tensor is of another dtype than these files have.
-        OSError: it cannot be written.
+        UserError: a dtype is not one of the three above.
+        OSError: the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

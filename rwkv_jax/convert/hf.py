@@ -1,9 +1,9 @@
 """The Hugging Face layout of RWKV-7: that of flash-linear-attention's `RWKV7ForCausalLM`.
 
-A folder with `config.json` and `model.safetensors`, and the World tokenizer where it is the
-model's. Tensors are renamed; the low-rank matrices are transposed, since there they are linear
-layers, and vectors are flat except attn.x_*. That model has no v0, v1, v2 in layer 0, which nothing
-reads; where a .pth has them, `unused.safetensors` beside keeps them, so that the way back gives the
+A folder with `config.json` and `model.safetensors`, and the World tokenizer if the model uses it.
+Tensors are renamed; the low-rank matrices are transposed, because they are linear layers there, and
+vectors are flat except attn.x_*. That model has no v0, v1, v2 in layer 0, because nothing reads
+them. If a .pth has them, they are kept in `unused.safetensors`, so that converting back gives the
 same bytes.
 """
 
@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_tokenizer import write_tokenizer
-from convert.st import Turned, is_turned, open_safetensors, write_safetensors
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.convert.hf_tokenizer import write_tokenizer
+from rwkv_jax.convert.st import Turned, is_turned, open_safetensors, write_safetensors
 from rwkv_jax.errors import UserError
 from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.text.tokenizer import VOCAB_SIZE
 
-HEAD_SIZE = 64  # flash-linear-attention's group norm has eps N·1e-5: right for this N alone
+HEAD_SIZE = 64  # flash-linear-attention's group norm has eps N·1e-5, which is right only for this N
 
 _TOP = {
     "emb.weight": "model.embeddings.weight",
@@ -65,7 +65,7 @@ def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What `RWKV7Config` needs to build the model; everything else has its default there."""
+    """The settings that `RWKV7Config` needs to build the model; the others keep their defaults."""
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
@@ -96,18 +96,18 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array], source: str) -> Non
     """Writes official tensors as such a folder, one tensor in memory at a time.
 
     Args:
-        folder: must not exist; appears when it is complete.
-        source: the file that the tensors are of, which is put in front of errors.
+        folder: must not exist; it appears when it is complete.
+        source: the file with the tensors, for error messages.
 
     Raises:
-        UserError: no RWKV-7 model, one that this layout cannot hold, or not writable.
+        UserError: not an RWKV-7 model, one that this layout cannot hold, or not writable.
     """
     there = weights.without_prefix(tensors)
     config, tensors = weights.validate_model(there, source=source)
     if config.head_size != HEAD_SIZE:
         raise UserError(
-            f"{source}: heads are {config.head_size} wide: flash-linear-attention computes another "
-            f"group norm than the official model unless they are {HEAD_SIZE}"
+            f"{source}: heads are {config.head_size} wide: flash-linear-attention's group norm "
+            f"equals the official one only for {HEAD_SIZE}"
         )
     named: dict[str, pth.Array] = {}
     unused: dict[str, pth.Array] = {}
@@ -138,13 +138,13 @@ def write_hf(folder: Path, tensors: Mapping[str, pth.Array], source: str) -> Non
 
 
 def read_hf(folder: Path) -> dict[str, pth.Array]:
-    """Official tensors, in the official order, of such a folder (sharded ones too), read lazily.
+    """Reads such a folder, also a sharded one, lazily: official tensors in the official order.
 
-    Taken as well: `pytorch_model.bin`, and the six `attn.x_*` in one `attn.x_x`, as in folders of
-    that library's first version.
+    Also reads `pytorch_model.bin`, and the six `attn.x_*` in one `attn.x_x`, as in folders of that
+    library's first version.
 
     Raises:
-        UserError: a file is missing or damaged, or it is not this model.
+        UserError: a file is missing or damaged, or the folder holds another model.
     """
     kind = _read_json(folder / "config.json").get("model_type")
     if kind != "rwkv7":
@@ -167,7 +167,7 @@ def read_hf(folder: Path) -> dict[str, pth.Array]:
     names = {hf_name(name): name for name in weights.official_dims(n_layer)}
     extra = [ascii(name) for name in found if name not in names]
     if extra:
-        raise UserError(f"{folder}: has {extra[0]}, which an RWKV-7 model does not")
+        raise UserError(f"{folder}: has {extra[0]}, which an RWKV-7 model does not have")
     tensors: dict[str, pth.Array] = {
         names[name]: Turned(names[name], lazy, _hf_shape(names[name], lazy.shape))
         for name, lazy in found.items()
@@ -182,7 +182,7 @@ def read_hf(folder: Path) -> dict[str, pth.Array]:
 
 
 def _shards(folder: Path) -> set[str]:
-    """The files that hold the weights, where they are not one model.safetensors."""
+    """The files with the weights, if there is no model.safetensors."""
     if (folder / "pytorch_model.bin").exists():
         return {"pytorch_model.bin"}
     index = folder / "pytorch_model.bin.index.json"
@@ -193,7 +193,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 class _Mix:
-    """One of the six rows of a packed attn.x_x, as the tensor of its own that it is here."""
+    """One of the six rows of a packed attn.x_x, as a tensor of its own."""
 
     def __init__(self, packed: pth.Array, row: int):
         self.shape, self.dtype = (1, 1, math.prod(packed.shape) // 6), packed.dtype
@@ -208,7 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         try:
             value = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: is no JSON: {error}") from None
+            raise UserError(f"{path}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return value

@@ -1,9 +1,9 @@
-"""The World tokenizer as the `tokenizers` library, and so `transformers.AutoTokenizer`, reads it.
+"""The World tokenizer for the `tokenizers` library, and so for `transformers.AutoTokenizer`.
 
-That library has no model which takes the longest token at each place. But it can split a text by a
-regular expression, and a trie is one: `a(?:b(?:c)?|d)?` matches the longest of a, ab, abc, ad that
-a text begins with. So `tokenizer.json` holds the vocabulary twice: as a trie that cuts a text into
-tokens, and as a table of their ids. Bytes are written as characters in GPT-2's way (`ByteLevel`).
+That library has no greedy longest-match model. But it can split text with a regular expression, and
+a trie can be written as one: `a(?:b(?:c)?|d)?` matches the longest of a, ab, abc, ad at the start
+of a text. So `tokenizer.json` holds the vocabulary twice: as a trie that splits text into tokens,
+and as a table of their ids. Bytes are written as characters in GPT-2's way (`ByteLevel`).
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any
 
 from rwkv_jax.text import tokenizer
 
-END = "<|rwkv_tokenizer_end_of_text|>"  # id 0, by the name that published RWKV models give it
+END = "<|rwkv_tokenizer_end_of_text|>"  # id 0; the name is that of published RWKV models
 
 
 def write_tokenizer(folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json into a folder.
 
-    Ids are those of `tokenizer.encode` for every text, but that `END` in it becomes id 0.
+    Ids equal those of `tokenizer.encode` for every text, except that `END` becomes id 0.
     """
     for name, content in (("tokenizer", _tokenizer()), ("tokenizer_config", _config())):
         text = json.dumps(content, ensure_ascii=False, indent=1)
@@ -83,7 +83,7 @@ def _tokenizer() -> dict[str, Any]:
 
 
 def _characters() -> list[str]:
-    """The character that stands for each byte: itself, or the next from U+0100 on if not shown."""
+    """The character for each byte: itself if printable, else the next one from U+0100 on."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in shown else next(others)) for byte in range(256)]
@@ -101,7 +101,7 @@ def _trie(words: list[str]) -> dict[str, Any]:
 
 
 def _expression(node: dict[str, Any]) -> str:
-    """Of what follows in a trie: the longest, since each part takes what it can.
+    """The regular expression of a trie; it is greedy, so it matches the longest word.
 
     >>> _expression(_trie(["a", "ab", "abc", "ad"]))
     '(?:a(?:b(?:c)?|d)?)'
