@@ -1,10 +1,10 @@
 """What the compiler makes of the WKV-7 kernels, card by card, without a GPU: a table for the docs.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
+    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled --output docs/wkv7-kernel.md
 
-Compiles forward and backward for every row of `ROWS` and writes the table of this jax and this
-assembler into its place in docs/wkv7-kernel.md; tests/test_gpu_compile.py fails when the two
-differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
+Compiles forward and backward for every row of `ROWS` and prints the table; with --output the table
+of this jax and this assembler is written into its place in the page. tests/test_gpu_compile.py
+fails when the two differ. A few seconds a row. Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools
@@ -17,9 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import command
 from pallas_kernels.gpu_targets import GPU_TARGETS, Compiled, compile_for, ptxas
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
+from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.files import written_whole
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
@@ -84,14 +86,17 @@ def replace(path: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    if f"<!-- {table_name()}: begin -->" not in DOCS.read_text("utf-8"):
-        raise SystemExit(f"add <!-- {table_name()}: begin --> and … end --> to {DOCS}")
+    pages = command.tables_parser(__file__, __doc__).parse_args().output
+    for page in pages:
+        if f"<!-- {table_name()}: begin -->" not in page.read_text("utf-8"):
+            raise UserError(f"add <!-- {table_name()}: begin --> and … end --> to {page}")
     lines = [f"| card | N | {' | '.join(KERNELS)} |", "|---" * (2 + len(KERNELS)) + "|"]
     for row in ROWS:
         lines.append(line(row))
         print(lines[-1], flush=True)
-    replace(DOCS, table_name(), "\n".join(lines))
+    for page in pages:
+        replace(page, table_name(), "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
