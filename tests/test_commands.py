@@ -201,9 +201,7 @@ def test_hostile_values(command, bench):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    yield hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    return hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
 
 
 def test_the_table_notices(bench, monkeypatch):

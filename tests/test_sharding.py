@@ -32,15 +32,6 @@ def strict_but_for_optax() -> optax.GradientTransformationExtraArgs:
 ADAM = strict_but_for_optax()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Many steps are compiled; without optimisation that takes a third of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def batches() -> np.ndarray:
     """[STEPS, B, T + 1] ids below 12, all of them in the first step.

@@ -26,14 +26,6 @@ def loss_by_target(hidden, head, targets, chunk, scale):
     return head_loss(hidden, head, targets, chunk, scale) * gain
 
 
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def first_state(mesh, adam, strategy: sharding.Strategy) -> step.TrainState:
     abstract = step.abstract_state(mesh, MODEL, adam, strategy.offload)
     where = jax.tree.map(lambda x: x.sharding, abstract)

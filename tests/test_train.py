@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import malicious
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import rwkv_jax
 from rwkv_jax import build, metrics, pth, report, schedule, weights
@@ -40,25 +39,11 @@ SHAPE = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", str(V)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(tmp_path_factory):
-    """Compiled without optimisation, and once per program; subprocesses take part."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
+def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
         patch.setenv("JAX_NUM_CPU_DEVICES", "4")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
