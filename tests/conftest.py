@@ -8,6 +8,10 @@ from pathlib import Path
 # With fewer threads than a program on several simulated devices has parts that wait for each other,
 # XLA's CPU runtime hangs. Read when jax starts its backend.
 os.environ.setdefault("NPROC", "32")
+# The workers of xdist have the cores already. A second thread of numpy, scipy or torch would wait
+# for one in a loop: with both cores busy, a QR of 64 columns costs 60 times the CPU time.
+for _threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
