@@ -191,7 +191,13 @@ def test_a_plugin_without_a_driver_is_not_heard(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", hostile.commands())
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x == "rwkv_jax.train" else ())
+        for x in hostile.commands()
+    ],
+)
 def test_hostile_values(command, bench):
     """A part of the table; `python -m tests.hostile` runs all of it."""
     assert hostile.BASELINES.get(command), f"tests/hostile.py: BASELINES lacks {command}"

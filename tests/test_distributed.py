@@ -119,6 +119,7 @@ def wait_for(checkpoint: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_go_on_and_train_as_one(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     first, second = start(together, "options")

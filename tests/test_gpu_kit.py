@@ -53,6 +53,7 @@ def clone(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_that_a_gpu_is_asked_is_rehearsed(clone, tmp_path):
     """From a clean clone, with nothing in the environment, no network and no set-up."""
     out, home = tmp_path / "out", tmp_path / "home"

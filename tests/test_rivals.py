@@ -113,6 +113,7 @@ def run(arguments: list[str], *path: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_torch
 def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     (tmp_path / "fla" / "ops").mkdir(parents=True)
@@ -296,6 +297,7 @@ def test_a_process_that_is_late_is_ended_with_what_it_started(tmp_path, monkeypa
     assert not living()
 
 
+@pytest.mark.slow
 def test_how_a_process_ended_is_a_row(tmp_path):
     assert rows_of(dies, (), tmp_path, 60) == [{"error": "its process ended with status 9"}]
     assert rows_of(fails, (), tmp_path, 60) == [{"error": "ValueError: of two"}]

@@ -71,11 +71,13 @@ def alone(batches):
     return train(batches, 1, "deepspeed_stage_1", micro_batches=B)
 
 
+@pytest.mark.slow
 def test_the_run_learns(alone):
     losses = alone[0][:, 0]
     assert losses[0] > 3.8 and losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy, micro_batches, data",
     [

@@ -33,6 +33,7 @@ def first_state(mesh, adam, strategy: sharding.Strategy) -> step.TrainState:
     return jax.device_put(step.TrainState(params, adam.init(params)), where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_2_offload"])
 def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
     """Masters, moments and bias correction are as without it; the rate is that of the step."""
@@ -68,6 +69,7 @@ def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
             np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_without_recomputation_no_weights_are_kept_for_the_backward_pass():
     """A layer more costs the pass its gradient and its activations, not a copy of its weights."""
     mesh, adam = sharding.make_mesh(2), make_optimizer(TrainConfig(), lambda count: 0.1)
@@ -87,6 +89,7 @@ def test_without_recomputation_no_weights_are_kept_for_the_backward_pass():
     assert temporary(9) - temporary(3) < 6 * 1.5 * part  # saved, the weights make it 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_offload"])
 def test_float16_finds_its_scale_and_grows_it(strategy, monkeypatch):
     """Planted: gradients that overflow float16 above a scale of 4, though their norm is small."""

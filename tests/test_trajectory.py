@@ -21,7 +21,7 @@ from rwkv_jax import optimizer, sharding, step, weights
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.initialisation import init_params
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 B, T, STEPS = 8, 32, 50
 MODEL = ModelConfig(n_layer=2, n_embd=128, vocab_size=512)
