@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.wkv7_designs import CARDS, DOCS, KERNELS, RESULTS, TABLES, floors, trace
+from benchmarks.wkv7_compiled import DOCS
+from benchmarks.wkv7_designs import CARDS, KERNELS, RESULTS, TABLES, floors, trace
 
 RECORDED = json.loads(RESULTS.read_text("utf-8"))
 
