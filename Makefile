@@ -1,5 +1,7 @@
 # Every target does its own set-up in .venv. `make train [SIZE=0.1b] [ARGS=…]` is the main job,
-# `make test` the proof, `make docs` the reference of the Python API, in build/docs.
+# `make test` the proof, `make docs` the reference of the Python API, in build/docs. ARGS is added to
+# the command: `make test ARGS="-k resume -x"`. `make test-fast` leaves out the tests marked slow,
+# `make format` writes what `make lint` checks.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,15 +24,16 @@ SETUP ?= 1
 PY = $(if $(filter 0,$(SETUP)),$(PYTHON),$(BIN)/python)
 SET_UP = $(if $(filter 0,$(SETUP)),,$(INSTALLED)-dev)
 
-.PHONY: train test gpu-test gpu-report lint docs clean
+.PHONY: train test test-fast gpu-test gpu-report format lint docs clean
 
 # On a CPU, large pages under XLA's buffers save a tenth of a step (glibc; ignored elsewhere).
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(INSTALLED)
 	$(BIN)/python -m rwkv_jax.train $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+# worksteal: a file's tests stay in one process, which makes its fixtures and programs once.
+test test-fast: $(INSTALLED)-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m "not slow") $(ARGS)
 
 # On a machine with a GPU, each stage under a limit, the results in OUT whatever happens: the kernels'
 # suite and their benchmark in eight minutes; those, the training step and its profile in nine.
@@ -39,6 +42,10 @@ gpu-test: $(SET_UP)
 
 gpu-report: $(SET_UP)
 	$(PY) -m benchmarks.gpu_report --output $(OUT) $(ARGS)
+
+format: $(INSTALLED)-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check .
@@ -49,7 +56,7 @@ docs: $(INSTALLED)-dev
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs rwkv_jax pallas_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache
 
 $(INSTALLED): pyproject.toml
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)

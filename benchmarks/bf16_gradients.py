@@ -1,17 +1,14 @@
 """How far bf16 gradients are from float32's: the same weights, the same inputs, per parameter.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.bf16_gradients
+    JAX_PLATFORMS=cpu python -m benchmarks.bf16_gradients [--output PATH]
 
-Prints a line for each tensor of a block and writes benchmarks/results/bf16_gradients.json. A
-block is differentiated alone and in the middle of a text, from a random state: at a text's first
-tokens the group norm magnifies the rounding of its own input, whatever else is rounded. The error
-of a gradient is ‖bf16 − float32‖ / ‖float32‖, both at weights and inputs that bf16 holds exactly;
-the median of some seeds' is reported.
+Prints a line for each tensor of a block. A block is differentiated alone and in the middle of a
+text, from a random state: at a text's first tokens the group norm magnifies the rounding of its own
+input, whatever else is rounded. The error of a gradient is ‖bf16 − float32‖ / ‖float32‖, both at
+weights and inputs that bf16 holds exactly; the median of some seeds' is reported.
 """
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.machine import describe
+from benchmarks import command, machine
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import run_command
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.model.rwkv7 import Block, Params
 
-RESULT = Path(__file__).parent / "results" / "bf16_gradients.json"
 WIDTH, BATCH, TIME, SEEDS = 128, 2, 128, 9
 
 # What the program says is rounded is, on any backend: XLA may otherwise leave a rounding out.
@@ -82,14 +79,16 @@ def median_errors(width: int, batch: int, time: int, seeds: int) -> dict[str, fl
 
 
 def main() -> None:
+    options = command.record_parser(__file__, __doc__).parse_args()
     medians = median_errors(WIDTH, BATCH, TIME, SEEDS)
     for name, error in medians.items():
         print(f"{name:24} {error:.2%}")
     shape = {"width": WIDTH, "batch": BATCH, "time": TIME, "seeds": SEEDS}
     errors = {name: round(error, 5) for name, error in medians.items()}
-    record = {"machine": describe(), **shape, "median error": errors}
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    if options.output:
+        record = machine.record("bf16_gradients") | shape | {"median error": errors}
+        machine.write(options.output, record)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,4 +1,6 @@
-"""What a checkpoint every 50 steps costs: python -m benchmarks.checkpoint_overhead [--size 0.1b]
+"""What a checkpoint every 50 steps costs.
+
+    python -m benchmarks.checkpoint_overhead [--size 0.1b] [--output PATH]
 
 In one process: some steps; a checkpoint is begun, which holds the training up while the arrays are
 copied; more steps while it is written and hashed in the background. The cost is the time held up,
@@ -6,7 +8,6 @@ plus what those steps take beyond the median of the steps before; it is given as
 these.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,9 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import command, machine
 from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import run_command
 from rwkv_jax.model.rwkv7 import abstract_params
 from rwkv_jax.parallel.sharding import batch_sharding, make_mesh
 from rwkv_jax.training.build import build_step, resolve_config
@@ -28,10 +30,10 @@ EVERY = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="0.1b")
-    parser.add_argument("--ctx_len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=4)
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("--size", default="0.1b", help="of the model (0.1b)")
+    parser.add_argument("--ctx_len", type=int, default=512, help="tokens of a sequence (512)")
+    parser.add_argument("--steps", type=int, default=4, help="timed before the checkpoint (4)")
     options = parser.parse_args()
     mesh = make_mesh(1)
     config = resolve_config(TrainConfig(size=options.size, devices=1), on_gpu=False)
@@ -74,7 +76,18 @@ def main() -> None:
     print(f"steps meanwhile  {', '.join(f'{t:.2f}' for t in during)}: {slowed:+.2f} s in all")
     cost = (blocked + slowed) / (EVERY * median)
     print(f"every {EVERY} steps: {100 * cost:.2f} % of the run's time")
+    if options.output:
+        record = machine.record("checkpoint_overhead") | {
+            "size": options.size,
+            "ctx_len": options.ctx_len,
+            "bytes": size,
+            "step_alone_s": alone,
+            "held_up_s": blocked,
+            "step_meanwhile_s": during,
+            f"share_every_{EVERY}_steps": cost,
+        }
+        machine.write(options.output, record)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

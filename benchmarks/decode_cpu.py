@@ -1,6 +1,6 @@
 """Greedy decoding on a CPU beside the `rwkv` package, on one and the same 0.1b-shaped file.
 
-    python benchmarks/decode_cpu.py [--turns 5] [--threads 1]
+    python -m benchmarks.decode_cpu [--turns 5] [--threads 1] [--output PATH]
 
 fp32 and bf16, batch 1 and 16. Each contender is a process of its own with as many threads; they
 take turns of a few tokens, so that whatever else the machine does meets both, and the CPU seconds
@@ -11,10 +11,9 @@ bf16` does on a CPU.
 First, in fp32, the 200 tokens that follow each of three prompts are compared: they have to be the
 same.
 
-Writes results/decode_cpu.json, an entry a CPU, and prints the rows of the table.
+Prints the rows of the table. The record has an entry a CPU; those of other CPUs stay in it.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,10 +23,11 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import machine
 import numpy as np
 
-HERE = Path(__file__).parent
+from benchmarks import command, machine
+from rwkv_jax.errors import UserError, run_command
+
 PROMPTS = [
     "User: 今天天气怎么样?\n\nAssistant:",
     "The Eiffel tower is in the city of",
@@ -156,10 +156,13 @@ def race(path: str, precision: str, batch: int, threads: int, turns: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
+    parser.add_argument("--turns", type=int, default=5, help="timed ones of each (5)")
+    parser.add_argument("--threads", type=int, default=1, help="of each contender (1)")
     options = parser.parse_args()
+    others = {}
+    if options.output and options.output.exists():
+        others = json.loads(options.output.read_text())
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model")
@@ -198,9 +201,8 @@ def main() -> None:
                     f"| {cpu['theirs'] * 1e3:.1f} | {ratio:.2f} | {wall_ratio:.2f} |",
                     flush=True,
                 )
-                result = {
+                result = machine.record("decode_cpu") | {
                     "what": "0.1b, greedy, CPU seconds a step of the whole batch, medians of turns",
-                    "machine": machine.describe(),
                     "threads": options.threads,
                     "tokens_a_turn": TOKENS,
                     "greedy_identical": {
@@ -210,12 +212,11 @@ def main() -> None:
                     },
                     "rows": rows,
                 }
-                output = HERE / "results" / "decode_cpu.json"
-                results = json.loads(output.read_text()) | {machine.cpu_name(): result}
-                output.write_text(json.dumps(results, indent=2) + "\n")
+                if options.output:
+                    machine.write(options.output, others | {machine.cpu_name(): result})
     if not identical:
-        raise SystemExit("the greedy continuations differ")
+        raise UserError("the greedy continuations differ")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,11 +1,11 @@
 """Which sums of a GPU's step have no fixed order, and what `--deterministic 1` costs.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.deterministic
+    JAX_PLATFORMS=cpu python -m benchmarks.deterministic [--output PATH]
 
 Compiles a training step for an H100, without a GPU, and lists the sums whose order is not fixed:
 scatters whose indices may coincide, which a GPU adds atomically. Then compiles the only one, the
 embedding's gradient, at the shape of 0.1b, micro_bsz 8, ctx_len 4096, with and without the flag of
-`--deterministic 1`. Writes benchmarks/results/deterministic.json. Needs the extra plan.
+`--deterministic 1`. Prints all of it as JSON. Needs the extra plan.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks import machine
+from benchmarks import command, machine
 from pallas_kernels.gpu_targets import GPU_TARGETS, compile_for, device_mesh
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.device.runtime import DETERMINISTIC
-from rwkv_jax.errors import CommandParser, run_command
+from rwkv_jax.errors import run_command
 from rwkv_jax.model.rwkv7 import embed
 from rwkv_jax.parallel import sharding
 from rwkv_jax.planning import cost
@@ -31,7 +31,6 @@ from rwkv_jax.training.build import build_step, resolve_config
 from rwkv_jax.training.optimizer import learning_rate, make_optimizer
 from rwkv_jax.training.step import abstract_state, programs
 
-RESULT = Path(__file__).parent / "results" / "deterministic.json"
 TARGET = GPU_TARGETS["h100"]
 
 
@@ -91,9 +90,7 @@ def with_flags(flags: str, *shape: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.deterministic", description=__doc__.splitlines()[0]
-    )
+    parser = command.record_parser(__file__, __doc__)
     parser.add_argument("--gradient", nargs=4, type=int, metavar="SIZE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.gradient:
@@ -107,7 +104,8 @@ def main() -> None:
         "deterministic": with_flags(DETERMINISTIC, 65536, 768, 8, 4096),
     }
     print(json.dumps(result, indent=1))
-    machine.write(RESULT, result)
+    if arguments.output:
+        machine.write(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """docs/gpu.md, from the records of GPUs in benchmarks/results.
 
-    python -m benchmarks.gpu_page [--results benchmarks/results] [--output docs/gpu.md]
+    python -m benchmarks.gpu_page --output docs/gpu.md [--results benchmarks/results]
 
 Records are the NAME_<card>.json that `make gpu-report` leaves, NAME one of `SECTIONS`. A record
 with a missing key or a value of the wrong type is refused, as is one of a CPU, or of another card
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from rwkv_jax.errors import CommandParser, UserError, one_line, run_command
+from benchmarks import command, machine
+from rwkv_jax.errors import UserError, one_line, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ LONGEST = 10  # kernels that are listed
 HEAD = """\
 # GPU results
 
-<!-- Written by python -m benchmarks.gpu_page; what is changed here by hand is lost. -->
+<!-- Written by python -m benchmarks.gpu_page --output docs/gpu.md. -->
 
 """
 
@@ -42,7 +42,7 @@ On a machine with an NVIDIA GPU, in a checkout:
 ```sh
 make gpu-report
 cp out/gpu/*_nvidia_*.json benchmarks/results/
-python -m benchmarks.gpu_page
+python -m benchmarks.gpu_page --output docs/gpu.md
 ```
 
 The first line runs, each under a limit, the kernels' suite, their benchmark, the training step and
@@ -302,15 +302,16 @@ def page(results: Path) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.gpu_page", description=__doc__.splitlines()[0]
-    )
+    parser = command.record_parser(__file__, __doc__, "write the page here; else it is printed")
+    results = ROOT / "benchmarks" / "results"
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR"
+        "--results", type=Path, default=results, metavar="DIR", help="of the records (%(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.md", metavar="PATH")
     options = parser.parse_args()
     text = page(options.results)
+    if not options.output:
+        print(text, end="")
+        return
     with reporting_os_errors(options.output, "write"), written_whole(options.output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"wrote {options.output}")

@@ -34,8 +34,8 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from benchmarks import machine
-from rwkv_jax.errors import CommandParser, UserError, run_command, signals_raise
+from benchmarks import command, machine
+from rwkv_jax.errors import UserError, run_command, signals_raise
 from rwkv_jax.files import reporting_os_errors
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def check_machine(kit: Kit) -> list[str]:
-    return module("benchmarks.machine", "--json", str(kit.scratch / "machine.json"))
+    return module("benchmarks.machine", "--output", str(kit.scratch / "machine.json"))
 
 
 def make_weights(kit: Kit) -> list[str]:
@@ -129,18 +129,18 @@ def suite(kit: Kit) -> list[str]:
 
 def wkv7(kit: Kit) -> list[str]:
     tiny = ["--shapes", "1,32,1,16"] if kit.rehearse else []
-    return module("benchmarks.wkv7_gpu", "--json", kit.record("wkv7"), *tiny)
+    return module("benchmarks.wkv7_gpu", "--output", kit.record("wkv7"), *tiny)
 
 
 def train_step(kit: Kit) -> list[str]:
-    options = ["--runs", *kit.runs, "--command", "--json", kit.record("train_step")]
+    options = ["--runs", *kit.runs, "--command", "--output", kit.record("train_step")]
     options += ["--steps", "3"] if kit.rehearse else []
     return module("benchmarks.train_step_gpu", *kit.model, *kit.weights, *options)
 
 
 def profile(kit: Kit) -> list[str]:
     micro_bsz, _, grad_cp = kit.runs[0].partition("/")
-    options = ["--micro_bsz", micro_bsz, "--grad_cp", grad_cp, "--json", kit.record("profile")]
+    options = ["--micro_bsz", micro_bsz, "--grad_cp", grad_cp, "--output", kit.record("profile")]
     options += ["--trace", str(kit.output / TRACE)]
     return module("benchmarks.profile_gpu", *kit.model, *kit.weights, *options)
 
@@ -149,7 +149,7 @@ def rivals(kit: Kit) -> list[str]:
     options = ["--official", str(kit.rivals)] if kit.rivals else []
     if kit.rehearse:
         options += "--shapes 1,32,1,16 --size tiny --ctx_len 32 --micro_bsz 1".split()
-    return module("benchmarks.rivals_gpu", "--json", kit.record("rivals"), *options)
+    return module("benchmarks.rivals_gpu", "--output", kit.record("rivals"), *options)
 
 
 def page(kit: Kit) -> list[str]:
@@ -518,12 +518,11 @@ def choose(names: list[str]) -> list[Stage]:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.gpu_report",
-        description=__doc__.splitlines()[0],
-    )
+    parser = command.parser(__file__, __doc__)
     defaults = [stage.name for stage in STAGES if stage.name != "rivals"]
-    parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/gpu"), metavar="DIR", help="default out/gpu"
+    )
     parser.add_argument(
         "--stages",
         nargs="+",

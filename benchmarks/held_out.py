@@ -1,6 +1,6 @@
 """What a model has learned of the demo task: bits per byte on chats that it was not trained on.
 
-    python benchmarks/held_out.py out/rwkv-final.pth out/rwkv-init.pth
+    python -m benchmarks.held_out out/rwkv-final.pth out/rwkv-init.pth [--output PATH]
 
 The chats are `data.arithmetic`'s, from another seed than data/demo.jsonl. Beside the models stand
 two that count: token frequencies (unigram) and pairs (bigram, interpolated with the unigram), both
@@ -8,10 +8,8 @@ over data/demo.jsonl. A model that has learned to add, or only to copy and to co
 well below them.
 """
 
-import argparse
 import json
 import math
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -19,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import scipy.special
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-import rwkv_jax  # noqa: E402
-from rwkv_jax.text import tokenizer  # noqa: E402
-from rwkv_jax.text.arithmetic import write_corpus  # noqa: E402
+import rwkv_jax
+from benchmarks import command, machine
+from rwkv_jax.errors import run_command
+from rwkv_jax.text import tokenizer
+from rwkv_jax.text.arithmetic import write_corpus
 
-DEMO = HERE.parent / "data" / "demo.jsonl"
+DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 LENGTH = 256  # chats are padded to a multiple of this; the padding is not counted
 
 
@@ -70,9 +68,9 @@ def counting_bits(train: list[list[int]], held_out: list[list[int]]) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command.record_parser(__file__, __doc__)
     parser.add_argument("models", nargs="+", type=Path, help=".pth files, or folders of runs")
-    parser.add_argument("--count", type=int, default=100, help="chats")
+    parser.add_argument("--count", type=int, default=100, help="chats (100)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "held_out.jsonl"
@@ -89,7 +87,15 @@ def main() -> None:
     for name, total in bits.items():
         print(f"{name:40} {total / size:13.3f} {total * math.log(2) / tokens:16.3f}")
     assert np.isfinite(list(bits.values())).all()
+    if arguments.output:
+        record = machine.record("held_out") | {
+            "chats": len(texts),
+            "bytes": size,
+            "tokens": tokens,
+            "bits_per_byte": {name: total / size for name, total in bits.items()},
+        }
+        machine.write(arguments.output, record)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

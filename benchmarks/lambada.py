@@ -1,6 +1,6 @@
 """LAMBADA of one file by `rwkv_jax.evaluate` and by a plain torch loop, text by text.
 
-    python benchmarks/lambada.py lambada_test.jsonl --count 256 [--model MODEL.pth]
+    python -m benchmarks.lambada lambada_test.jsonl --count 256 [--model MODEL.pth] [--output PATH]
 
 The loop (tests/support/torch_rwkv7.py) reads each text alone, from a token 0 on, in float32.
 Without --model the file is made: of the 0.1b shape, official first weights with the tensors that
@@ -9,11 +9,9 @@ regression, to give the last words of every other text, so that some answers are
 are wrong.
 
 Both use one thread, and their CPU seconds are counted from the loaded model on, what jax compiles
-included. Prints both results, and the largest difference of a last word's log-likelihood; writes
-results/lambada.json.
+included. Prints both results, and the largest difference of a last word's log-likelihood.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,27 +20,21 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["NPROC"] = "1"  # threads; read when jax starts
-
 import jax
 import numpy as np
-import torch
 from flax import nnx
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-import machine  # noqa: E402
-
-import rwkv_jax  # noqa: E402
-from rwkv_jax import evaluate  # noqa: E402
-from rwkv_jax.checkpoints import weights  # noqa: E402
-from rwkv_jax.config import SIZES, ModelConfig  # noqa: E402
-from rwkv_jax.device.precision import use_precision  # noqa: E402
-from rwkv_jax.inference import scoring, tasks  # noqa: E402
-from rwkv_jax.model.initialisation import init_params  # noqa: E402
-from rwkv_jax.model.rwkv7 import RWKV7, bind  # noqa: E402
-from rwkv_jax.text.corpus import find  # noqa: E402
-from tests.support import torch_rwkv7  # noqa: E402
+import rwkv_jax
+from benchmarks import command, machine
+from rwkv_jax import evaluate
+from rwkv_jax.checkpoints import weights
+from rwkv_jax.config import SIZES, ModelConfig
+from rwkv_jax.device.precision import use_precision
+from rwkv_jax.errors import run_command
+from rwkv_jax.inference import scoring, tasks
+from rwkv_jax.model.initialisation import init_params
+from rwkv_jax.model.rwkv7 import RWKV7, bind
+from rwkv_jax.text.corpus import find
 
 RIDGE, SCALE = 1.0, 20.0  # of the fit; and the logit that it aims at
 
@@ -84,6 +76,11 @@ def hidden(model: RWKV7, documents: list[scoring.Document]) -> np.ndarray:
 
 def by_torch(path: Path, documents: list[scoring.Document]) -> tuple[np.ndarray, np.ndarray]:
     """[texts] log-likelihood of the last word, and whether it is the first choice throughout."""
+    import torch
+
+    from tests import torch_rwkv7
+
+    torch.set_num_threads(1)
     params = torch.load(path, weights_only=True)
     nats, right = [], []
     with torch.no_grad():
@@ -99,12 +96,12 @@ def by_torch(path: Path, documents: list[scoring.Document]) -> tuple[np.ndarray,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--model", type=Path)
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("data", type=Path, help="texts, a line of JSON each")
+    parser.add_argument("--count", type=int, default=256, help="of the texts (256)")
+    parser.add_argument("--model", type=Path, metavar="PATH", help=".pth; else one is made")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    os.environ["NPROC"] = "1"  # threads; read when jax starts its backend
     use_precision("fp32")
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model.pth"
@@ -121,8 +118,7 @@ def main() -> None:
         for number, (answer,) in scoring.score(model, documents):
             apart = max(apart, abs(-answer.nats - nats[number]))
     theirs = {"accuracy": float(right.mean()), "perplexity": math.exp(-nats.mean())}
-    result = {
-        "machine": machine.describe(),
+    result = machine.record("lambada") | {
         "texts": len(documents),
         "tokens": sum(len(document.ids) for document in documents),
         "rwkv_jax": {name: ours[name] for name in theirs} | {"cpu_s": middle - began},
@@ -130,8 +126,9 @@ def main() -> None:
         "largest difference of a word's log-likelihood": apart,
     }
     print(json.dumps(result, indent=1))
-    (HERE / "results" / "lambada.json").write_text(json.dumps(result, indent=1) + "\n")
+    if args.output:
+        machine.write(args.output, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,17 +1,20 @@
-"""Whether a long run's memory grows: python -m benchmarks.long_run [--steps 2000]
+"""Whether a long run's memory grows.
+
+    python -m benchmarks.long_run [--steps 2000] [--output PATH]
 
 A tiny run in this process, with a checkpoint every 50 steps; the memory that it holds (VmRSS) every
 tenth of it.
 """
 
-import argparse
 import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import command, machine
 from rwkv_jax.config import TrainConfig
+from rwkv_jax.errors import run_command
 from rwkv_jax.text.binidx import BinIdxWriter
 from rwkv_jax.tracking import progress
 from rwkv_jax.train import train
@@ -24,8 +27,8 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("--steps", type=int, default=2000, help="default 2000")
     options = parser.parse_args()
     sizes: list[float] = []
     show = progress.ProgressLine.show
@@ -56,7 +59,10 @@ def main() -> None:
         )
     print("MB at each tenth:", ", ".join(f"{size:.0f}" for size in sizes))
     print(f"from the first to the last: {sizes[-1] - sizes[0]:+.1f} MB")
+    if options.output:
+        record = machine.record("long_run") | {"steps": options.steps, "resident_mb": sizes}
+        machine.write(options.output, record)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,8 @@
 """What a measurement was made on, and the files of results: each carries it.
 
-    python -m benchmarks.machine    # prints it, with what jax sees of a GPU and whether that works
+    python -m benchmarks.machine [--output PATH]
+
+Prints it, with what jax sees of a GPU and whether that works.
 
 A record is {"benchmark", "machine", "commit", "date", …, "rows"}; units are in the names of the
 keys. Of a GPU it is NAME_<card>.json.
@@ -16,8 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from rwkv_jax.device.nvidia import ask_nvidia_smi
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.files import reporting_os_errors, written_whole
 
 PACKAGES = (
@@ -71,7 +74,7 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Writes a record whole, in place of what is there.
 
     Raises:
@@ -107,16 +110,14 @@ def installed(name: str) -> str | None:
 
 
 def main() -> None:
-    """Prints what is here, and what jax sees and computes with; --json writes it as well."""
+    """Prints what is here, and what jax sees and computes with; --output writes it as well."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.wkv7.api import choose
     from rwkv_jax.device.runtime import prepare_jax
 
-    parser = CommandParser(prog="python -m benchmarks.machine", description=main.__doc__)
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    path = parser.parse_args().json
+    path = command.record_parser(__file__, __doc__, "write it (JSON) here").parse_args().output
     described = describe()
     print(json.dumps(described, indent=1))
     prepare_jax()

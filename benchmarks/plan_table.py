@@ -1,22 +1,22 @@
 """The README's table of planned memory, for GPUs that are not here.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.plan_table
+    JAX_PLATFORMS=cpu python -m benchmarks.plan_table \\
+        --output benchmarks/results/plan.json README.md README.zh-CN.md
 
-Compiles the step of every row of `ROWS`, a minute each, and writes the table into its place in
-README.md and README.zh-CN.md, and all figures into benchmarks/results/plan.json. Needs the extra
+Compiles the step of every row of `ROWS`, a minute each, and prints the table. Needs the extra
 `plan`.
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
 
 import jax
 
+from benchmarks import command, machine
 from rwkv_jax.config import parse_train_options
-from rwkv_jax.errors import run_command
+from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.files import written_whole
 from rwkv_jax.plan import find_target, plan
 from rwkv_jax.planning.memory import GIB
@@ -44,6 +44,7 @@ ROWS: list[tuple[str, int, str, str]] = [
 
 
 def main() -> None:
+    outputs = command.tables_parser(__file__, __doc__).parse_args().output
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_traceback_in_locations_limit", 0)  # as `rwkv_jax.plan` sets it
     rows, records = [], []
@@ -58,13 +59,17 @@ def main() -> None:
         )
         record = {"gpu": gpu, "options": shlex.join(arguments), "total": need.total}
         records.append({**record, **dataclasses.asdict(need)})
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
-    for readme in READMES:
-        before, start, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
+    print("\n".join(rows))
+    for path in outputs:
+        if path.suffix != ".md":
+            machine.write(path, records)
+            continue
+        before, start, rest = path.read_text(encoding="utf-8").partition(MARKERS[0])
         table, end, after = rest.partition(MARKERS[1])
-        assert end, f"{readme}: no place for the table between {' and '.join(MARKERS)}"
+        if not end:
+            raise UserError(f"{path}: no place for the table between {' and '.join(MARKERS)}")
         head = table.strip("\n").splitlines()[:2]
-        with written_whole(readme) as temporary:
+        with written_whole(path) as temporary:
             text = "\n".join((before + start, "", *head, *rows, "", end)) + after
             temporary.write_text(text, encoding="utf-8")
 

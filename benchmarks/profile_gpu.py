@@ -1,6 +1,6 @@
 """Where the time of a training step goes on this machine's GPU, by kernel and by part.
 
-    python -m benchmarks.profile_gpu --size 0.1b --ctx_len 4096 --micro_bsz 8 [--json PATH]
+    python -m benchmarks.profile_gpu --size 0.1b --ctx_len 4096 --micro_bsz 8 [--output PATH]
 
 Five steps, after a warm-up, under jax's profiler. The step is that of `train_step_gpu`; all other
 options are those of `python -m rwkv_jax.train`. A kernel's part (`PARTS`) follows from the named
@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-from benchmarks import machine
+from benchmarks import command, machine
 from benchmarks.train_step_gpu import EXIT_TOKENS, describe_run, prepare
 from rwkv_jax.config import parse_train_options
 from rwkv_jax.device.runtime import prepare_jax
-from rwkv_jax.errors import CommandParser, UserError, run_command
+from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.training.initial_weights import write_init
 
 WARM_UP, STEPS = 8, 5
@@ -203,13 +203,7 @@ def read(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.profile_gpu",
-        description=__doc__.splitlines()[0],
-        epilog="All other options are those of python -m rwkv_jax.train.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser = command.record_parser(__file__, __doc__, allow_abbrev=False)
     parser.add_argument(
         "--trace", type=Path, metavar="PATH", help="keep the profiler's file here (.xplane.pb.gz)"
     )
@@ -238,8 +232,8 @@ def main() -> None:
         "step_ms": 1e3 * seconds,
         **summary,
     }
-    if options.json:
-        machine.write(options.json, result)
+    if options.output:
+        machine.write(options.output, result)
     print(f"{result['step_ms']:.2f} ms a step, the device busy for {summary['busy_share']:.0%}")
     print(f"the scope is known of {summary['scoped_share']:.0%} of its time, else the name decides")
     total = sum(summary["parts"].values())

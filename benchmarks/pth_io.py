@@ -1,35 +1,38 @@
 """Time of opening, copying, loading and saving a `.pth` of 400 MiB, ours beside torch's.
 
-    python -m benchmarks.pth_io [--repeat 9] [--folder DIR]
+    python -m benchmarks.pth_io [--repeat 9] [--folder DIR] [--output PATH]
 
 The page cache is warm and both sides run in this process, in turn, so that the ratios hold on a
-busy machine too. Writes benchmarks/results/pth_io.json and prints the table.
+busy machine too. Prints the table.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
-import torch
 
-from benchmarks.machine import describe
+from benchmarks import command, machine
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import ModelConfig
+from rwkv_jax.errors import run_command
+
+if TYPE_CHECKING:
+    import torch
 
 # The tensors of the 0.1b model but for a larger vocabulary, to come to 400 MiB in bf16.
 CONFIG = ModelConfig(n_layer=12, n_embd=768, vocab_size=77_600)
-RESULTS = Path(__file__).parent / "results" / "pth_io.json"
 
 
-def torch_save_durably(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def torch_save_durably(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     """`torch.save` with the flush to the disk that `pth.write` includes."""
+    import torch
+
     torch.save(tensors, path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -55,10 +58,13 @@ def race(ours: Callable[[], object], theirs: Callable[[], object], repeat: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=9, help="timed runs of each side")
-    parser.add_argument("--folder", type=Path, help="where to write: default a temporary folder")
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("--repeat", type=int, default=9, help="timed runs of each side (9)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="of the .pth files (default a temporary one)"
+    )
     arguments = parser.parse_args()
+    import torch
 
     rng = np.random.default_rng(0)
     values = {
@@ -71,7 +77,7 @@ def main() -> None:
         tensors = torch.load(path, weights_only=True)
         params = weights.load_pth(path)[1]
 
-        def torch_to_fp32() -> dict[str, torch.Tensor]:
+        def torch_to_fp32() -> "dict[str, torch.Tensor]":
             mapped = torch.load(path, weights_only=True, mmap=True)
             return {name: tensor.float() for name, tensor in mapped.items()}
 
@@ -99,14 +105,13 @@ def main() -> None:
             name: race(*sides, arguments.repeat * (3 if name.startswith("open") else 1))
             for name, sides in races.items()
         }
-        result = {
+        result = machine.record("pth_io") | {
             "file_MiB": round(path.stat().st_size / 2**20, 1),
             "tensors": len(values),
             "rows": rows,
-            "machine": describe(),
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.output:
+        machine.write(arguments.output, result)
     print(f"{result['file_MiB']} MiB, {len(values)} tensors")
     print(f"{'':20}{'ours ms':>10}{'torch ms':>10}{'torch/ours':>12}")
     for name, row in rows.items():
@@ -115,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

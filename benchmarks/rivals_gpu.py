@@ -1,6 +1,6 @@
 """WKV-7 and the training step of others beside ours, in one run on the same inputs.
 
-    python -m benchmarks.rivals_gpu --json out/gpu/rivals.json [--official RWKV-LM]
+    python -m benchmarks.rivals_gpu [--official RWKV-LM] [--output PATH]
 
 Rivals are timed where they are:
 
@@ -51,12 +51,12 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 
-from benchmarks import gpu_inputs, machine, timing
+from benchmarks import command, gpu_inputs, machine, timing
 from benchmarks.train_step_gpu import EXIT_TOKENS, prepare
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.config import TrainConfig, parse_train_options
-from rwkv_jax.errors import CommandParser, UserError, one_line, run_command, signals_raise
+from rwkv_jax.errors import UserError, one_line, run_command, signals_raise
 from rwkv_jax.files import reporting_os_errors
 
 INPUTS = ("r", "w", "k", "v", "a", "b")
@@ -707,10 +707,7 @@ def outcome(row: Row) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.rivals_gpu", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="written whole")
+    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
     parser.add_argument("--official", type=Path, metavar="DIR", help="a checkout of RWKV-LM")
     parser.add_argument(
         "--shapes",
@@ -740,8 +737,9 @@ def main() -> None:
     if source:
         result["official_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
     rows: list[Row] = result.setdefault("rows", [])
-    with reporting_os_errors(options.json, "write"):
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    if options.output:
+        with reporting_os_errors(options.output, "write"):
+            options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         signals_raise(),
         # Gigabytes, which do not belong beside the results if this process is killed.
@@ -758,7 +756,8 @@ def main() -> None:
                 row = {"what": what, **row, "implementation": name}
                 rows.append(row if name == "ours" else judged(row, ours))
                 print(outcome(rows[-1]), flush=True)
-            machine.write(options.json, result)
+            if options.output:
+                machine.write(options.output, result)
             return all("error" not in row for row in found)
 
         def run(what: str, name: str, function: Callable[..., None], *arguments: Any) -> bool:
@@ -790,7 +789,8 @@ def main() -> None:
             else:
                 reason = "there is no time of ours beside it"
                 add([{"error": reason}], "step", "official_trainer")
-    print(f"wrote {options.json}")
+    if options.output:
+        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

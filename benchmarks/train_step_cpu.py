@@ -1,6 +1,6 @@
 """The whole 0.1b training step on a CPU, beside torch and beside its own matrix products.
 
-    python benchmarks/train_step_cpu.py [--repeats 5] [--torch-repeats 2]
+    python -m benchmarks.train_step_cpu [--repeats 5] [--torch-repeats 2] [--output PATH]
 
 B 1, T 512, V 65536, fp32, no recomputation (grad_cp 0), everything from the batch to the updated
 weights: forward, backward, clipping, Adam. Three processes, each with one contender in a memory of
@@ -16,35 +16,27 @@ its own, take turns, so that whatever else the machine does meets all of them:
 Other programs on the machine stretch wall time, and not all three alike; CPU seconds, of both cores
 together, are the steadier figure, so both are given.
 
-Writes results/train_step_cpu.json and prints the row of the table.
+Prints the row of the table.
 """
 
-import argparse
-import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
-import torch
 
+from benchmarks import command, machine
 from rwkv_jax.checkpoints import weights
 from rwkv_jax.config import ModelConfig, TrainConfig
+from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.model.rwkv7 import abstract_params
 from rwkv_jax.parallel import sharding
 from rwkv_jax.training.optimizer import learning_rate, make_optimizer
 from rwkv_jax.training.step import TrainState, make_step
-
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from tests.support import torch_rwkv7  # noqa: E402
 
 T = 512
 WARM_UP = 2  # turns that are not counted: compiling, and memory that is new to the process
@@ -83,6 +75,10 @@ def ours(params: dict, tokens: np.ndarray) -> Callable[[], float]:
 
 
 def torchs(params: dict, tokens: np.ndarray) -> Callable[[], float]:
+    import torch
+
+    from tests import torch_rwkv7
+
     official = weights.to_official(params)
     theirs = {
         name: torch.from_numpy(np.array(tensor)).requires_grad_()
@@ -152,9 +148,9 @@ def contender(name: str, pipe: Connection) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch-repeats", type=int, default=2)
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps (5)")
+    parser.add_argument("--torch-repeats", type=int, default=2, help="those of torch (2); 0: none")
     options = parser.parse_args()
 
     names = ["products", "ours"] + (["torch"] if options.torch_repeats else [])
@@ -181,7 +177,7 @@ def main() -> None:
     for pipe in pipes.values():
         pipe.send(False)
     if "torch" in losses and abs(losses["ours"] - losses["torch"]) > 1e-3:
-        raise SystemExit(f"the two steps are not the same: losses {losses}")
+        raise UserError(f"the two steps are not the same: losses {losses}")
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     flops = sum(3 * 2 * T * inner * out for inner, out in linear_layers(MODEL))
@@ -192,9 +188,8 @@ def main() -> None:
     }
     if "torch" in median:
         ratios["torch / ours"] = median["torch"] / median["ours"]
-    result = {
+    result = machine.record("train_step_cpu") | {
         "what": "0.1b training step, B 1, T 512, V 65536, fp32, grad_cp 0, seconds",
-        "machine": machine.describe(),
         "seconds": seconds,
         "median": median,
         "cpu_seconds": cpu_seconds,
@@ -203,9 +198,8 @@ def main() -> None:
         "product_gflop": flops / 1e9,
         "product_gflop_per_second": flops / 1e9 / median["products"],
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    path = HERE / "results" / "train_step_cpu.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    if options.output:
+        machine.write(options.output, result)
     print(
         "| CPU | ours | torch | matrix products alone | torch / ours | ours / products "
         "| the same in CPU seconds |"
@@ -221,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,6 @@
 """Times the training step on this machine's GPU: tokens a second, MFU, peak memory.
 
-    python -m benchmarks.train_step_gpu --size 0.1b --ctx_len 4096 --runs 8/1 16/1 8/0 [--json PATH]
+    python -m benchmarks.train_step_gpu --size 0.1b --ctx_len 4096 --runs 8/1 16/1 [--output PATH]
 
 Each of --runs is micro_bsz/grad_cp, in a process of its own: where one does not fit, its row says
 so and the others are timed. The step is the one that `python -m rwkv_jax.train` compiles for the
@@ -36,11 +36,11 @@ import numpy as np
 import optax
 
 import rwkv_jax
-from benchmarks import gpu_inputs, machine
+from benchmarks import command, gpu_inputs, machine
 from pallas_kernels.gpu_targets import current_compute_capability
 from rwkv_jax.config import ModelConfig, TrainConfig, parse_train_options
 from rwkv_jax.device.runtime import prepare_jax
-from rwkv_jax.errors import CommandParser, UserError, message_and_status, one_line, run_command
+from rwkv_jax.errors import UserError, message_and_status, one_line, run_command
 from rwkv_jax.parallel import distributed, sharding
 from rwkv_jax.tracking.step_log import STEP_LOG, read_step_log
 from rwkv_jax.training import utilization
@@ -268,11 +268,8 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.train_step_gpu",
-        description=__doc__.splitlines()[0],
-        epilog="All other options are those of python -m rwkv_jax.train.",
-        allow_abbrev=False,
+    parser = command.record_parser(
+        __file__, __doc__, "write the record (JSON) here, row by row", allow_abbrev=False
     )
     parser.add_argument(
         "--runs", nargs="+", default=["8/1"], metavar="B/G", help="micro_bsz/grad_cp (default 8/1)"
@@ -280,7 +277,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="timed ones (default 30)")
     parser.add_argument("--command", action="store_true", help="run train itself as well")
     parser.add_argument("--compile_only", action="store_true", help="run nothing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="written after each row")
     options, arguments = parser.parse_known_args()
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: give at least 1")
@@ -307,8 +303,8 @@ def main() -> None:
                 result["command"] = row
             else:
                 result["rows"].append(row)
-            if options.json:
-                machine.write(options.json, result)
+            if options.output:
+                machine.write(options.output, result)
 
         def measured(run: list[str]) -> dict[str, Any]:
             row = in_its_own_process([*run, *weights], options.steps, options.compile_only)

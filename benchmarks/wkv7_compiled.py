@@ -1,11 +1,12 @@
 """What the compiler makes of the WKV-7 kernels, card by card, without a GPU.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled
+    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled \\
+        --output docs/wkv7-kernel.md benchmarks/results/compiled_kernels.json
 
-Compiles forward and backward for every row of `ROWS`, a few seconds each, and replaces the record
-of this jax and this assembler in benchmarks/results/compiled_kernels.json and the tables in
-docs/wkv7-kernel.md. tests/kernels/test_gpu_compile.py fails when a compilation differs from its
-record. Needs the packages of `pallas_kernels.gpu_targets`.
+Compiles forward and backward for every row of `ROWS`, a few seconds each, and prints the record.
+--output writes the record of this jax and this assembler beside those of other stacks, and its tables
+into the page. tests/kernels/test_gpu_compile.py fails when a compilation differs from its record.
+Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools
@@ -19,9 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import command
 from pallas_kernels.gpu_targets import GPU_TARGETS, Compiled, compile_for, ptxas
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
+from rwkv_jax.errors import run_command
 from rwkv_jax.files import written_whole
 
 DOCS = Path(__file__).parent.parent / "docs" / "wkv7-kernel.md"
@@ -119,26 +122,30 @@ def replace(path: Path, name: str, text: str) -> None:
         temporary.write_text(before + begin + text + "\n" + end + rest.split(end)[1], "utf-8")
 
 
-def write(results: dict[str, list]) -> None:
-    """The record, a row a line, and the tables."""
+def write(path: Path, results: dict[str, list]) -> None:
+    """Writes the record, a row per line."""
     stacks = [
         f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]"
         for name, rows in results.items()
     ]
-    with written_whole(RESULTS) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(stacks) + "\n}\n", "utf-8")
-    for name, table in TABLES.items():
-        replace(DOCS, name, table(results))
 
 
 def main() -> None:
+    outputs = command.tables_parser(__file__, __doc__).parse_args().output
     results = json.loads(RESULTS.read_text("utf-8"))
     results[stack()] = rows = []
     for row in ROWS:
         rows.append(record(row))
         print(json.dumps(rows[-1]), flush=True)
-    write(results)
+    for path in outputs:
+        if path.suffix == ".md":
+            for name, table in TABLES.items():
+                replace(path, name, table(results))
+        else:
+            write(path, results)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,31 +1,31 @@
 """WKV-7 forward + backward on this CPU: the chunked XLA form beside a step-by-step torch loop.
 
-    python -m benchmarks.wkv7_cpu
+    python -m benchmarks.wkv7_cpu [--output PATH]
 
-Prints a row of a markdown table and writes benchmarks/results/wkv7_cpu.json. The two are timed
-alternately, so that what else the machine does hits both. The result is the ratio of the best
-times: on a busy machine the torch loop's many small operations suffer most, and the ratio of the
-medians flatters us.
+Prints a row of a markdown table. The two are timed alternately, so that what else the machine does
+hits both. The result is the ratio of the best times: on a busy machine the torch loop's many small
+operations suffer most, and the ratio of the medians flatters us.
 """
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
+from benchmarks import command, machine
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS
+from rwkv_jax.errors import run_command
+
+if TYPE_CHECKING:
+    import torch
 
 SPEC = ARG_SPECS["0.1b_short"]
 REPEATS = 7
-RESULT = Path(__file__).parent / "results" / "wkv7_cpu.json"
 
 
 def inputs() -> list[np.ndarray]:
@@ -42,7 +42,9 @@ def ours(*arrays: jax.Array) -> list[jax.Array]:
     return [y, *vjp(dy)]
 
 
-def torch_loop(*arrays: torch.Tensor) -> list[torch.Tensor]:
+def torch_loop(*arrays: "torch.Tensor") -> "list[torch.Tensor]":
+    import torch
+
     *tokens, dy = arrays
     tokens = [x.detach().requires_grad_() for x in tokens]
     r, w, k, v, a, b = tokens
@@ -68,12 +70,10 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-
-
 def main() -> None:
+    options = command.record_parser(__file__, __doc__).parse_args()
+    import torch
+
     arrays = inputs()
     jax_arrays, torch_arrays = map(jnp.asarray, arrays), map(torch.tensor, arrays)
     jax_arrays, torch_arrays = tuple(jax_arrays), tuple(torch_arrays)
@@ -87,26 +87,22 @@ def main() -> None:
         times["xla"].append(seconds(lambda: jax.block_until_ready(compiled(*jax_arrays))))
     median = {name: statistics.median(values) for name, values in times.items()}
     best = {name: min(values) for name, values in times.items()}
-    result = {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+    result = machine.record("wkv7_cpu") | {
         "shape": SPEC._asdict(),
         "dtype": "float32",
-        "jax": jax.__version__,
-        "torch": torch.__version__,
         "median_seconds": median,
         "best_seconds": best,
         "ratio_of_best": best["torch"] / best["xla"],
         "ratio_of_medians": median["torch"] / median["xla"],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    if options.output:
+        machine.write(options.output, result)
     print("| CPU | cores | chunked XLA | torch loop | ratio |\n|---|---|---|---|---|")
     print(
-        f"| {result['cpu']} | {result['cores']} | {best['xla'] * 1e3:.0f} ms "
+        f"| {result['machine']['cpu']} | {result['machine']['cores']} | {best['xla'] * 1e3:.0f} ms "
         f"| {best['torch'] * 1e3:.0f} ms | {result['ratio_of_best']:.1f} |"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

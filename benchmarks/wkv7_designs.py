@@ -1,6 +1,7 @@
 """Weighs designs of the WKV-7 kernels by two floors each, and says what their code would take.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_designs
+    JAX_PLATFORMS=cpu python -m benchmarks.wkv7_designs \\
+        --output benchmarks/results/wkv7_designs.json docs/wkv7-kernel.md
 
 At B8 T4096 H12 N64 in 16 bits, for an H100 and an RTX 4090:
 - bytes: what a kernel's blocks are, by its block specs, over the card's bandwidth;
@@ -12,16 +13,14 @@ At B8 T4096 H12 N64 in 16 bits, for an H100 and an RTX 4090:
   the kernels can be tuned to.
 What the kernels cannot be tuned to is put together from the parts of those that can: `DERIVED`.
 
-Writes benchmarks/results/wkv7_designs.json and its tables in docs/wkv7-kernel.md and docs/log.md; a
-test compares both with what can be computed without a compiler. Needs what `wkv7_sass_estimate`
-needs.
+Prints the tables. A test holds the record and the tables in the docs to what can be computed
+without a compiler. Needs what `wkv7_sass_estimate` needs.
 """
 
 import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from benchmarks import command, machine
 from benchmarks.wkv7_compiled import DOCS, KERNELS, Row, compiled, replace
 from benchmarks.wkv7_sass_estimate import (
     CLOCK_GHZ,
@@ -46,7 +46,7 @@ from pallas_kernels.gpu_targets import GPU_TARGETS
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.wkv7.triton import call
-from rwkv_jax.files import written_whole
+from rwkv_jax.errors import run_command
 
 CARDS = ("h100", "rtx4090")
 SPEC = ARG_SPECS["0.1b_micro_batch_8"]
@@ -453,6 +453,7 @@ def replayed_with(kernels: dict, code: dict, costs: Costs) -> dict[str, dict[str
 
 
 def main() -> None:
+    outputs = command.tables_parser(__file__, __doc__).parse_args().output
     replayed: dict[str, dict] = {}
     chosen = {}
     for design, changes in TUNED.items():
@@ -489,12 +490,16 @@ def main() -> None:
         "figures": figures,
     }
     results["replays"] = replayed
-    with written_whole(RESULTS) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     for name, (page, table) in TABLES.items():
-        replace(page, name, table(results))
-    print(json.dumps(results["sensitivity"]))
+        print(table(results))
+        for path in outputs:
+            if path.name == page.name:
+                replace(path, name, table(results))
+    for path in outputs:
+        if path.suffix != ".md":
+            machine.write(path, results)
+    print(f"{results['sensitivity']['ms']} ms at {results['sensitivity']['shape']}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,6 @@
 """Times WKV-7 on this machine's GPU.
 
-    python -m benchmarks.wkv7_gpu [--shapes 0.1b_micro_batch_8 8,4096,64,64] [--json PATH]
+    python -m benchmarks.wkv7_gpu [--shapes 0.1b_micro_batch_8 8,4096,64,64] [--output PATH]
 
 Every implementation, forward and forward with backward, beside the time that the card needs for the
 algorithm's own bytes at the bandwidth of a plain copy, measured in the same run. Before each timing
@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_inputs, machine, timing
+from benchmarks import command, gpu_inputs, machine, timing
 from pallas_kernels.wkv7.api import IMPLEMENTATIONS, wkv7
 from pallas_kernels.wkv7.arg_specs import ARG_SPECS, ArgSpec
 from rwkv_jax.device.runtime import prepare_jax
-from rwkv_jax.errors import CommandParser, run_command
+from rwkv_jax.errors import run_command
 
 # Bytes that any chunked kernel with nothing saved must move, in units of one [B,T,H,N] array:
 # six in and one out; seven in (dy) and six out.
@@ -174,9 +174,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m benchmarks.wkv7_gpu", description=__doc__.splitlines()[0]
-    )
+    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -189,14 +187,14 @@ def main() -> None:
         nargs="+",
         choices=list(IMPLEMENTATIONS),
         default=["pallas_triton", "xla"],
+        help="default pallas_triton xla",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="written after each row")
     options = parser.parse_args()
     shapes = dict(map(gpu_inputs.shape, options.shapes))
     prepare_jax()
     if not on_gpu():
         print("no GPU: this rehearses the benchmark on a CPU, and its times mean nothing")
-    measure(shapes, options.implementations, options.json)
+    measure(shapes, options.implementations, options.output)
 
 
 if __name__ == "__main__":

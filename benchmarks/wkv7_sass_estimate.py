@@ -1,6 +1,6 @@
 """Predicts WKV-7 kernels' cycles a chunk from their machine code, for want of a GPU.
 
-    python -m benchmarks.wkv7_sass_estimate FILE.ptx CARD    # other kernels, at 512 programs
+    python -m benchmarks.wkv7_sass_estimate FILE.ptx CARD [--output PATH]
 
 The SASS of a kernel's main loop is replayed in order, with one warp of every program on each of a
 core's four schedulers: the assembler's own stall counts, scoreboard waits and barriers, and the
@@ -33,13 +33,15 @@ triton wheel too: triton/backends/nvidia/bin).
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import command, machine
 from pallas_kernels.gpu_targets import GPU_TARGETS, GpuTarget, assemble
+from rwkv_jax.errors import UserError, run_command
+from rwkv_jax.files import reporting_os_errors
 
 REPEATS = 8  # passes of each program, averaged
 CLOCK_GHZ = {"h100": 1.755}  # under load; the others' of GPU_TARGETS
@@ -185,7 +187,7 @@ def loops(target: GpuTarget, ptx: str) -> dict[str, list[Instruction]]:
     """The main loop of every kernel in a PTX file."""
     tool = shutil.which("cuobjdump")
     if tool is None:
-        sys.exit("error: cuobjdump is not on the PATH: see this file's docstring")
+        raise UserError("cuobjdump is not on the PATH (--help says where it comes from)")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         assemble(target, ptx, cubin)
@@ -212,8 +214,16 @@ def in_rounds(programs: int, cores: int, fit: int, cycles: list[int]) -> int:
 
 
 def main() -> None:
-    path, card = sys.argv[1:]
-    target, ptx, total = GPU_TARGETS[card], Path(path).read_text(), 0.0
+    parser = command.record_parser(__file__, __doc__)
+    parser.add_argument("ptx", type=Path, metavar="FILE.ptx", help="kernels, run at 512 programs")
+    parser.add_argument(
+        "card", choices=list(MEMORY_CYCLES), help=f"one of {', '.join(MEMORY_CYCLES)}"
+    )
+    options = parser.parse_args()
+    card, rows, total = options.card, [], 0.0
+    with reporting_os_errors(options.ptx, "read"):
+        ptx = options.ptx.read_text()
+    target = GPU_TARGETS[card]
     clock = CLOCK_GHZ.get(card, target.clock_ghz)
     with tempfile.TemporaryDirectory() as folder:
         report = assemble(target, ptx, Path(folder) / "kernels.cubin")
@@ -223,8 +233,12 @@ def main() -> None:
         turn = in_rounds(512, target.core_count, resident(registers), counts)
         total += (milliseconds := turn * 4096 / 16 / clock / 1e6)
         print(f"{name}: {counts} cycles a chunk, {registers} registers, {milliseconds:.2f} ms")
+        rows.append({"kernel": name, "cycles": counts, "registers": registers, "ms": milliseconds})
     print(f"B8 T4096 H64 in chunks of 16: {total:.1f} ms")
+    if options.output:
+        record = machine.record("wkv7_sass_estimate") | {"card": card, "ms": total, "rows": rows}
+        machine.write(options.output, record)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

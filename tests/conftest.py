@@ -8,17 +8,16 @@ from pathlib import Path
 # With fewer threads than a program on several simulated devices has parts that wait for each other,
 # XLA's CPU runtime hangs. Read when jax starts its backend.
 os.environ.setdefault("NPROC", "32")
+# The workers of xdist have the cores already. A second thread of numpy, scipy or torch would wait
+# for one in a loop: with both cores busy, a QR of 64 columns costs 60 times the CPU time.
+for _threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from rwkv_jax.device.nvidia import has_driver  # noqa: E402
-
-# Else jax would look for the libraries of CUDA that the extra `plan` leaves out, and give its
-# compiler up with them.
-if not has_driver():
-    jax.config.update("jax_platforms", "cpu")
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Silent promotions are how a bf16 model turns into a float32 one; they are errors in our tests.
@@ -35,6 +34,28 @@ collect_ignore = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Off a GPU, compiles quickly, also in the processes that tests start.
+
+    Without the optimisations of LLVM, which are not ours to test; and each program once, in this
+    run and in those that follow: `pytest --cache-clear` removes the programs.
+    """
+    if has_driver():
+        return
+    # Else jax would look for the libraries of CUDA that the extra `plan` leaves out, and give its
+    # compiler up with them.
+    jax.config.update("jax_platforms", "cpu")
+    settings = {"jax_disable_most_optimizations": True}
+    if hasattr(config, "cache"):
+        # A folder a worker: jax does not write its files whole.
+        folder = config.cache.mkdir("compiled") / os.environ.get("PYTEST_XDIST_WORKER", "main")
+        settings["jax_compilation_cache_dir"] = str(folder)
+        settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture(scope="session")
 def oracles() -> Path:
     """Official-format checkpoints of a tiny model, with float64 logits and final states (.npz)."""
@@ -43,14 +64,16 @@ def oracles() -> Path:
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """The commands tell jax how exact products are to be, and where to keep compiled programs; the
-    next test is not to hear it, nor what a module's fixture has told.
+    """Restores after each test what commands set in jax: the precision of products, and whether
+    and where compiled programs are kept.
     """
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    if cache is None:  # but whoever came before may have left one open: jax keeps it
-        compilation_cache.reset_cache()
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: jax.config.values[name] for name in names}
     yield
-    jax.config.update("jax_compilation_cache_dir", cache)
+    for name, value in before.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+            compilation_cache.reset_cache()  # jax keeps the folder that it used first
     jax.config.update("jax_default_matmul_precision", None)
 
 

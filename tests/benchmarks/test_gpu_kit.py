@@ -53,6 +53,7 @@ def clone(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_that_a_gpu_is_asked_is_rehearsed(clone, tmp_path):
     """From a clean clone, with nothing in the environment, no network and no set-up."""
     out, home = tmp_path / "out", tmp_path / "home"
@@ -459,7 +460,7 @@ def fake(run: list[str], *_: Any) -> dict[str, Any]:
 def test_a_configuration_that_does_not_fit_is_a_row(monkeypatch, tmp_path, capsys):
     path = tmp_path / "t.json"
     monkeypatch.setattr(train_step_gpu, "in_its_own_process", fake)
-    runs = ["--runs", "8/1", "16/1", "8/0", "--load_model", "x.pth", "--json", str(path)]
+    runs = ["--runs", "8/1", "16/1", "8/0", "--load_model", "x.pth", "--output", str(path)]
     monkeypatch.setattr("sys.argv", ["x", *TINY, *runs])
     train_step_gpu.main()
     rows = json.loads(path.read_text())["rows"]

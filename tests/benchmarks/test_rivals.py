@@ -113,6 +113,7 @@ def run(arguments: list[str], *path: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_torch
 def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     (tmp_path / "fla" / "ops").mkdir(parents=True)
@@ -126,7 +127,7 @@ def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     specs = {text: ArgSpec(*map(int, text.split(","))) for text in SHAPES}
     path = tmp_path / "out" / "rivals.json"
     done = run(
-        ["--json", str(path), "--shapes", *SHAPES, "--official", str(tmp_path / "RWKV-LM")],
+        ["--output", str(path), "--shapes", *SHAPES, "--official", str(tmp_path / "RWKV-LM")],
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -175,7 +176,7 @@ def test_what_is_not_there_has_a_line(tmp_path, monkeypatch, capsys):
     started = rivals_gpu.rows_of
     monkeypatch.setattr(rivals_gpu, "rows_of", rows_of)
     path = tmp_path / "rivals.json"
-    arguments = ["--json", str(path), "--shapes", SHAPES[0], *SIZES]
+    arguments = ["--output", str(path), "--shapes", SHAPES[0], *SIZES]
     monkeypatch.setattr("sys.argv", ["rivals_gpu", *arguments])
     rivals_gpu.main()
     reasons = {
@@ -206,7 +207,7 @@ def test_what_cannot_be_compiled_or_compared_has_a_line(tmp_path, monkeypatch, f
 
     monkeypatch.setattr(rivals_gpu, "rows_of", rows_of)
     path = tmp_path / "rivals.json"
-    arguments = ["--json", str(path), "--official", str(tmp_path), "--shapes", SHAPES[0], *SIZES]
+    arguments = ["--output", str(path), "--official", str(tmp_path), "--shapes", SHAPES[0], *SIZES]
     monkeypatch.setattr("sys.argv", ["rivals_gpu", *arguments])
     rivals_gpu.main()
     rows = json.loads(path.read_text())["rows"]
@@ -296,6 +297,7 @@ def test_a_process_that_is_late_is_ended_with_what_it_started(tmp_path, monkeypa
     assert not living()
 
 
+@pytest.mark.slow
 def test_how_a_process_ended_is_a_row(tmp_path):
     assert rows_of(dies, (), tmp_path, 60) == [{"error": "its process ended with status 9"}]
     assert rows_of(fails, (), tmp_path, 60) == [{"error": "ValueError: of two"}]
@@ -430,6 +432,6 @@ def test_shapes_are_names_or_four_numbers():
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
-    done = run(["--json", str(tmp_path / "r.json"), "--official", str(tmp_path)])
+    done = run(["--output", str(tmp_path / "r.json"), "--official", str(tmp_path)])
     assert done.returncode == 2
     assert done.stderr == f"error: --official {tmp_path}: has no RWKV-v7/train_temp/src/model.py\n"

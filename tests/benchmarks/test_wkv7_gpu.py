@@ -29,7 +29,7 @@ def test_times_what_runs_and_reports_what_does_not(monkeypatch, quick, tmp_path,
     """pallas_triton is refused here: a row with the reason."""
     path = tmp_path / "new" / "wkv7_cpu.json"
     monkeypatch.setattr(wkv7_gpu, "dispatch_seconds", lambda: 0.0)
-    run(monkeypatch, "--shapes", "1,16,1,16", "--json", str(path))
+    run(monkeypatch, "--shapes", "1,16,1,16", "--output", str(path))
     record = json.loads(path.read_text())
     rows = {(row["implementation"], row["pass"]): row for row in record["rows"]}
     assert len(rows) == len(record["rows"]) == 4
@@ -58,7 +58,7 @@ def test_rows_are_written_one_by_one(monkeypatch, quick, tmp_path):
 
     monkeypatch.setattr(wkv7_gpu, "median_seconds", median_seconds)
     with pytest.raises(KeyboardInterrupt):
-        arguments = ["--implementations", "xla", "--json", str(path)]
+        arguments = ["--implementations", "xla", "--output", str(path)]
         run(monkeypatch, "--shapes", "1,16,1,16", "1,32,1,16", *arguments)
     assert seen == [0, 0, 0, 1, 2]
     assert [row["pass"] for row in json.loads(path.read_text())["rows"]] == [

@@ -192,7 +192,13 @@ def test_a_plugin_without_a_driver_is_not_heard(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", hostile.commands())
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x == "rwkv_jax.train" else ())
+        for x in hostile.commands()
+    ],
+)
 def test_hostile_values(command, bench):
     """A part of the table; `python -m tests.hostile` runs all of it."""
     assert hostile.BASELINES.get(command), f"tests/support/hostile.py: BASELINES lacks {command}"
@@ -202,9 +208,7 @@ def test_hostile_values(command, bench):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    cache = jax.config.values["jax_compilation_cache_dir"]
-    yield hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    return hostile.Bench(tmp_path_factory.mktemp("hostile") / "root")
 
 
 def test_the_table_notices(bench, monkeypatch):

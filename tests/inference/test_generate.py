@@ -113,6 +113,7 @@ def test_greedy_is_the_plain_loop_and_ends_before_an_end_of_document(tiny, monke
     assert make_ids(Decoder(config, params), [prompt], 40) == [wanted]
 
 
+@pytest.mark.slow
 def test_a_batch_of_ragged_prompts_is_each_alone(world):
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     alone = [make_ids(world, [prompt], 24)[0] for prompt in prompts]
@@ -219,6 +220,7 @@ def exact(logits: np.ndarray, temperature: float, top_p: float, top_k: int = 0) 
     return q / q.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_rwkv_package_makes_the_same_choices(world, world_file):
     """Its greedy continuations of 200 tokens, penalties or not, and the probabilities that it hands
@@ -634,6 +636,7 @@ def test_prompts_of_a_file(world, world_file, tmp_path, capsys):
         assert [record["text"] for record in made] == generation.complete(world, prompts, 6, GREEDY)
 
 
+@pytest.mark.slow
 def test_the_command(world, world_file):
     """In a process of its own: what it writes where, and a seed that brings a text back."""
     done = subprocess.run(

@@ -40,13 +40,20 @@ if not can_compile():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_a_cache():
-    """jax warns when it finds what was compiled for a GPU that is not there: it cannot load it."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
+def as_for_a_user():
+    """With all optimisations, and without a cache: jax warns when it finds what was compiled for a
+    GPU that is not there, for it cannot load it.
+    """
+    settings = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
+    before = {name: jax.config.values[name] for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

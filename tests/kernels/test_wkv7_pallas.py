@@ -41,6 +41,7 @@ class TestPallasTriton(WKV7Suite):
     implementation = "pallas_triton"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tuning, reset",
     sorted(
@@ -62,6 +63,7 @@ def test_every_tuning_is_right(interpret, monkeypatch, tuning, reset):
         assert relative_error(x, true) < 1e-2, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
 def test_sharded_over_batch_and_heads(monkeypatch, implementation):
     """On simulated devices, each of which has one head of one sequence: values and gradients."""
@@ -106,6 +108,7 @@ def test_refuses_what_it_cannot_serve(monkeypatch, capability):
         jax.eval_shape(op, *huge)
 
 
+@pytest.mark.slow
 def test_float32_decay_logits_beside_bfloat16(interpret):
     inputs, _, _ = cast(Case("small", time=20, size=16), "bfloat16")
     wide = [x.astype(jnp.float32) if i == 1 else x for i, x in enumerate(inputs)]

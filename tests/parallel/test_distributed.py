@@ -100,7 +100,7 @@ def free_port() -> int:
 
 def start(folder: Path, cluster: str) -> list[subprocess.Popen]:
     port = free_port()
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "16", "JAX_NUM_CPU_DEVICES": "4"}
+    quick = {"NPROC": "16", "JAX_NUM_CPU_DEVICES": "4"}
 
     def process(number: int) -> subprocess.Popen:
         named, environment = named_by(cluster, number, port)
@@ -123,15 +123,8 @@ def wait_for(checkpoint: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def quick_compiles():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def test_two_processes_stop_go_on_and_train_as_one(tmp_path, quick_compiles):
+@pytest.mark.slow
+def test_two_processes_stop_go_on_and_train_as_one(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     first, second = start(together, "options")
     wait_for(together / "checkpoints" / "5", first)

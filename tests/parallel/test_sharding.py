@@ -33,15 +33,6 @@ def strict_but_for_optax() -> optax.GradientTransformationExtraArgs:
 ADAM = strict_but_for_optax()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Many steps are compiled; without optimisation that takes a third of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def batches() -> np.ndarray:
     """[STEPS, B, T + 1] ids below 12, all of them in the first step.
@@ -81,11 +72,13 @@ def alone(batches):
     return train(batches, 1, "deepspeed_stage_1", micro_batches=B)
 
 
+@pytest.mark.slow
 def test_the_run_learns(alone):
     losses = alone[0][:, 0]
     assert losses[0] > 3.8 and losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy, micro_batches, data",
     [

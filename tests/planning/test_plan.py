@@ -203,16 +203,13 @@ def test_nothing_fits():
 
 @pytest.fixture(scope="module")
 def measured() -> dict[int, StepCost]:
-    """The tiny step on one simulated device and on two, compiled without optimisation."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    """The tiny step on one simulated device and on two."""
     config = resolve_config(TINY, on_gpu=False)
     with jax.numpy_dtype_promotion("standard"):
         found = {
             devices: memory.measure(config, config.model_config(), sharding.make_mesh(devices))
             for devices in (1, 2)
         }
-    jax.config.update("jax_disable_most_optimizations", before)
     return found
 
 

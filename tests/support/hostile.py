@@ -251,9 +251,10 @@ class Bench:
         self.root = root
         self.names = fixtures(root / "in")
         self.took = 0.0
-        # Beside the root, and so kept from one run to the next.
-        jax.config.update("jax_compilation_cache_dir", str(root.parent / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        if jax.config.values["jax_compilation_cache_dir"] is None:  # it is not, under pytest
+            # Beside the root, and so kept from one run to the next.
+            jax.config.update("jax_compilation_cache_dir", str(root.parent / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         for name in ("home", "cache"):
             (root / name).mkdir()
 

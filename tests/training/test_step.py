@@ -27,14 +27,6 @@ def loss_by_target(hidden, head, targets, chunk, scale):
     return head_loss(hidden, head, targets, chunk, scale) * gain
 
 
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def first_state(mesh, adam, strategy: sharding.Strategy) -> step.TrainState:
     abstract = step.abstract_state(mesh, MODEL, adam, strategy.offload)
     where = jax.tree.map(lambda x: x.sharding, abstract)
@@ -42,6 +34,7 @@ def first_state(mesh, adam, strategy: sharding.Strategy) -> step.TrainState:
     return jax.device_put(step.TrainState(params, adam.init(params)), where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_2_offload"])
 def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
     """Masters, moments and bias correction are as without it; the rate is that of the step."""
@@ -77,6 +70,7 @@ def test_a_step_that_is_not_finite_changes_nothing(strategy, monkeypatch):
             np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_without_recomputation_no_weights_are_kept_for_the_backward_pass():
     """A layer more costs the pass its gradient and its activations, not a copy of its weights."""
     mesh, adam = sharding.make_mesh(2), make_optimizer(TrainConfig(), lambda count: 0.1)
@@ -96,6 +90,7 @@ def test_without_recomputation_no_weights_are_kept_for_the_backward_pass():
     assert temporary(9) - temporary(3) < 6 * 1.5 * part  # saved, the weights make it 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_offload"])
 def test_float16_finds_its_scale_and_grows_it(strategy, monkeypatch):
     """Planted: gradients that overflow float16 above a scale of 4, though their norm is small."""

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import rwkv_jax
 from rwkv_jax import train as trainer
@@ -45,25 +44,11 @@ SHAPE = ["--n_layer", "2", "--n_embd", "64", "--vocab_size", str(V)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles(tmp_path_factory):
-    """Compiled without optimisation, and once per program; subprocesses take part."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
+def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
         patch.setenv("JAX_NUM_CPU_DEVICES", "4")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,6 +202,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tm
         assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_state_elsewhere(data, run, tmp_path):
     """From the host's memory, saved while the next step is under way, to the device's."""
     options = config(data, tmp_path, strategy="fsdp_offload", save_every_steps=2)
@@ -233,6 +219,7 @@ def command(data: Path, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "rwkv_jax.train", *SHAPE, *options, *machine, *more]
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_just_so(data, run, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
     again = command(data, tmp_path, "--my_exit_tokens", str(STEPS * T))
@@ -242,6 +229,7 @@ def test_another_process_goes_on_just_so(data, run, stopped, tmp_path):
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_a_signal_to_the_process_saves(data, tmp_path, number):
     endless = command(data, tmp_path, "--my_exit_tokens", str(10**8))
@@ -303,6 +291,7 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_resume_anyway_goes_on_at_as_many_tokens(data, stopped, tmp_path, capsys):
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
     options = config(data, tmp_path, micro_bsz=2, my_exit_tokens=14 * T, resume_anyway=1)
@@ -314,6 +303,7 @@ def test_resume_anyway_goes_on_at_as_many_tokens(data, stopped, tmp_path, capsys
     assert newest == 7
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(data, tmp_path):
     """Begun on one device with batches of four, gone on with on four with one sample each."""
     batch = {"micro_bsz": 4, "my_exit_tokens": 4 * STEPS * T, "warmup_steps": 0, "lr_init": 1e-4}
@@ -466,6 +456,7 @@ def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, caps
     assert [words[1] for words in log(tmp_path)] == ["1.000000"] * 2
 
 
+@pytest.mark.slow
 def test_float16_skips_no_step_at_first(data, tmp_path, capsys):
     train(config(data, tmp_path, precision="fp16"))
     assert "skipped" not in capsys.readouterr().out
@@ -484,6 +475,7 @@ def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
     assert checkpoints.verify(2).loss == store.MiniepochLoss(2.0, 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_so_goes_on_from_before(data, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "build_step", failing_from(7, build.build_step))
@@ -622,11 +614,13 @@ def test_stage_one_writes_the_initialisation_alone(run, tmp_path, monkeypatch, c
     assert capsys.readouterr().err == note
 
 
+@pytest.mark.slow
 def test_recomputation_and_chunks_change_no_loss(data, run, tmp_path):
     losses = train(config(data, tmp_path, grad_cp=1, head_chunk=5))
     np.testing.assert_allclose(losses, run[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_stays_close(data, run, tmp_path):
     losses = train(config(data, tmp_path, precision="bf16"))
     np.testing.assert_allclose(losses, run[1], rtol=0, atol=0.05)
@@ -674,6 +668,7 @@ def test_load_partial_fills_in(data, run, tmp_path, standing_still, capsys):
         assert np.array_equal(tensor, expected), name
 
 
+@pytest.mark.slow
 def test_load_partial_adds_layers(data, run, tmp_path, standing_still, capsys):
     more = config(data, tmp_path, load_model=str(run[0]) + "/rwkv-final.pth", load_partial=1)
     train(dataclasses.replace(more, n_layer=3))
@@ -720,6 +715,7 @@ def official_folder(run, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_official_folder_is_continued(data, run, official_folder, capsys):
     """With the largest rwkv-{n}.pth, at miniepoch n + 1, by the official command."""
     folder = official_folder
@@ -760,6 +756,7 @@ def test_warm_up_where_the_official_trainer_decides(data, official_folder, stand
     np.testing.assert_allclose(warm, 1e-3 * (0.01 + 0.099 * np.arange(4)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_seed_of_minus_one_is_another_each_time(data, tmp_path, standing_still):
     for name in ("a", "b"):
         train(config(data, tmp_path / name, random_seed=-1))
@@ -889,6 +886,7 @@ def test_an_export_has_a_checkpoint_from_the_first_on(data, run, stopped, tmp_pa
     assert (tmp_path / "b" / "rwkv-0.pth").read_bytes() == (run[0] / "rwkv-0.pth").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_known_by_its_content(data, run, tmp_path, standing_still, capsys):
     """Its folder, its data and its base model may lie elsewhere, and the model be gone."""
     base = {"a": tmp_path / "a.pth", "b": tmp_path / "b"}

@@ -23,7 +23,7 @@ from rwkv_jax.parallel import sharding
 from rwkv_jax.training import optimizer, step
 from tests.support import torch_rwkv7
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 B, T, STEPS = 8, 32, 50
 MODEL = ModelConfig(n_layer=2, n_embd=128, vocab_size=512)
