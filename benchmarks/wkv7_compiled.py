@@ -5,8 +5,8 @@
 
 Compiles forward and backward for every row of `ROWS`, a few seconds each, and prints the record.
 --output writes the record of this jax and this assembler beside those of other stacks, and its
-tables into the page. tests/kernels/test_gpu_compile.py fails when a compilation differs from its record.
-Needs the packages of `pallas_kernels.gpu_targets`.
+tables into the page. tests/kernels/test_gpu_compile.py fails when a compilation differs from its
+record. Needs the packages of `pallas_kernels.gpu_targets`.
 """
 
 import functools

@@ -88,7 +88,7 @@ def test_the_table_of_plans_goes_into_its_place_in_each_page(tmp_path, monkeypat
 
     def plan(options, target, search):
         need = StepCost(GIB, 2 * GIB, 8 * GIB, 1, 1, 1.0)
-        return SimpleNamespace(needs={options.micro_bsz: need})
+        return SimpleNamespace(costs={options.micro_bsz: need})
 
     monkeypatch.setattr(plan_table, "plan", plan)
     monkeypatch.setattr(plan_table, "find_target", GPU_TARGETS.__getitem__)
