@@ -275,7 +275,7 @@ class Bench:
         numbers = (signal.SIGPROF, signal.SIGALRM)
         before_handlers = {number: signal.signal(number, _too_slow) for number in numbers}
         about = f"{one.command} {one.option}={one.value[:60]!r}"
-        measure = mock.Mock(return_value=memory.Need(1, 1, 1, 1, 1, 1.0))
+        measure = mock.Mock(return_value=memory.StepCost(1, 1, 1, 1, 1, 1.0))
         with (
             mock.patch.dict(os.environ, settings),
             mock.patch.object(sys, "argv", [one.command, *argv]),
