@@ -140,7 +140,7 @@ def idx_with(**changes):
         (b"", r"d\.idx: not a binidx index"),
         (IDX[:33], r"d\.idx: not a binidx index"),
         (b"MMIDIDX\x00\x01" + IDX[9:], r"d\.idx: not a binidx index"),
-        (idx_with(version=2), "version 2 of the format"),
+        (idx_with(version=2), "format version 2; only version 1"),
         (idx_with(code=9), "dtype code 9 is not one of"),
         (idx_with(code=0), "dtype code 0 is not one of"),
         (idx_with(code=4), "10 bytes is not a whole number of int32"),

@@ -169,7 +169,11 @@ def test_which_files_count(given, expected):
         ("d.jsonl", b'{"a\\n": "x", "b": 1}', r'strings in it: "a\\n": choose one with --text_key'),
         ("d.jsonl", b'{"messages": []}', 'no string "text"; its keys are "messages"'),
         ("d.parquet", b"PAR1x", "d.parquet: cannot be read as Parquet: "),
-        ("d.csv", b"a,b", r"d.csv: is neither a text file \(\.jsonl, .* nor the PREFIX"),
+        (
+            "d.csv",
+            b"a,b",
+            r"d.csv: is neither a text file \(with the extension \.jsonl, .* nor the PREFIX",
+        ),
         ("e.jsonl", b"{}", r"d.jsonl: no such file; did you mean e.jsonl\?"),
         ("d.jsonl.gz", b"{}", r"d.jsonl: no such file; did you mean d.jsonl.gz\?"),
     ],

@@ -347,7 +347,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path, '{"text": "a b c d e"}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     assert len(open_dataset(path, 1).tokens) > 4
-    assert "x.jsonl/rwkv_jax: Not a directory: nothing is kept" in capsys.readouterr().err
+    assert "x.jsonl/rwkv_jax: Not a directory: the cache is not writable" in capsys.readouterr().err
 
 
 # --- prefetch ---------------------------------------------------------------------------------
