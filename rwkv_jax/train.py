@@ -1,4 +1,4 @@
-"""`python -m rwkv_jax.train`: from text to rwkv-final.pth."""
+"""`python -m rwkv_jax.train`: trains a model, from text to rwkv-final.pth."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ DEMO = Path(__file__).parents[1] / "data" / "demo.jsonl"
 
 
 def train(config: TrainConfig) -> None:
-    """Trains as the options say, or resumes the run in their output folder.
+    """Trains with these options, or resumes the run in their output folder.
 
     Raises:
         UserError: the options cannot be satisfied.
@@ -62,10 +62,10 @@ def train(config: TrainConfig) -> None:
 
 
 def choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh that the options ask for; says on standard error why no GPU is used.
+    """Returns the mesh for the options; reports on standard error why no GPU is used.
 
     Raises:
-        UserError: the devices are not there.
+        UserError: the requested devices are not available.
     """
     if config.accelerator == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -80,22 +80,22 @@ def choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     strategy = sharding.STRATEGIES.get(config.strategy)
     if mesh.size == 1 and strategy and not strategy.offload:
         print(
-            f"note: --strategy {config.strategy} changes nothing on one device; where more are "
-            "there, --devices takes them",
+            f"note: --strategy {config.strategy} has no effect on one device; --devices selects "
+            "more, if available",
             file=sys.stderr,
         )
     return mesh
 
 
 def resolve(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainConfig:
-    """The options with the defaults that depend on the devices and on the checkout.
+    """Resolves the defaults that depend on the devices and on the checkout.
 
     Raises:
-        UserError: no data is given, and the demo is not here.
+        UserError: no data is given, and the demo data does not exist.
     """
     if not config.data_file and not DEMO.is_file():
         raise UserError(
-            "--data_file is needed: text (a .jsonl, a .txt …), or the prefix of a .bin and .idx"
+            "--data_file is required: text (a .jsonl, a .txt …), or the prefix of a .bin and .idx"
         )
     config = dataclasses.replace(config, data_file=config.data_file or str(DEMO))
     on_gpu = mesh.devices.flat[0].platform != "cpu"
@@ -103,28 +103,28 @@ def resolve(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainConfig:
 
 
 def make_folder(proj_dir: str) -> Path:
-    """Makes the output folder.
+    """Creates the output folder.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     folder = Path(proj_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--proj_dir {folder}: is a file, or in one; give a folder") from None
+        raise UserError(f"--proj_dir {folder}: is a file or inside a file; give a folder") from None
     except OSError as error:
         raise UserError(f"--proj_dir {folder}: {error.strerror}; give another folder") from None
     return folder
 
 
 def fitting_micro_bsz(mesh: jax.sharding.Mesh, config: TrainConfig) -> int:
-    """The largest micro_bsz that fits the devices, for `--micro_bsz auto`."""
+    """Returns the largest micro_bsz that fits the devices, for `--micro_bsz auto`."""
     return batch_size.fitting_micro_bsz(config, initial_model(config), mesh)
 
 
 def print_end(run: Run, seconds: float) -> None:
-    """What was written, and a command that uses it."""
+    """Prints the path of the final model and a command that uses it."""
     final = run.folder / FINAL
     print(
         f"wrote {final} after {datetime.timedelta(seconds=round(seconds))}\n"

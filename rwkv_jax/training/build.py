@@ -1,4 +1,4 @@
-"""From the options to the step that they mean: what train runs and plan compiles."""
+"""Builds the train step from the options. `train` runs it, `plan` compiles it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from rwkv_jax.training.optimizer import learning_rate, make_optimizer
 from rwkv_jax.training.schedule import Schedule
 from rwkv_jax.training.step import Metrics, TrainState, make_step
 
-# What the backward pass computes again, by --grad_cp.
+# What the backward pass recomputes, indexed by --grad_cp.
 RECOMPUTED = (
     "no recomputation",
     "blocks recomputed in the backward pass",
-    "blocks but their matrix products recomputed in the backward pass",
+    "blocks except their matrix products recomputed in the backward pass",
 )
 
 
 def default_batch(on_gpu: bool) -> int:
-    """The micro_bsz of a run that names none."""
+    """The default micro_bsz."""
     return 8 if on_gpu else 1
 
 
 def resolve_config(
     config: TrainConfig, on_gpu: bool, capability: tuple[int, int] | None = None
 ) -> TrainConfig:
-    """Resolves the defaults that depend on the machine, and sets the precision of float32 products.
+    """Resolves the defaults that depend on the machine, and sets jax's float32 matmul precision.
 
     Args:
         capability: as for `default_precision`.
@@ -49,7 +49,7 @@ def resolve_config(
 def build_optimizer(
     config: TrainConfig, model: ModelConfig, schedule: Schedule
 ) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs]:
-    """The learning rate as a function of the updates, and the optimizer."""
+    """Returns the learning rate as a function of the number of updates, and the optimizer."""
     rate = learning_rate(config, model.n_embd, schedule.first_step, schedule.exit_step)
     return rate, make_optimizer(config, rate)
 
@@ -60,7 +60,7 @@ def build_step(
     mesh: jax.sharding.Mesh,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """`step.make_step` by resolved options."""
+    """Builds the train step from resolved options (see `step.make_step`)."""
     return make_step(
         model,
         optimizer,

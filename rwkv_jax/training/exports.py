@@ -13,11 +13,12 @@ from rwkv_jax.training.schedule import Schedule
 
 
 def exports_after(schedule: Schedule, step: int, epoch_begin: int, epoch_save: int) -> list[str]:
-    """Names of the .pth files that hold the weights after a step.
+    """Returns the names of the .pth files that are due after a step.
 
     Args:
         epoch_begin: the run's first miniepoch.
-        epoch_save: miniepochs between two files; the last whole miniepoch always has one.
+        epoch_save: miniepochs between two files; 0: no such interval. The last complete miniepoch
+            always has a file.
     """
     names, miniepoch = [], schedule.miniepoch(step)
     if schedule.ends_miniepoch(step):
@@ -28,10 +29,10 @@ def exports_after(schedule: Schedule, step: int, epoch_begin: int, epoch_save: i
 
 
 class Exporter:
-    """Writes the .pth files. One that cannot be written is reported, and does not stop the run.
+    """Writes the .pth files. A failed write is reported and does not stop the run.
 
     Args:
-        log: takes a line for the person who watches.
+        log: prints a line for the user.
     """
 
     def __init__(self, run: Run, log: Callable[[str], None]):
@@ -44,17 +45,20 @@ class Exporter:
         return not (self._run.start.resumed or self._written)
 
     def due(self, step: int) -> list[str]:
-        """Names of the files to write after a step."""
+        """Returns the names of the files to write after a step."""
         config = self._run.config
         return exports_after(self._run.schedule, step, config.epoch_begin, config.epoch_save)
 
     def write(self, names: Sequence[str], params: Params) -> None:
-        """Writes these files; every process has to call it."""
+        """Writes these files. Every process has to call it."""
         for name in names:
             self._written[name] = self._try(self._run.folder / name, params)
 
     def write_missing(self, params: Params) -> None:
-        """Writes the files of the step before the start that a kill or a full disk prevented."""
+        """Writes the files that are due after the step before the start but do not exist.
+
+        They are missing if the process was killed or the disk was full.
+        """
         start = self._run.start
         if start.resumed and start.step > self._run.schedule.first_step:
             for name in self.due(start.step - 1):
@@ -62,10 +66,10 @@ class Exporter:
                     self.write([name], params)
 
     def require_final(self, params: Params) -> None:
-        """Writes rwkv-final.pth if that has not worked yet.
+        """Writes rwkv-final.pth if it has not been written yet.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         if not self._written.get(FINAL):
             params = distributed.gather_to_first(params)
@@ -80,5 +84,5 @@ class Exporter:
                 worked = True
                 self._log(f"wrote {path}")
             except UserError as error:
-                self._log(f"warning: {error}; a checkpoint of this step can be converted to it")
+                self._log(f"warning: {error}; convert a checkpoint of this step instead")
         return bool(distributed.from_first(worked))

@@ -1,6 +1,4 @@
-"""A run as a thing with an identity: what makes it this one, who may resume it, when it stops and
-when it saves.
-"""
+"""The identity of a run: what makes it the same run, and what may change on resume."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from rwkv_jax.config import TrainConfig
 from rwkv_jax.files import reporting_os_errors
 from rwkv_jax.text.dataset import Dataset, fingerprint
 
-WEIGHTS = "weights of load_model"  # in a run's identity: what they are, not where
-_GONE = "missing"  # instead of these, where --load_model names nothing
+WEIGHTS = "weights of load_model"  # key in a run's identity: their content, not their path
+_GONE = "missing"  # its value if the path of --load_model does not exist
 
-# Options that may change when a run is resumed; every later step is another for it.
+# Options that may change on resume, although they change all later steps.
 _CHANGEABLE = (
     "my_exit_tokens",
     "lr_init",
@@ -31,9 +29,10 @@ _CHANGEABLE = (
 
 
 def identity(config: TrainConfig, data: Dataset, batch: int) -> dict[str, Any]:
-    """What a run is made of besides its model: with the step number, all that a step depends on.
+    """Returns the identity of a run besides its model.
 
-    Nothing is drawn at random but the initial weights, by random_seed: there is no other key.
+    Together with the step number and the model, it determines a step. Only the initial weights are
+    random; random_seed is the only random key.
     """
     return {
         "data": fingerprint(data.tokens),
@@ -48,12 +47,13 @@ def identity(config: TrainConfig, data: Dataset, batch: int) -> dict[str, Any]:
 
 
 def weights_fingerprint(load_model: str) -> str:
-    """Tells the content of one --load_model from another's; empty for none.
+    """Returns a fingerprint of the content of --load_model; empty if there is none.
 
-    A folder is known by the manifest of its newest checkpoint, which has the hash of every file.
+    The fingerprint of a folder is that of its newest checkpoint's manifest, which has the hash of
+    every file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     path = Path(load_model)
     if load_model and path.is_dir() and not (path / MANIFEST).exists():
@@ -66,27 +66,38 @@ def weights_fingerprint(load_model: str) -> str:
     return fingerprint(content)
 
 
-def resumed_weights(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The `WEIGHTS` of a resumed run, which needs no --load_model: it may be left out, or be gone.
+def resumed_weights(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """Returns the `WEIGHTS` of a resumed run.
 
-    None: not known, of a checkpoint from before they were recorded.
+    On resume, --load_model may be omitted, and its file may have been removed.
+
+    Args:
+        saved: the identity in the checkpoint.
+        current: the identity from the options.
+
+    Returns:
+        The fingerprint; None if it is unknown, because the checkpoint was written before
+        fingerprints were recorded.
     """
-    begun, given = then.get(WEIGHTS), now[WEIGHTS]
-    return begun if not given or (given == _GONE and begun != "") else given
+    initial, given = saved.get(WEIGHTS), current[WEIGHTS]
+    return initial if not given or (given == _GONE and initial != "") else given
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What has changed, as "name old, not new": what makes it another run, and what may change.
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Returns the differences from the saved identity, as "name old, not new".
 
-    A run that began with --load_model continues without it, too.
+    A run that started with --load_model can be resumed without it: this is not a difference.
+
+    Returns:
+        The differences that make it another run, and those that are allowed.
     """
-    now = {**now, WEIGHTS: resumed_weights(then, now)}
-    if then.get(WEIGHTS) is None:
-        then = {**then, WEIGHTS: now[WEIGHTS]}
-    differing = [name for name in now if then.get(name) != now[name]]
-    given = {name: "unset" if now[name] is None else now[name] for name in differing}
-    told = {name: f"{name} {then.get(name) or 'unset'}, not {given[name]}" for name in differing}
+    current = {**current, WEIGHTS: resumed_weights(saved, current)}
+    if saved.get(WEIGHTS) is None:
+        saved = {**saved, WEIGHTS: current[WEIGHTS]}
+    differing = [name for name in current if saved.get(name) != current[name]]
+    given = {name: "unset" if current[name] is None else current[name] for name in differing}
+    texts = {name: f"{name} {saved.get(name) or 'unset'}, not {given[name]}" for name in differing}
     return (
-        [told[name] for name in differing if name not in _CHANGEABLE],
-        [told[name] for name in differing if name in _CHANGEABLE],
+        [texts[name] for name in differing if name not in _CHANGEABLE],
+        [texts[name] for name in differing if name in _CHANGEABLE],
     )

@@ -1,4 +1,4 @@
-"""The weights that a run begins with: a file's, a part of a file's, or fresh ones."""
+"""The weights that a run starts from: a file's, partly a file's, or fresh ones."""
 
 import dataclasses
 import secrets
@@ -17,7 +17,7 @@ from rwkv_jax.parallel import distributed
 
 
 def initial_model(config: TrainConfig) -> ModelConfig:
-    """The model that a run of these options begins with: a --load_model decides its shape.
+    """Returns the model config of a run with these options; --load_model determines its shape.
 
     Raises:
         UserError: the file cannot be used.
@@ -35,10 +35,13 @@ def initial_model(config: TrainConfig) -> ModelConfig:
 
 
 def load(config: TrainConfig, source: Path) -> tuple[ModelConfig, Params]:
-    """The model in a .pth, the output folder of a run or a checkpoint, held to the options.
+    """Loads a model and checks it against the options.
+
+    Args:
+        source: a .pth, the output folder of a run, or a checkpoint.
 
     Raises:
-        UserError: it cannot be read, or the options contradict its shape.
+        UserError: the source cannot be read, or the options contradict its shape.
     """
     if config.load_partial:
         return _load_partial(config, source)
@@ -48,64 +51,69 @@ def load(config: TrainConfig, source: Path) -> tuple[ModelConfig, Params]:
 
 
 def partial_model(config: TrainConfig, source: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape that `--load_partial 1` gives a model, and the tensors of the file.
+    """Returns the model config for `--load_partial 1`, and the tensors of the file.
 
-    What the file has decides; the options decide about the number of layers, and the rest.
+    Sizes come from the file if it has them. The other sizes and the number of layers come from the
+    options.
     """
     tensors = pth.read(source)
     try:
         tensors = weights.without_prefix(tensors)
-        asked = config.model_config()
-        n_layer = asked.n_layer if config.n_layer or config.size else 0
-        return weights.infer_partial(tensors, asked, n_layer), tensors
+        requested = config.model_config()
+        n_layer = requested.n_layer if config.n_layer or config.size else 0
+        return weights.infer_partial(tensors, requested, n_layer), tensors
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
 
 def _load_partial(config: TrainConfig, source: Path) -> tuple[ModelConfig, Params]:
-    """The file's tensors, and fresh ones where it has none."""
-    model, there = partial_model(config, source)
+    """Loads the file's tensors and initializes those that it does not have."""
+    model, loaded = partial_model(config, source)
     check_shape(config, model, str(source))
     seed = distributed.from_first(_seed(config))
     initial = weights.to_official(init_params(model, seed))
     merged = {name: np.asarray(tensor) for name, tensor in initial.items()}
-    fresh = [name for name in merged if name not in there]
+    fresh = [name for name in merged if name not in loaded]
     if distributed.is_first():
         print(
             f"{len(merged) - len(fresh)} of {len(merged)} tensors are from {source}; fresh: "
             + (", ".join(fresh) or "none")
         )
     try:
-        return weights.from_official({**merged, **there}, model)
+        return weights.from_official({**merged, **loaded}, model)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
 
 def check_shape(config: TrainConfig, model: ModelConfig, source: str) -> None:
-    """Refuses a model that the options contradict; what they leave open, the file decides."""
+    """Refuses a model that contradicts the options. Unset options take the file's values.
+
+    Raises:
+        UserError: the options contradict the model; the message lists the differences.
+    """
     head_size = config.head_size or model.head_size
-    asked = dataclasses.replace(config, head_size=head_size).model_config()
+    requested = dataclasses.replace(config, head_size=head_size).model_config()
     names = ["n_layer", "n_embd"] if config.size else []
     given = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
     names += [name for name in given if getattr(config, name)]
     names += ["dim_w", "dim_a", "dim_v", "dim_g"] if config.lora_dims != "formula" else []
     wrong = [
-        f"{name} {getattr(model, name)}, not {getattr(asked, name)}"
+        f"{name} {getattr(model, name)}, not {getattr(requested, name)}"
         for name in dict.fromkeys(names)
-        if getattr(asked, name) != getattr(model, name)
+        if getattr(requested, name) != getattr(model, name)
     ]
     if wrong:
-        way_out = "leave the option out to take the file's"
+        fix = "leave the option out to use the file's value"
         if Path(config.proj_dir).absolute() in Path(source).absolute().parents:
-            way_out += ", or give another --proj_dir"
-        raise UserError(f"{source}: has {', '.join(wrong)}; {way_out}")
+            fix += ", or give another --proj_dir"
+        raise UserError(f"{source}: has {', '.join(wrong)}; {fix}")
 
 
 def prepare_init(path: Path, config: TrainConfig) -> str:
-    """--train_stage 1: writes rwkv-init.pth where none is; returns what to say.
+    """Writes rwkv-init.pth for --train_stage 1 if it does not exist; returns a message.
 
     Raises:
-        UserError: other weights are there.
+        UserError: the file exists and has other weights.
     """
     if not path.exists():
         return f"wrote {write_init(path, config)}"
@@ -113,14 +121,15 @@ def prepare_init(path: Path, config: TrainConfig) -> str:
     seed = config.random_seed
     same_shape = model == config.model_config()
     if same_shape and seed >= 0 and is_of_seed(np.asarray(tensors["emb.weight"]), seed):
-        return f"{path} is there already, of --random_seed {seed}"
+        return f"{path} already exists, with the weights of --random_seed {seed}"
     raise UserError(
-        f"{path}: is there, and is not what these options would write: leave --train_stage 1 out "
+        f"{path}: exists, but is not what these options would write: leave out --train_stage 1 "
         "to train from it, or give another --proj_dir"
     )
 
 
 def write_init(path: Path, config: TrainConfig) -> Path:
+    """Initializes the weights, writes them to `path`, and returns `path`."""
     print(f"initialising {summary(config.model_config())} …", flush=True)
     weights.save_pth(path, init_params(config.model_config(), _seed(config)))
     return path

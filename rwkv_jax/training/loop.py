@@ -16,13 +16,13 @@ def train(run: Run, stop: Stop) -> None:
     The loss of a step is fetched while the next step runs, so the device never waits for the host.
 
     Raises:
-        UserError: steps in a row were not finite, the data cannot be used, or the final model
-            cannot be written. The work until then is saved.
-        SystemExit: stopped before the end, with a checkpoint.
+        UserError: consecutive steps were not finite, the data cannot be used, or the final model
+            cannot be written. The progress until then is saved.
+        SystemExit: the run stopped early; a checkpoint is saved.
     """
     state, train_step = run.start.state, run.build_step()
     any_process = distributed.make_any_process(run.mesh)
-    report = Report(run)  # before `stop` handles Ctrl-C: a tracker may ask for a key
+    report = Report(run)  # before `stop` handles Ctrl-C: a tracker may ask for an API key
     batches = run.batches(report.stalled)
     with stop, report, Saver(run, report) as saver, contextlib.closing(batches):
         saver.export_missing(state)

@@ -1,4 +1,4 @@
-"""Adam as the official trainer runs it, as an optax chain with groups by parameter path."""
+"""The official trainer's Adam, as an optax chain with parameter groups by path."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from rwkv_jax.model.rwkv7 import Params
 
 
 def is_decayed(path: tuple[str, ...], ndim: int) -> bool:
-    """Whether weight decay applies: the matrices named `weight` (embedding, head, projections).
+    """Whether weight decay applies: only to matrices named `weight` (embedding, head, projections).
 
     `ndim` counts the stacked layer axis: in a block, the norms' weights (vectors) are [L, C].
     """
@@ -20,12 +20,12 @@ def is_decayed(path: tuple[str, ...], ndim: int) -> bool:
 
 
 def has_double_rate(path: tuple[str, ...]) -> bool:
-    """Whether the learning rate is doubled: the decay bias w0 alone."""
+    """Whether the learning rate is doubled: only for the decay bias w0."""
     return path == ("blocks", "att", "w0")
 
 
 def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: float):
-    """The schedule as a function of the steps that this optimizer has seen, its updates.
+    """Returns the learning rate as a function of the number of updates.
 
     With s = first_step + updates, w = warmup_steps, and the rates of `TrainConfig.learning_rates`:
 
@@ -35,7 +35,7 @@ def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: 
 
     Args:
         n_embd: the model's width C.
-        first_step: the step at which the run began (`--epoch_begin`).
+        first_step: the step at which the run started (`--epoch_begin`).
         exit_step: my_exit_tokens in steps, not rounded.
     """
     init, final = config.learning_rates(n_embd)
@@ -54,13 +54,14 @@ def learning_rate(config: TrainConfig, n_embd: int, first_step: int, exit_step: 
 def make_optimizer(
     config: TrainConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, Adam, decoupled weight decay and the rate, over float32 gradients.
+    """Builds the optimizer for float32 gradients.
 
-    `update` takes two keywords. `norm` is the global norm of the whole gradient, less any loss
-    scale; all else is element by element, so that a part of the tree can be updated without the
-    others. `skip` is a bool scalar: where it is true the moments stay as they are, and the updates
-    are not to be applied. The learning rate and the loss scale continue, as they belong to the
-    step, done or skipped.
+    It clips by the global norm, then applies Adam, decoupled weight decay and the learning rate.
+    `update` has two keyword arguments. `norm` is the global norm of the whole gradient, without
+    the loss scale; everything else is elementwise, so a part of the tree can be updated on its
+    own. `skip` is a bool scalar: if it is true, the moments are unchanged, and the updates must not
+    be applied. The learning rate and the loss scale advance in any case, because they depend on
+    the step number.
     """
 
     def decayed(params: Params) -> Params:
@@ -80,10 +81,10 @@ def make_optimizer(
 
 
 def clip(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Gradients times limit/max(norm, limit), with the norm over all of them.
+    """Multiplies gradients by limit/max(norm, limit), where `norm` is the global norm.
 
-    One factor, so that it costs no pass of its own: `optax.clip_by_global_norm` chooses between
-    two trees, and XLA's CPU writes the clipped one to memory.
+    A single factor costs no extra pass over the gradients. `optax.clip_by_global_norm` selects
+    between two trees, and XLA writes the clipped one to memory on the CPU.
     """
 
     def update(gradients: Params, state: optax.EmptyState, params=None, *, norm: jax.Array, **_):
@@ -94,12 +95,12 @@ def clip(limit: float) -> optax.GradientTransformationExtraArgs:
 
 
 def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` that leaves its state alone where `skip` is true.
+    """Returns `optax.scale_by_adam` with a `skip` argument that keeps its state unchanged.
 
         m = b1 m + (1 − b1) g,  v = b2 v + (1 − b2) g²,  (m/(1 − b1ⁿ)) / (√(v/(1 − b2ⁿ)) + eps)
 
-    Choosing here, ahead of what reads the moments, keeps their update in place. Chosen around the
-    whole optimizer, both the old and the new ones are wanted, and XLA copies all of them.
+    Selecting here, before the moments are read, lets XLA update them in place. Selecting around
+    the whole optimizer keeps the old and new moments alive, and XLA copies all of them.
     """
 
     def update(
@@ -127,20 +128,22 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
 
 
 class LossScale(NamedTuple):
-    """What the loss, and so every gradient, is multiplied by."""
+    """The factor of the loss, and therefore of every gradient."""
 
-    scale: jax.Array  # float32, a power of two: multiplying by it rounds nothing
-    steps: jax.Array  # int32, since it changed
+    scale: jax.Array  # float32, a power of two, so multiplication by it is exact
+    steps: jax.Array  # int32, the number of steps since the last change
 
 
 def unscale(start: float = 2.0**8, patience: int = 2000) -> optax.GradientTransformationExtraArgs:
-    """Divides gradients by the loss scale of its state, and moves it, for float16.
+    """Divides gradients by the loss scale in its state, and adjusts the scale, for float16.
 
-    float16 has nothing above 65504 and little below 6e-5, where gradients lie; scaled, they are in
-    between. A step whose scaled gradients overflow is one to skip, and halves the scale; so many
-    steps without double it, as far as it goes. (Micikevicius et al., Mixed Precision Training.)
-    The first scale is one at which a fresh model overflows nothing: at 2¹⁵ its first six steps,
-    of which the learning rate takes notice, would be skipped.
+    float16 has no values above 65504 and few below 6e-5, where many gradients are. Scaled
+    gradients are in between. A step whose scaled gradients overflow is skipped and halves the
+    scale, down to 1. After `patience` steps without overflow the scale doubles, up to 2²⁴.
+    (Micikevicius et al., Mixed Precision Training.)
+
+    A fresh model does not overflow at the initial scale `start`. At 2¹⁵ its first six steps would
+    be skipped, while the warm-up advances.
     """
 
     def init(params: Params) -> LossScale:
@@ -159,21 +162,21 @@ def unscale(start: float = 2.0**8, patience: int = 2000) -> optax.GradientTransf
 
 
 def loss_scale(opt_state: optax.OptState) -> jax.Array:
-    """The scale for the next step; 1 without `unscale`."""
+    """Returns the loss scale for the next step; 1 without `unscale`."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScale))
     scales = [node.scale for node in nodes if isinstance(node, LossScale)]
     return scales[0] if scales else jnp.float32(1)
 
 
 def with_updates(opt_state: optax.OptState, steps: int) -> optax.OptState:
-    """The same moments, with the learning rate of a run that has seen so many steps."""
+    """Sets the learning rate's update count to `steps`; the moments are unchanged."""
 
-    def moved(node: Any) -> Any:
+    def with_count(node: Any) -> Any:
         if not _is_schedule(node):
             return node
         return node._replace(count=jax.device_put(np.int32(steps), node.count.sharding))
 
-    return jax.tree.map(moved, opt_state, is_leaf=_is_schedule)
+    return jax.tree.map(with_count, opt_state, is_leaf=_is_schedule)
 
 
 def _is_schedule(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: to the person, the logs and the trackers. Trouble shows here."""
+"""Reports the metrics of each step to the terminal, logs and trackers, and detects problems."""
 
 import contextlib
 import copy
@@ -21,15 +21,15 @@ from rwkv_jax.training.step import Metrics
 
 
 class Report(contextlib.ExitStack):
-    """Takes the metrics of each step, in order.
+    """Reports the metrics of each step, in order.
 
     Attributes:
         running: the mean loss of the miniepoch so far.
-        skipped: the latest steps in a row that were skipped, since they were not finite.
-        before: `running` as it was before them.
+        skipped: the latest consecutive steps that were skipped because they were not finite.
+        before: `running` before these steps.
     """
 
-    PATIENCE = 8  # steps in a row without a finite loss and gradient, then a run stops
+    PATIENCE = 8  # a run stops after this many consecutive non-finite steps
 
     def __init__(self, run: Run):
         super().__init__()
@@ -40,7 +40,7 @@ class Report(contextlib.ExitStack):
         folder = run.folder
         if not distributed.is_first():
             folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        # Before a bar is drawn: a tracker may ask the person who watches.
+        # Opened before the progress bar: a tracker may ask the user a question.
         self._trackers = self._open_trackers(folder)
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
@@ -59,22 +59,22 @@ class Report(contextlib.ExitStack):
         self.callback(self.flush)
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes a step that is under way, and reports the one before, which is done."""
+        """Takes the step just launched and reports the previous one, which is complete."""
         self.catch_up()
         self._pending = step, metrics
 
     def catch_up(self) -> None:
-        """Waits for the step that is under way, and reports it."""
+        """Waits for the last launched step and reports it."""
         if self._pending:
             pending, self._pending = self._pending, None
             self._report(*pending)
 
     def diverged(self, metrics: Metrics) -> bool:
-        """Whether `PATIENCE` steps in a row, and the one under way, are not finite."""
+        """Whether the last `PATIENCE` reported steps and the step just launched are not finite."""
         return len(self.skipped) >= self.PATIENCE and bool(metrics.skipped)
 
     def _open_trackers(self, folder: Path) -> list[Any]:
-        """The trackers of the first process, open until this report is closed."""
+        """Opens the trackers of the first process, until this report is closed."""
         run = self._run
         trackers = open_trackers(
             run.config,
@@ -107,8 +107,8 @@ class Report(contextlib.ExitStack):
         else:
             self.skipped.clear()
             self.running.add(loss)
-            if words := self._watch.add(loss):
-                self.log(f"step {step}: {words} ({self.at(step)})")
+            if warning := self._watch.add(loss):
+                self.log(f"step {step}: {warning} ({self.at(step)})")
         speed = self._progress.show(step, loss, self.running.mean, rate, norm)
         values = {
             "loss": loss,
@@ -130,24 +130,24 @@ class Report(contextlib.ExitStack):
             self.running.reset()
 
     def at(self, step: int) -> str:
-        """Where the samples of a step lie in the data, in words."""
+        """Returns the positions of a step's samples in the data, for a message."""
         batch = self._run.schedule.batch
         offsets = self._run.data.offsets(1 + step * batch + np.arange(batch)).tolist()
         more = f" and {batch - 8} more" if batch > 8 else ""
-        return f"samples at the tokens {', '.join(map(str, offsets[:8]))}{more}"
+        return f"samples at tokens {', '.join(map(str, offsets[:8]))}{more}"
 
     def stalled(self, seconds: float) -> None:
-        """The next batch is late."""
-        self.log(f"warning: waiting for data for {seconds:.0f} s: is the disk slow or gone?")
+        """Reports that the next batch is late."""
+        self.log(f"warning: waiting for data for {seconds:.0f} s: check the disk")
 
     def flush(self) -> None:
-        """Makes the logs survive a power cut, before a checkpoint says that the steps are done."""
+        """Syncs the logs to disk against a power cut, before a checkpoint records their steps."""
         self._train_log.flush()
         self._step_log.flush()
 
 
 def _resolved_options(run: Run) -> dict[str, Any]:
-    """The options as the run takes them, and the official real_bsz: what trackers keep of a run."""
+    """Returns the resolved options and the official real_bsz, for the trackers."""
     config, model, data, schedule = run.config, run.model, run.data, run.schedule
     lr_init, lr_final = config.learning_rates(model.n_embd)
     micro_batches = config.micro_bsz * config.accumulate_grad_batches * config.num_nodes

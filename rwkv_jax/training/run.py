@@ -1,4 +1,4 @@
-"""A run: options, devices, data, schedule and checkpoints, all resolved, and where it begins."""
+"""A run: resolved options, devices, data, schedule, checkpoints, and its start."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from rwkv_jax.training.utilization import model_flops, peak_flops
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the training loop works with.
+    """The objects of a run that the training loop uses.
 
     Attributes:
         config: the options, with every default resolved.
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def steps(self) -> range:
-        """The steps that are left."""
+        """The remaining steps."""
         return range(self.start.step, self.schedule.last_step)
 
     @functools.cached_property
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def peak_tokens_per_second(self) -> float:
-        """Tokens per second at an MFU of 1; 0 if the device's peak is not known."""
+        """Tokens per second at an MFU of 1; 0 if the device's peak is unknown."""
         kind = self.mesh.devices.flat[0].device_kind
         peak = self.mesh.size * peak_flops(kind, self.config.precision)
         return peak / model_flops(self.model)
@@ -72,7 +72,7 @@ class Run:
         return build_step(self.config, self.model, self.mesh, self._optimizer[1])
 
     def batches(self, stalled: Callable[[float], None]) -> Generator[jax.Array, None, None]:
-        """The batches of the steps that are left, prepared ahead.
+        """Yields the batches of the remaining steps, prepared ahead.
 
         Args:
             stalled: called with the seconds waited when a batch is late.
@@ -80,7 +80,7 @@ class Run:
         return prefetch(self._make_batch, self.start.step, stalled=stalled)
 
     def _make_batch(self, step: int) -> jax.Array:
-        """[A, B, T + 1] int32 over the devices: A micro batches, B samples in each."""
+        """Returns [A, W·B, T + 1] int32: A micro batches, B samples on each of W devices."""
         A, W, B = self.config.accumulate_grad_batches, self.mesh.size, self.config.micro_bsz
         return distributed.make_batch(
             self.mesh,

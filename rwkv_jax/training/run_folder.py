@@ -1,4 +1,4 @@
-"""What lies in a run's output folder, and who holds it."""
+"""The files of a run's output folder, and the lock on the folder."""
 
 import contextlib
 import os
@@ -16,30 +16,31 @@ _NUMBERED = re.compile(r"rwkv-(\d+)\.pth")
 
 
 def exported(folder: Path) -> list[int]:
-    """The n of all rwkv-{n}.pth in a folder, the largest first."""
+    """Returns the n of all rwkv-{n}.pth in a folder, largest first."""
     names = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
 def logged_tokens(folder: Path) -> float:
-    """Tokens of the run in a folder by its log, to seven digits; 0 if there is no log."""
+    """Returns a run's token count according to its log (seven digits); 0 if there is no log."""
     with contextlib.suppress(UserError):
         return 1e9 * read_step_log(folder / STEP_LOG)["Gtokens"].max(initial=0.0)
     return 0.0
 
 
 def export_path(folder: Path, number: int) -> Path:
+    """Returns the path of rwkv-{number}.pth; of rwkv-init.pth for −1."""
     return folder / (f"rwkv-{number}.pth" if number >= 0 else INIT)
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a run's output folder, cleared of exports that were cut short.
+    """Locks a run's output folder and removes its incomplete exports.
 
-    The system lets go of it when the process ends, however that happens.
+    The system releases the lock when the process ends for any reason.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has locked the folder, or the lock file cannot be opened.
     """
     try:
         import fcntl
@@ -57,8 +58,8 @@ def lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read(200).strip()
             raise UserError(
-                f"--proj_dir {folder}: another trainer is at work there ({holder}); wait for it, "
-                "or give another folder"
+                f"--proj_dir {folder}: another trainer is using this folder ({holder}); wait for "
+                "it, or give another folder"
             ) from None
         except OSError as error:  # a file system without locks
             print(f"note: {folder} cannot be locked: {error.strerror}", file=sys.stderr)
@@ -66,6 +67,6 @@ def lock(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             file.flush()
-        for leftover in folder.glob(".*.pth.*.tmp"):  # of an export that was killed
+        for leftover in folder.glob(".*.pth.*.tmp"):  # of exports that were killed
             leftover.unlink(missing_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""When a run saves, in which order, and what happens when it cannot."""
+"""When and in which order a run saves, and how it handles failures."""
 
 import dataclasses
 import sys
@@ -18,16 +18,16 @@ from rwkv_jax.training.run import Run
 from rwkv_jax.training.run_folder import FINAL
 from rwkv_jax.training.step import TrainState
 
-RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+RETRY_SECONDS = 60.0  # between a failed save and the next try
 
 
 class Saver:
     """Saves the checkpoints and the .pth files of a run, in an order that loses neither.
 
-    The .pth files of a step are written before its checkpoint: whichever step a run resumes from,
-    no earlier file is missing. The first of them waits for the first checkpoint, since weights
-    without a checkpoint belong to another trainer or to a removed run; a resumed run writes what is
-    missing. As a context manager it waits for the last checkpoint.
+    The .pth files of a step are written before its checkpoint, so that no earlier file is missing
+    after a resume. The first export waits for the first checkpoint, because weights without a
+    checkpoint look like another trainer's run or one whose checkpoints were removed; a resumed run
+    writes the missing files. As a context manager it waits for the last checkpoint.
     """
 
     def __init__(self, run: Run, report: Report):
@@ -45,15 +45,18 @@ class Saver:
         self._writer.finish()
 
     def due(self, step: int) -> bool:
-        """Whether something is to be saved after a step, for the number of steps."""
+        """Whether a file or a checkpoint is due after a step, by the number of steps."""
         return bool(self._exporter.due(step)) or self._writer.due(step + 1)
 
     def overdue(self) -> bool:
-        """Whether a checkpoint is due for the time that has passed, as this process sees it."""
+        """Whether a checkpoint is due by time, on this process's clock."""
         return self._writer.overdue()
 
     def save(self, step: int, state: TrainState, stopping: bool) -> None:
-        """Saves the state after a step; while steps are skipped, .pth files only."""
+        """Saves the state after a step.
+
+        While steps are skipped, only .pth files are written, except when the run ends or stops.
+        """
         self._report.catch_up()
         exports = self._exporter.due(step)
         keep = FINAL in exports or stopping or not self._report.skipped
@@ -67,29 +70,29 @@ class Saver:
 
     def save_before_bad_data(self, step: int, state: TrainState) -> None:
         """Saves the state before a step whose batch cannot be read."""
-        if jax.process_count() == 1:  # the other processes are in this step already
+        if jax.process_count() == 1:  # else other processes have already started this step
             self._report.catch_up()
             self._checkpoint(step, state, self._report.running)
 
     def stop_diverged(self, state: TrainState) -> NoReturn:
-        """Saves the state as it was before the skipped steps, and ends the run.
+        """Saves the state before the skipped steps, and stops the run.
 
         Raises:
             UserError: always.
         """
-        first = self._report.skipped[0]  # since then, only the step count of the schedule changed
+        first = self._report.skipped[0]  # since then only the schedule has advanced
         updates = first - self._run.schedule.first_step
         state = state._replace(opt_state=with_updates(state.opt_state, updates))
         self._checkpoint(first, state, self._report.before)
-        saved = " and saved as before them" if self._writer.finish() else ""
+        saved = ", saved in the state before them" if self._writer.finish() else ""
         raise UserError(
             f"no finite loss or gradient in {self._report.PATIENCE} steps from step {first} on "
-            f"({self._report.at(first)}): stopped{saved}; a lower --lr_init, "
-            "--precision fp32 or other data may help"
+            f"({self._report.at(first)}): stopped{saved}; try a lower --lr_init, "
+            "--precision fp32 or other data"
         )
 
     def stop_early(self, step: int) -> NoReturn:
-        """Ends the process after a step that is saved.
+        """Ends the process after a saved step.
 
         Raises:
             SystemExit: always, with status 1.
@@ -99,11 +102,11 @@ class Saver:
         sys.exit(1)
 
     def export_missing(self, state: TrainState) -> None:
-        """As `Exporter.write_missing`."""
+        """Calls `Exporter.write_missing`."""
         self._exporter.write_missing(state.params)
 
     def require_final(self, state: TrainState) -> None:
-        """As `Exporter.require_final`."""
+        """Calls `Exporter.require_final`."""
         self._exporter.require_final(state.params)
 
     def _checkpoint(self, step: int, state: TrainState, loss: MiniepochLoss) -> None:
@@ -116,9 +119,9 @@ class CheckpointWriter:
     """Writes checkpoints. Errors are reported and the save is retried; they are not raised.
 
     Args:
-        every_steps: steps between two checkpoints; 0: no such interval.
-        every_minutes: minutes between two checkpoints; 0: no such interval.
-        log: takes a line for the person who watches.
+        every_steps: steps between two checkpoints; 0 disables this interval.
+        every_minutes: minutes between two checkpoints; 0 disables this interval.
+        log: prints a line for the user.
     """
 
     def __init__(
@@ -132,32 +135,32 @@ class CheckpointWriter:
         self._every_steps = every_steps
         self._seconds = 60.0 * every_minutes or float("inf")
         self._due_at = time.monotonic() + self._seconds
-        self._begun = True
+        self._started = True
 
     def due(self, done: int) -> bool:
-        """Whether to write a checkpoint after this number of steps."""
+        """Whether a checkpoint is due after this number of steps."""
         return bool(self._every_steps) and done % self._every_steps == 0
 
     def overdue(self) -> bool:
-        """Whether to write a checkpoint for the time that has passed, as this process sees it."""
+        """Whether a checkpoint is due by time, on this process's clock."""
         self._reporting(self._checkpoints.check)
         return time.monotonic() >= self._due_at
 
     def save(self, step: int, state: TrainState, metadata: Metadata) -> None:
-        """Starts a checkpoint; the arrays may be overwritten when this returns."""
+        """Starts to write a checkpoint; the arrays may be overwritten after it returns."""
         self._due_at = time.monotonic() + self._seconds
         self._reporting(self._checkpoints.close)  # an earlier failure does not prevent this save
-        self._begun = self._reporting(lambda: self._checkpoints.save(step, state, metadata))
+        self._started = self._reporting(lambda: self._checkpoints.save(step, state, metadata))
 
     def finish(self) -> bool:
         """Waits for the last checkpoint; returns whether it is on disk."""
-        return self._reporting(self._checkpoints.close) and self._begun
+        return self._reporting(self._checkpoints.close) and self._started
 
     def _reporting(self, act: Callable[[], None]) -> bool:
         try:
             act()
         except UserError as error:
-            self._log(f"warning: {error}; the earlier checkpoints are as they were")
+            self._log(f"warning: {error}; the earlier checkpoints are unchanged")
             self._due_at = time.monotonic() + RETRY_SECONDS
             return False
         return True

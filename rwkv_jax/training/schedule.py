@@ -1,4 +1,4 @@
-"""The arithmetic of a run: what a step is, and how many there are."""
+"""Steps, miniepochs and tokens of a run."""
 
 import dataclasses
 import math
@@ -10,39 +10,40 @@ from rwkv_jax.text.sampler import MINIEPOCH
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Steps, miniepochs and tokens of a run.
+    """The size of a step, and the first and last step of a run.
 
-    A step takes `batch` = devices · micro_bsz · accumulate_grad_batches samples of ctx_len tokens.
+    A step uses `batch` = devices · micro_bsz · accumulate_grad_batches samples of ctx_len tokens.
     """
 
     batch: int
     ctx_len: int
-    first_step: int  # where a run begins that has weights alone (--epoch_begin)
+    first_step: int  # first step of a run without a checkpoint (--epoch_begin)
     exit_step: float  # my_exit_tokens in steps, not rounded: the end of the learning rate's decay
-    last_step: int  # the run is over when so many steps are done
+    last_step: int  # the run ends after this many steps
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch * self.ctx_len
 
     def miniepoch(self, step: int) -> int:
-        """The miniepoch in which the first sample of a step lies."""
+        """Returns the miniepoch of the first sample of a step."""
         return step * self.batch // MINIEPOCH
 
     @property
     def ends_a_miniepoch(self) -> bool:
-        """Whether any step of the run does."""
+        """Whether any step of the run ends a miniepoch."""
         return self.miniepoch(self.last_step) > self.miniepoch(self.first_step)
 
     def ends_miniepoch(self, step: int) -> bool:
+        """Whether the next step is in a later miniepoch."""
         return self.miniepoch(step + 1) > self.miniepoch(step)
 
 
 def make_schedule(config: TrainConfig, batch: int, data_tokens: int) -> Schedule:
-    """The schedule of these options for steps of `batch` samples.
+    """Returns the schedule for these options and steps of `batch` samples.
 
     Raises:
-        UserError: no step is left to do.
+        UserError: the schedule has no steps.
     """
     exit_step = (config.my_exit_tokens or data_tokens) / (batch * config.ctx_len)
     first, last = config.epoch_begin * MINIEPOCH // batch, math.ceil(exit_step)

@@ -1,4 +1,4 @@
-"""From resolved options to a `Run`: data, output folder, schedule, and where training begins."""
+"""Builds a `Run` from resolved options: data, output folder, schedule and start."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def setup_run(
     """Reads the data and the output folder, and restores or initializes the state.
 
     Args:
-        config: of `build.resolve_config`.
+        config: from `build.resolve_config`.
         checkpoints: those in the output folder.
         fitting_micro_bsz: finds micro_bsz for `--micro_bsz auto`, if no checkpoint has it.
 
@@ -47,13 +47,13 @@ def setup_run(
     _copy_skipped_lines(data, Path(config.proj_dir))
     config = resolve_folder(config, checkpoints)
     if config.micro_bsz == AUTO:
-        micro_bsz = _micro_bsz_so_far(config, mesh, checkpoints) or fitting_micro_bsz(config)
+        micro_bsz = _saved_micro_bsz(config, mesh, checkpoints) or fitting_micro_bsz(config)
         config = dataclasses.replace(config, micro_bsz=micro_bsz)
     batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
     schedule = make_schedule(config, batch, len(data.tokens))
     fingerprint = identity(config, data, batch)
     start = restore_or_initialize(config, mesh, schedule, checkpoints, fingerprint)
-    if start.metadata.model.vocab_size != vocab_size:  # the file of the weights decides
+    if start.metadata.model.vocab_size != vocab_size:  # the weights file decides
         data = _open_data(config, start.metadata.model.vocab_size)
     return Run(config, mesh, data, schedule, checkpoints, start)
 
@@ -62,7 +62,7 @@ def is_finished(run: Run) -> bool:
     """Whether the output folder has the final model of these steps.
 
     Raises:
-        UserError: it has that of a longer run, whose newest checkpoints are gone.
+        UserError: it has the final model of a longer run whose newest checkpoints are gone.
     """
     final = run.folder / FINAL
     if not distributed.from_first(final.exists()):
@@ -73,14 +73,14 @@ def is_finished(run: Run) -> bool:
     planned = run.schedule.last_step * run.schedule.tokens_per_step
     if tokens > planned * (1 + 1e-6):
         raise UserError(
-            f"{final}: is of a run of {tokens:,.0f} tokens, more than these {planned:,}, and "
-            "would be overwritten: move it, or give another --proj_dir"
+            f"{final}: is from a run of {tokens:,.0f} tokens, longer than the planned {planned:,}, "
+            "and would be overwritten: move it, or give another --proj_dir"
         )
     return False
 
 
 def describe(run: Run) -> None:
-    """Prints the run before its first step, a line each for the model, the data, the batch …"""
+    """Prints a summary before the first step: one line each for model, data, batch …"""
     config, model, data, schedule = run.config, run.model, run.data, run.schedule
     init, final = config.learning_rates(model.n_embd)
     tokens = schedule.last_step * schedule.tokens_per_step
@@ -95,7 +95,7 @@ def describe(run: Run) -> None:
         f"(samples of {data.ctx_len} in one pass)",
         "batch": f"{schedule.batch} samples = {run.mesh.size} devices x micro_bsz "
         f"{config.micro_bsz} x {config.accumulate_grad_batches}: "
-        f"{schedule.tokens_per_step:,} tokens a step",
+        f"{schedule.tokens_per_step:,} tokens per step",
         "steps": f"{schedule.last_step:,} ({tokens:,} tokens, "
         f"{tokens / (data.magic_prime * data.ctx_len):.3g} passes over the data), "
         f"a miniepoch every {MINIEPOCH / schedule.batch:,.0f}",
@@ -110,14 +110,17 @@ def describe(run: Run) -> None:
 
 
 def _note_missing_exports(run: Run) -> None:
-    """The official scripts remove rwkv-*.pth to start over: that is not enough here."""
+    """Prints a note if the checkpoints of a run are resumed although all its .pth files are gone.
+
+    The official scripts remove rwkv-*.pth to start over, which is not enough here.
+    """
     config, schedule, step = run.config, run.schedule, run.start.step
     due = config.epoch_save and schedule.miniepoch(step) > config.epoch_begin
     if (due or step >= schedule.last_step) and not exported(run.folder):
         if not (run.folder / FINAL).exists():
             print(
-                f"note: no rwkv-{{n}}.pth or {FINAL} is left in {run.folder}, but its checkpoints "
-                "are, and are resumed; to start over, give another --proj_dir, or move "
+                f"note: {run.folder} has no rwkv-{{n}}.pth or {FINAL}, but its checkpoints are "
+                "resumed; to start over, give another --proj_dir, or move "
                 f"{run.checkpoints.folder} elsewhere"
             )
 
@@ -135,10 +138,8 @@ def _copy_skipped_lines(data: Dataset, folder: Path) -> None:
         print(skipped_note(listed), file=sys.stderr)
 
 
-def _micro_bsz_so_far(
-    config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
-) -> int:
-    """The micro_bsz that the newest checkpoint was trained with; 0 if there is none."""
+def _saved_micro_bsz(config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> int:
+    """Returns the micro_bsz of the newest checkpoint whose batch suits these devices; 0: none."""
 
     def from_checkpoints() -> int:
         for step in checkpoints.steps():

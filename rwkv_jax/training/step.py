@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of the working copy, Adam on the float32 masters."""
+"""One optimizer step: gradients of the working copy, Adam on the float32 master weights."""
 
 import functools
 from collections.abc import Callable
@@ -20,16 +20,18 @@ Array = jax.Array
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes; with the step number, all that a run is."""
+    """The training state. Together with the step number it is the whole state of a run."""
 
-    params: Params  # float32 masters
+    params: Params  # float32 master weights
     opt_state: optax.OptState  # float32 moments
 
 
 class Metrics(NamedTuple):
+    """The metrics of a step, each a scalar."""
+
     loss: Array  # float32, mean over the batch's tokens, without L2Wrap
     grad_norm: Array  # float32, before clipping
-    skipped: Array  # bool: loss or gradient were not finite, so nothing was updated
+    skipped: Array  # bool: the loss or the gradient was not finite, so nothing was updated
 
 
 def abstract_state(
@@ -38,11 +40,14 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     offloaded: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state: masters and moments are cut over the devices."""
+    """Returns shapes, dtypes and shardings of the state.
+
+    Master weights and moments are sharded over the devices.
+    """
     params = abstract_params(config)
     state = TrainState(params, jax.eval_shape(optimizer.init, params))
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
         state,
         sharding.shardings(mesh, state, offloaded),
     )
@@ -57,16 +62,15 @@ def make_step(
     remat: int,
     head_chunk: int = 0,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
-    """The compiled step: (state, batch [A, B, T + 1]) → (state, metrics).
+    """Returns the jitted step: (state, batch [A, B, T + 1]) → (state, metrics).
 
-    The state that is passed in is consumed. The gradients of A micro batches of B samples are
-    averaged. When the loss or the gradient is not finite, the masters and the moments stay as they
-    are, to the bit.
+    The input state is donated. The gradients of A micro batches of B samples are averaged. If the
+    loss or the gradient is not finite, the master weights and the moments are bitwise unchanged.
 
     Args:
-        dtype: of the passes: parameters as they are read, activations and gradients; float16 wants
-            an optimizer that begins with `optimizer.unscale`.
-        remat: what the backward pass computes again, as in `RWKV7.hidden`.
+        dtype: of the forward and backward pass: the working copy of the parameters, activations
+            and gradients. float16 requires an optimizer that starts with `optimizer.unscale`.
+        remat: what the backward pass recomputes, as in `RWKV7.hidden`.
         head_chunk: as in `loss.head_loss`.
     """
     layout = Layout(mesh, strategy, abstract_params(config), dtype)
@@ -85,7 +89,7 @@ def make_step(
         return gradients, Metrics(loss, norm, ~(jnp.isfinite(loss) & jnp.isfinite(norm)))
 
     def update(state: TrainState, gradients: Params, metrics: Metrics) -> TrainState:
-        """Clipping, Adam, weight decay: element by element, so also for a part of the tensors."""
+        """Applies clipping, Adam and weight decay elementwise, so also to a part of the state."""
         norm, skip = metrics.grad_norm, metrics.skipped
         with jax.named_scope("optimizer"):
             gradients = _float32(gradients)
@@ -103,33 +107,36 @@ def make_step(
         gradients, metrics = differentiate(weights, batch, loss_scale(state.opt_state))
         return update(state, gradients, metrics), metrics
 
-    held = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
-    given = held, sharding.batch_sharding(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=given, out_shardings=(held, None))
+    kept = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, config, optimizer))
+    inputs = kept, sharding.batch_sharding(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=(kept, None))
 
 
 def programs(step: Any, state: TrainState, batch: Any) -> list[Program]:
-    """What a step of `make_step` runs, one program after the other, for arguments as shapes."""
+    """Returns the programs that a step of `make_step` runs, in order, for abstract arguments."""
     if isinstance(step, OffloadedStep):
         return step.programs(state, batch)
     return [Program(step, (state, batch))]
 
 
 def fresh_moments(optimizer: optax.GradientTransformation, abstract: TrainState) -> optax.OptState:
-    """The optimizer's first state, laid out as `abstract` says; a part at a time is made."""
+    """Returns the initial optimizer state, with the shardings of `abstract`.
 
-    def of_part(part: TrainState) -> optax.OptState:
+    The state is created one part at a time, to limit memory use.
+    """
+
+    def init_part(part: TrainState) -> optax.OptState:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part.params)
         return optimizer.init(zeros)
 
-    made = []
+    parts = []
     for group in offload.group_parameters(abstract.params):
         part = offload.select(abstract, group)
-        where = jax.tree.map(lambda leaf: leaf.sharding, part.opt_state)
-        here = sharding.shardings(jax.tree.leaves(where)[0].mesh, part.opt_state)
-        zeros = jax.jit(functools.partial(of_part, part), out_shardings=here)()
-        made.append(jax.block_until_ready(jax.device_put(zeros, where)))
-    return offload.merge(made)
+        targets = jax.tree.map(lambda leaf: leaf.sharding, part.opt_state)
+        on_device = sharding.shardings(jax.tree.leaves(targets)[0].mesh, part.opt_state)
+        zeros = jax.jit(functools.partial(init_part, part), out_shardings=on_device)()
+        parts.append(jax.block_until_ready(jax.device_put(zeros, targets)))
+    return offload.merge(parts)
 
 
 def _float32(tree: Params) -> Params:

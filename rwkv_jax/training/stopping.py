@@ -9,19 +9,22 @@ import time
 from types import FrameType
 from typing import Any
 
-STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # the last when ssh or a terminal goes
-ONE_PRESS_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal has sent already
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # SIGHUP: ssh or terminal closed
+ONE_PRESS_SECONDS = 0.5  # a launcher may forward a Ctrl-C that the terminal has already sent
 
 
 class Stop:
-    """True from the moment at which the run should save and end: a signal, or its time is up.
+    """Becomes true when the run should save and stop: on a signal, or when its time is up.
 
-    A second SIGINT ends the process at once, also while XLA compiles and Python waits for it. Every
-    file that a run writes appears complete or not at all, so that costs the steps since the last
-    checkpoint and no more.
+    A second SIGINT ends the process at once, even while XLA compiles and Python waits for it. Every
+    file that a run writes appears complete or not at all, so this loses only the steps since the
+    last checkpoint.
 
     Args:
-        at: by `time.monotonic`, or None.
+        at: the time to stop, in seconds of `time.monotonic`; None: no limit.
+
+    Attributes:
+        reason: the name of the signal, or a note about the time; empty until then.
     """
 
     def __init__(self, at: float | None):
@@ -30,7 +33,7 @@ class Stop:
 
     def __bool__(self) -> bool:
         if not self.reason and self._at is not None and time.monotonic() >= self._at:
-            self.reason = "--max_minutes are over"
+            self.reason = "--max_minutes reached"
         return bool(self.reason)
 
     def __enter__(self) -> "Stop":
@@ -57,10 +60,10 @@ class Stop:
 
 
 def _answer(numbers: socket.socket) -> None:
-    """Tells of the first signal, and leaves at a later SIGINT; in a thread of its own.
+    """Reports the first signal and exits at a later SIGINT; runs in its own thread.
 
-    Python calls handlers in the main thread, when it next gets there: not ahead of the compiler's
-    end, which can be a minute away. The numbers of signals come here when they happen.
+    Python runs signal handlers in the main thread, so not before XLA's compiler returns, which can
+    take a minute. This thread receives the signal numbers at once.
     """
     first_at = None
     with numbers:
@@ -73,10 +76,10 @@ def _answer(numbers: socket.socket) -> None:
                 _write_error(b"\nstopping after this step; Ctrl-C again stops at once\n")
             elif number == signal.SIGINT and now - first_at > ONE_PRESS_SECONDS:
                 _write_error(b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # bars hide the cursor
-                # Not an exception: clean-up would wait for the checkpoint that is being written.
+                # An exception would let clean-up wait for the checkpoint that is being written.
                 os._exit(130)
 
 
 def _write_error(text: bytes) -> None:
-    with contextlib.suppress(OSError):  # nobody may be reading any more: that stops nothing
+    with contextlib.suppress(OSError):  # a closed standard error does not stop the run
         os.write(2, text)

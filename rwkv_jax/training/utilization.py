@@ -1,4 +1,4 @@
-"""The model's FLOPs a token and the device's peak: what MFU is made of."""
+"""FLOPs per token and the device's peak, for the model FLOPs utilization (MFU)."""
 
 import math
 
@@ -8,12 +8,13 @@ from rwkv_jax.config import ModelConfig
 
 
 def model_flops(model: ModelConfig) -> int:
-    """Floating-point operations a token of forward and backward pass, as MFU counts them.
+    """Returns the FLOPs per token of the forward and backward pass, as MFU counts them.
 
-        6·(entries of all matrices but the embedding) + 24·L·C·N
+        6·(entries of all matrices except the embedding) + 24·L·C·N
 
-    The second term is the recurrence's: a head's S a, (S a) bᵀ, v kᵀ and S r take 2·N² each, and
-    the backward pass twice that. Recomputation and the chunked form's own arithmetic do not count.
+    The second term is for the recurrence: S a, (S a) bᵀ, v kᵀ and S r take 2·N² FLOPs each per
+    head, and the backward pass takes twice as many. Recomputation and the extra arithmetic of the
+    chunked form do not count.
     (Chowdhery et al., PaLM, appendix B.)
     """
     matrices = sum(
@@ -25,7 +26,7 @@ def model_flops(model: ModelConfig) -> int:
 
 
 def peak_flops(device_kind: str, precision: str) -> float:
-    """What a device could do a second, by its data sheet; 0 if it is not one that we know."""
+    """Returns the peak FLOP/s of a device by its data sheet; 0 if the device is unknown."""
     for target in GPU_TARGETS.values():
         if target.device_kind == device_kind:
             in_16_bits = precision in ("bf16", "fp16")

@@ -282,11 +282,11 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
         "with them, or without --load_model",
         ("epoch_begin", 1): "epoch_begin unset, not 1;",
     }.items():
-        with pytest.raises(UserError, match=f"this run was begun with {changed}"):
+        with pytest.raises(UserError, match=f"this run was started with {changed}"):
             train(config(data, run[0], **dict([options])))
     assert train(config(data, run[0], weight_decay=0.5)) == []
     assert (
-        "note: this run was trained so far with weight_decay 0.001, not 0.5"
+        "note: until now this run was trained with weight_decay 0.001, not 0.5"
         in capsys.readouterr().out
     )
 
@@ -336,7 +336,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert (
         f"{done}: damaged: {array_file.relative_to(tmp_path / 'checkpoints' / str(done))}" in said
     )
-    assert f"now {done}.aside, continuing from step {MINIEPOCH}" in said
+    assert f"renamed to {done}.aside, continuing from step {MINIEPOCH}" in said
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
     assert log(tmp_path) == log(run[0])
     steps = [line.split()[0] for line in (tmp_path / "step_log.tsv").read_text().splitlines()]
@@ -374,7 +374,7 @@ def test_checkpoints_that_cannot_be_written_are_known_before_the_first_step(
 def test_two_trainers_do_not_share_a_folder(data, tmp_path):
     with lock(tmp_path):
         with pytest.raises(
-            UserError, match=f"another trainer is at work there .process {os.getpid()}"
+            UserError, match=f"another trainer is using this folder .process {os.getpid()}"
         ):
             train(config(data, tmp_path))
     with lock(tmp_path):  # and it is let go
@@ -392,7 +392,7 @@ def test_a_failed_save_is_tried_again_and_the_run_goes_on(data, run, tmp_path, m
     monkeypatch.setattr("rwkv_jax.training.saver.RETRY_SECONDS", 0.0)
     train(config(data, tmp_path))
     said = capsys.readouterr().out
-    assert said.count("but only 0 MB are free; the earlier checkpoints are as they were") == 3
+    assert said.count("but only 0 MB are free; the earlier checkpoints are unchanged") == 3
     assert Checkpoints(tmp_path / "checkpoints").steps() == [12, 10]
     assert (tmp_path / "rwkv-final.pth").read_bytes() == (run[0] / "rwkv-final.pth").read_bytes()
 
@@ -432,7 +432,7 @@ def test_an_initialisation_of_another_seed_is_taken_as_it_is(
     """As a base model that was renamed to it is."""
     shutil.copy(run[0] / "rwkv-init.pth", tmp_path)
     train(config(data, tmp_path, random_seed=3))
-    assert "rwkv-init.pth is not of --random_seed 3: used as it is" in capsys.readouterr().out
+    assert "rwkv-init.pth does not match --random_seed 3; used as it is" in capsys.readouterr().out
     before = (run[0] / "rwkv-init.pth").read_bytes()
     assert before == (tmp_path / "rwkv-init.pth").read_bytes()
     assert before == (tmp_path / "rwkv-final.pth").read_bytes()
@@ -724,8 +724,8 @@ def test_an_official_folder_is_continued(data, run, official_folder, capsys):
     usual = {"load_model": "0", "epoch_begin": 0, "train_stage": 3, "my_exit_tokens": 14 * T}
     first = train(config(data, folder, **usual), stop_after=12)
     said = capsys.readouterr().out
-    assert f"continued from {folder}/rwkv-1.pth at miniepoch 2, with the weights alone" in said
-    assert "the optimizer and the warm-up start anew, at step 10" in said
+    assert f"continued from {folder}/rwkv-1.pth at miniepoch 2 with weights only" in said
+    assert "the optimizer and the warm-up start over, at step 10" in said
     after = train(config(data, folder, **usual))  # now from a checkpoint
     assert "resumed from" in capsys.readouterr().out
     assert len(first) + len(after) == 14 - 2 * MINIEPOCH
@@ -768,7 +768,7 @@ def test_a_seed_of_minus_one_is_another_each_time(data, tmp_path, standing_still
 def test_official_weights_are_not_overwritten(data, official_folder, run):
     before = {path: path.read_bytes() for path in official_folder.iterdir()}
     base = {"load_model": str(run[0] / "rwkv-final.pth")}
-    with pytest.raises(UserError, match="rwkv-1.pth: is there without .* leave --load_model out"):
+    with pytest.raises(UserError, match="rwkv-1.pth: exists without .* leave out --load_model"):
         train(config(data, official_folder, **base))
     with pytest.raises(UserError, match="continues at miniepoch 2, not at --epoch_begin 1"):
         train(config(data, official_folder, epoch_begin=1))
@@ -795,9 +795,7 @@ def test_weights_that_were_cut_short(
         os.truncate(official_folder / f"rwkv-{number}.pth", 1000)
     if not taken:
         (official_folder / "rwkv-init.pth").unlink()
-        with pytest.raises(
-            UserError, match="rwkv-1.pth: .*; no other weights are there: .*proj_dir"
-        ):
+        with pytest.raises(UserError, match="rwkv-1.pth: .*; no other weights exist: .*proj_dir"):
             train(config(data, official_folder))
         return
     expected = (official_folder / taken).read_bytes()
@@ -806,7 +804,7 @@ def test_weights_that_were_cut_short(
     said = capsys.readouterr().out
     for number in cut:
         assert f"rwkv-{number}.pth: " in said
-    assert said.count(f"; taking {taken}, at miniepoch {miniepoch}\n") == len(cut)
+    assert said.count(f"; using {taken}, at miniepoch {miniepoch}\n") == len(cut)
     assert (official_folder / "rwkv-final.pth").read_bytes() == expected
 
 
@@ -815,23 +813,23 @@ FINISHED = {
     "the end alone": (["final"], {}, "give another --proj_dir .and --load_model .*final.pth"),
     "after the checkpoints": (["init", "0", "1", "final"], {"my_exit_tokens": 99 * T}, "move it"),
     "no stage": (["init", "final"], {"train_stage": 0}, "move it, or give another --proj_dir"),
-    "no stage, in between": (["0"], {"train_stage": 0}, "leave --train_stage out"),
-    "another's": (["0"], {"load_model": "rwkv-0.pth"}, "leave --load_model out"),
+    "no stage, in between": (["0"], {"train_stage": 0}, "leave out --train_stage"),
+    "another's": (["0"], {"load_model": "rwkv-0.pth"}, "leave out --load_model"),
     "itself": (["final"], {"load_model": "rwkv-final.pth"}, "another --proj_dir"),
-    "stage one": (["1", "init"], {"train_stage": 1, "random_seed": 7}, "is there, and"),
+    "stage one": (["1", "init"], {"train_stage": 1, "random_seed": 7}, "exists, but"),
     "no seed": (["init"], {"train_stage": 1, "random_seed": -1}, "another --proj_dir"),
     "another shape": (["init"], {"train_stage": 1, "n_layer": 1}, "another --proj_dir"),
     "of a longer run": (
         ["checkpoints/10", "final", "step_log.tsv"], {"my_exit_tokens": 11 * T},
-        "is of a run of 192 tokens, more than these 176",
+        "is from a run of 192 tokens, longer than the planned 176",
     ),
     "the end of a later step": (
         ["checkpoints/10", "final", "step_log.tsv"], {"lr_init": 1e-5},
-        "final.pth: is of a later step .* by a run with lr_init unset, not 1e-05",
+        "final.pth: is from a later step .* by a run with lr_init unset, not 1e-05",
     ),
     "of a later step": (
         ["checkpoints/10", "1", "2"], {"lr_init": 1e-5},
-        "rwkv-2.pth: is of a later step .* by a run with lr_init unset, not 1e-05",
+        "rwkv-2.pth: is from a later step .* by a run with lr_init unset, not 1e-05",
     ),
 }  # fmt: skip
 
@@ -860,7 +858,10 @@ def test_stage_one_twice(data, tmp_path, capsys):
     for _ in range(2):
         train(config(data, tmp_path, train_stage=1, random_seed=5))
         stamp = (tmp_path / "rwkv-init.pth").stat()
-    assert "rwkv-init.pth is there already, of --random_seed 5" in capsys.readouterr().out
+    assert (
+        "rwkv-init.pth already exists, with the weights of --random_seed 5"
+        in capsys.readouterr().out
+    )
     assert stamp == (tmp_path / "rwkv-init.pth").stat()
 
 
@@ -915,7 +916,7 @@ def test_a_resumed_run_whose_exports_are_gone(data, run, tmp_path, capsys):
         path.unlink()
     assert train(config(data, tmp_path)) == []
     said = capsys.readouterr().out
-    assert "its checkpoints are, and are resumed; to start over, give another --proj_dir" in said
+    assert "its checkpoints are resumed; to start over, give another --proj_dir" in said
     assert train(config(data, tmp_path)) == []
     assert "to start over" not in capsys.readouterr().out
 
@@ -1021,8 +1022,8 @@ BAD_INPUT = {
     "--size 9b": r"--size 9b: choose one of tiny, 0.1b",
     "--n_layr 3": r"--n_layr 3; did you mean --n_layer\?",
     "--n_layer two": r"--n_layer: 'two' is not a whole number",
-    "--proj_dir file": r"--proj_dir file: is a file, or in one; give a folder",
-    "--proj_dir file/out": r"--proj_dir file/out: is a file, or in one; give a folder",
+    "--proj_dir file": r"--proj_dir file: is a file or inside a file; give a folder",
+    "--proj_dir file/out": r"--proj_dir file/out: is a file or inside a file; give a folder",
     "--devices 9": r"--devices 9: jax sees 8",
     "--proj_dir half": r"half/rwkv-init.pth: ",
     "--n_embd 100": r"--n_embd 100 is not a multiple of --head_size 64: try 128",
