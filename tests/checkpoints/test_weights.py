@@ -235,8 +235,8 @@ def test_v_of_the_first_block_may_be_absent_and_becomes_zeros():
 def test_extra_tensors_are_named():
     extra = {"bad\nname": np.zeros(1, np.int32)} | {f"extra.{i}": np.zeros(3) for i in range(9)}
     assert refusal({**extra, **oracle("rand_bf16")}) == (
-        r"has bad\nname, extra.0, extra.1, extra.2, extra.3, extra.4 and 4 more, which RWKV-7 does "
-        "not: it is another model"
+        r"has tensors that RWKV-7 does not have: bad\nname, extra.0, extra.1, extra.2, extra.3, "
+        "extra.4 and 4 more; it is another model"
     )
 
 
@@ -275,7 +275,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(dtype):
 def test_values_beyond_float16_are_named():
     tensors = oracle("rand_fp32")
     tensors["head.weight"] = tensors["head.weight"] + 1e5
-    message = "x.pth: head.weight: has values beyond the range of float16; bfloat16 and float32"
+    message = "x.pth: head.weight: has values beyond the range of float16; use bfloat16 or float32"
     with pytest.raises(UserError, match=message):
         weights.from_official(tensors, None, np.float16, "x.pth")
     weights.from_official(tensors, None, BF16)
@@ -359,7 +359,7 @@ def test_other_broken_models():
     both = {**tensors, "_forward_module.head.weight": tensors["head.weight"]}
     assert "with and without the prefix" in refusal(both)
     narrow = {**tensors, "blocks.0.att.r_k": np.zeros((3, 50), np.float32)}
-    assert "give V=512, C=128, H=3, N=50, which have to be" in refusal(narrow)
+    assert "give V=512, C=128, H=3, N=50; they have to be" in refusal(narrow)
     flat = {k: v.reshape(-1) if k.endswith("r_k") else v for k, v in tensors.items()}
     assert "H=0, N=0" in refusal(flat)
     scalar = {**tensors, "emb.weight": np.zeros((), np.float32)}

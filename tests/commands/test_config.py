@@ -365,7 +365,7 @@ def test_without_options_everything_is_official():
         (["--ctx-len", "64"], ["--ctx-len 64", "did you mean --ctx_len?"]),
         (["--lr", "1e-4"], ["--lr 1e-4", "did you mean --lr_init or --lr_final?"]),
         (["--batch_size", "8"], ["--batch_size 8 (--help"]),  # nothing is near
-        (["--data_file", __file__, __file__], [__file__, "the folder, or a pattern in quotes"]),
+        (["--data_file", __file__, __file__], [__file__, "the folder or a quoted pattern"]),
         (["--lr_init", "-1e-4"], ["--lr_init -0.0001", "more than 0"]),
         (["--ctx_len", "7.5"], ["--ctx_len", "'7.5' is not a whole number"]),
         (["--ctx", "512"], ["--ctx"]),  # no abbreviations: they change meaning as options come

@@ -294,7 +294,7 @@ def test_error_lines_of_a_st(tmp_path):
     large["head.weight"] = large["head.weight"] + 1e5
     pth.write(tmp_path / "large.pth", large)
     message = refusal(pth_to_st, tmp_path / "large.pth", new)
-    assert "large.pth: head.weight: has values beyond the range of float16; bfloat16" in message
+    assert "large.pth: head.weight: has values beyond the range of float16; use bfloat16" in message
     tensors = safetensors.numpy.load_file(model)
     for change, complaint in [
         ({"note": np.zeros(3, np.float16)}, "has tensors that RWKV-7 does not have: note;"),

@@ -307,7 +307,7 @@ def test_the_report_of_one_batch():
     alone = {2: result.costs[2]}
     text = plan.report(result._replace(costs=alone, largest=2), 2, "")
     assert "2.00 GiB with gradients and working copies" in text
-    assert "gradients  " not in text and "leave --micro_bsz out to search" in text
+    assert "gradients  " not in text and "leave out --micro_bsz to search" in text
     alone = {2: some_plan(90).costs[2]}
     text = plan.report(result._replace(costs=alone, largest=0), 2, "")
     assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
