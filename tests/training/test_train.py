@@ -278,7 +278,7 @@ def test_a_run_goes_on_as_the_same_run_only(data, run, tmp_path, capsys):
         (
             "load_model",
             f"{data}.bin",
-        ): r"weights of load_model unset, not \w+ \(4000 uint8\); continue "
+        ): r"weights of load_model unset, not \w+ \(4000 uint8\); resume "
         "with them, or without --load_model",
         ("epoch_begin", 1): "epoch_begin unset, not 1;",
     }.items():
@@ -1008,7 +1008,7 @@ BAD_INPUT = {
     "--data_file no_text.jsonl": r"no_text.jsonl:2: .* no string \"text\"",
     "--vocab_size 32": r"data: token \d+ has id \d+, outside the vocabulary of 32",
     "--ctx_len 3000": r"data: 2000 tokens are too few for ctx_len 3000",
-    "--magic_prime 7": r"data: magic_prime 7 leaves 1, not 2, .* use 113",
+    "--magic_prime 7": r"data: magic_prime 7 is 1 mod 3, not 2; use 113",
     "--load_model nothing.pth": r"nothing.pth: ",
     "--load_model v6.pth": r"v6.pth: is RWKV-6, not RWKV-7",
     "--load_model init.pth --n_layer 3 --n_embd 128": (
