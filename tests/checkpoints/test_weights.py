@@ -336,7 +336,7 @@ def named(*names: str) -> dict[str, np.ndarray]:
         (named("model.layers.0.self_attn.q_proj.weight"), "a transformer"),
         (named("layers.0.attention.wq.weight"), "a llama"),
         (named("transformer.h.0.attn.c_attn.weight"), "a GPT-2"),
-        (named("model.layers.0.attn.r_proj.lora.weight"), "a Hugging Face model.*hf_to_pth"),
+        (named("model.layers.0.attn.r_proj.lora.weight"), "a Hugging Face model.*hf-to-pth"),
         (named("conv1.weight", "bad\x1b[2J\nname"), r"something else, not RWKV-7: .*\\x1b\[2J\\nn"),
         (named("att.r_k"), "something else"),
         ({}, "something else"),

@@ -280,7 +280,7 @@ class Bench:
             mock.patch.dict(os.environ, settings),
             mock.patch.object(sys, "argv", [one.command, *argv]),
             mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
-            mock.patch("rwkv_jax.train.build_step", lambda *_: _no_step),
+            mock.patch("rwkv_jax.training.run.build_step", lambda *_: _no_step),
             # A plan compiles nothing either, and needs no CUDA plugin.
             mock.patch("rwkv_jax.plan.measure", measure),
             mock.patch("rwkv_jax.planning.batch_size.measure", measure),
