@@ -1,7 +1,7 @@
-# Every target does its own set-up in .venv. `make train [SIZE=0.1b] [ARGS=…]` is the main job,
-# `make test` the proof, `make docs` the reference of the Python API, in build/docs. ARGS is added to
-# the command: `make test ARGS="-k resume -x"`. `make test-fast` leaves out the tests marked slow,
-# `make format` writes what `make lint` checks.
+# Every target sets up .venv itself. `make train [SIZE=0.1b] [ARGS=…]` trains, `make test` runs the
+# tests, `make test-fast` those not marked slow, `make docs` writes the API reference to build/docs.
+# ARGS is added to the command: `make test ARGS="-k resume -x"`. `make format` writes what `make lint`
+# checks.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,13 +10,13 @@ ARGS ?=
 OUT ?= out/gpu
 BIN = $(VENV)/bin
 
-# jax's CUDA plugin by the driver that is here: cuda13 for drivers from 580 on, cuda12 before, none
-# without a driver.
+# jax's CUDA plugin for the installed driver: cuda13 from driver 580 on, cuda12 before, none without
+# a driver.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -oE '^[0-9]+' | head -n 1)
 CUDA := $(if $(DRIVER),$(shell [ "$(DRIVER)" -ge 580 ] && echo cuda13 || echo cuda12))
 comma := ,
 
-# The stamps hold what they were made for: when a driver comes or goes, what is installed follows.
+# A stamp is named after the plugin, so a changed driver causes a new installation.
 INSTALLED = $(VENV)/.installed-$(or $(CUDA),cpu)
 
 # With SETUP=0 the gpu- targets install nothing and run under PYTHON, as it is.

@@ -1,4 +1,4 @@
-"""How far bf16 gradients are from float32's: the same weights, the same inputs, per parameter.
+"""Error of bf16 gradients relative to float32 gradients, per parameter.
 
     JAX_PLATFORMS=cpu python -m benchmarks.bf16_gradients [--output PATH]
 

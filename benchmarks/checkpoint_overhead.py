@@ -1,4 +1,4 @@
-"""What a checkpoint every 50 steps costs.
+"""Measures the cost of a checkpoint every 50 steps.
 
     python -m benchmarks.checkpoint_overhead [--size 0.1b] [--output PATH]
 

@@ -1,4 +1,4 @@
-"""What the command lines of all benchmarks have in common: `python -m benchmarks.NAME --help`."""
+"""The command-line parser that all benchmarks share."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from rwkv_jax.errors import CommandParser
 
-RECORD = "write a record (JSON) of what was measured, and on what, to this file"
-TABLES = "write the tables into their places in a page (.md), the record (JSON) to any other file"
+RECORD = "write the measurements and the machine as JSON to this file"
+TABLES = "update the tables in a page (.md); write the record (JSON) to any other file"
 
 
 def parser(file: str, doc: str | None, **settings: Any) -> CommandParser:

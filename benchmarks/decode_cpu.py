@@ -1,4 +1,4 @@
-"""Greedy decoding on a CPU beside the `rwkv` package, on one and the same 0.1b-shaped file.
+"""Compares greedy decoding on a CPU with the `rwkv` package.
 
     python -m benchmarks.decode_cpu [--turns 5] [--threads 1] [--output PATH]
 

@@ -1,4 +1,4 @@
-"""Which sums of a GPU's step have no fixed order, and what `--deterministic 1` costs.
+"""Lists the sums of a GPU step without a fixed order, and the cost of `--deterministic 1`.
 
     JAX_PLATFORMS=cpu python -m benchmarks.deterministic [--output PATH]
 

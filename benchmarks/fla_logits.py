@@ -1,4 +1,4 @@
-"""Logits of flash-linear-attention's own RWKV-7, loaded from our export, beside ours.
+"""Compares our logits with those of flash-linear-attention for an exported model.
 
     pip install flash-linear-attention triton
     TRITON_INTERPRET=1 python -m benchmarks.fla_logits tests/data/oracles/tiny_v512_rand_fp32.pth

@@ -1,4 +1,4 @@
-"""Seeded inputs of the GPU benchmarks, made by numpy alone: the same bits for every framework."""
+"""Seeded inputs of the GPU benchmarks, made with NumPy: the same bits for every framework."""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""docs/gpu.md, from the records of GPUs in benchmarks/results.
+"""Generates docs/gpu.md from the GPU records in benchmarks/results.
 
     python -m benchmarks.gpu_page --output docs/gpu.md [--results benchmarks/results]
 
@@ -25,7 +25,7 @@ LONGEST = 10  # kernels that are listed
 HEAD = """\
 # GPU results
 
-<!-- Written by python -m benchmarks.gpu_page --output docs/gpu.md. -->
+<!-- Written by python -m benchmarks.gpu_page --output docs/gpu.md; do not edit. -->
 
 """
 

@@ -1,4 +1,4 @@
-"""Tests and times everything on a GPU, in one call, and keeps the results whatever happens.
+"""Tests and times everything on a GPU, and keeps the results even if a stage fails.
 
     make gpu-report [OUT=out/gpu] [ARGS=--rehearse]
     python -m benchmarks.gpu_report [--output out/gpu] [--stages suite wkv7] [--wheels DIR]

@@ -1,4 +1,4 @@
-"""What a model has learned of the demo task: bits per byte on chats that it was not trained on.
+"""Bits per byte of a model on unseen chats of the demo task.
 
     python -m benchmarks.held_out out/rwkv-final.pth out/rwkv-init.pth [--output PATH]
 

@@ -1,4 +1,4 @@
-"""LAMBADA of one file by `rwkv_jax.evaluate` and by a plain torch loop, text by text.
+"""Compares `rwkv_jax.evaluate` with a plain torch loop on LAMBADA.
 
     python -m benchmarks.lambada lambada_test.jsonl --count 256 [--model MODEL.pth] [--output PATH]
 

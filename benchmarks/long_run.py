@@ -1,4 +1,4 @@
-"""Whether a long run's memory grows.
+"""Measures whether memory grows during a long run.
 
     python -m benchmarks.long_run [--steps 2000] [--output PATH]
 

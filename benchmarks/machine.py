@@ -1,4 +1,4 @@
-"""What a measurement was made on, and the files of results: each carries it.
+"""Describes the machine of a measurement, and writes records.
 
     python -m benchmarks.machine [--output PATH]
 

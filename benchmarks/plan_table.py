@@ -1,4 +1,4 @@
-"""The README's table of planned memory, for GPUs that are not here.
+"""Generates the README's table of planned memory.
 
     JAX_PLATFORMS=cpu python -m benchmarks.plan_table \\
         --output benchmarks/results/plan.json README.md README.zh-CN.md

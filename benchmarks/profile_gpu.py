@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on this machine's GPU, by kernel and by part.
+"""Profiles a training step on a GPU, by kernel and by part of the model.
 
     python -m benchmarks.profile_gpu --size 0.1b --ctx_len 4096 --micro_bsz 8 [--output PATH]
 

@@ -1,4 +1,4 @@
-"""Time of opening, copying, loading and saving a `.pth` of 400 MiB, ours beside torch's.
+"""Times opening, copying, loading and saving a 400 MiB `.pth`, compared with torch.
 
     python -m benchmarks.pth_io [--repeat 9] [--folder DIR] [--output PATH]
 

@@ -1,4 +1,4 @@
-"""WKV-7 and the training step of others beside ours, in one run on the same inputs.
+"""Times other WKV-7 operators and training steps and ours on the same inputs.
 
     python -m benchmarks.rivals_gpu [--official RWKV-LM] [--output PATH]
 

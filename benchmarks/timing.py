@@ -1,4 +1,4 @@
-"""How calls on a GPU are timed: a median over runs, with the clocks up and no input in a cache."""
+"""Times calls on a GPU: medians, with warm clocks and cold caches."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""The whole 0.1b training step on a CPU, beside torch and beside its own matrix products.
+"""Compares the 0.1b training step on a CPU with torch and with its own matrix products.
 
     python -m benchmarks.train_step_cpu [--repeats 5] [--torch-repeats 2] [--output PATH]
 

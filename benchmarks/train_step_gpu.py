@@ -1,4 +1,4 @@
-"""Times the training step on this machine's GPU: tokens a second, MFU, peak memory.
+"""Times the training step on a GPU: tokens per second, MFU, peak memory.
 
     python -m benchmarks.train_step_gpu --size 0.1b --ctx_len 4096 --runs 8/1 16/1 [--output PATH]
 

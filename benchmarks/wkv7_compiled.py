@@ -1,4 +1,4 @@
-"""What the compiler makes of the WKV-7 kernels, card by card, without a GPU.
+"""Compiles the WKV-7 kernels for every card without a GPU: registers, spills, shared memory.
 
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_compiled \\
         --output docs/wkv7-kernel.md benchmarks/results/compiled_kernels.json

@@ -1,4 +1,4 @@
-"""WKV-7 forward + backward on this CPU: the chunked XLA form beside a step-by-step torch loop.
+"""Compares WKV-7 forward and backward on a CPU with a torch loop.
 
     python -m benchmarks.wkv7_cpu [--output PATH]
 

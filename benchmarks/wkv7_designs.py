@@ -1,11 +1,11 @@
-"""Weighs designs of the WKV-7 kernels by two floors each, and says what their code would take.
+"""Compares designs of the WKV-7 kernels by lower bounds and by predicted time.
 
     JAX_PLATFORMS=cpu python -m benchmarks.wkv7_designs \\
-        --output benchmarks/results/wkv7_designs.json docs/wkv7-kernel.md
+        --output benchmarks/results/wkv7_designs.json docs/wkv7-kernel.md docs/log.md
 
 At B8 T4096 H12 N64 in 16 bits, for an H100 and an RTX 4090:
 - bytes: what a kernel's blocks are, by its block specs, over the card's bandwidth;
-- path: chunks times the longest chain of one chunk that waits for itself, from the traced kernel:
+- path: chunks times the longest chain of dependent operations in a chunk, from the traced kernel:
   products (an mma for 16 tokens or channels that are summed, in turn), right operands and
   transposed ones through shared memory (store, barrier, load), special functions, sums across
   lanes, four cycles for each other operation; for as many rounds as programs fit on the cores;

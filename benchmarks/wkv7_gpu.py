@@ -1,4 +1,4 @@
-"""Times WKV-7 on this machine's GPU.
+"""Times the WKV-7 implementations on a GPU.
 
     python -m benchmarks.wkv7_gpu [--shapes 0.1b_micro_batch_8 8,4096,64,64] [--output PATH]
 

@@ -1,4 +1,4 @@
-"""Predicts WKV-7 kernels' cycles a chunk from their machine code, for want of a GPU.
+"""Predicts the cycles per chunk of WKV-7 kernels from machine code, without a GPU.
 
     python -m benchmarks.wkv7_sass_estimate FILE.ptx CARD [--output PATH]
 
@@ -24,7 +24,7 @@ Where each figure is from:
 
 Calibrated on one kernel with published times: wind_rwkv's chunked_cuda (github.com/mshakerinava/
 wind_rwkv, compiled by NVRTC 12.9 with -D_C_=64 --use_fast_math for compute_90a and compute_80),
-which has this shape of program and no prefetching. docs/wkv7-kernel.md says how far off it is.
+which has this shape of program and no prefetching. docs/log.md says how far off it is.
 
 Needs the packages of `pallas_kernels.gpu_targets` and a `cuobjdump` on the PATH (it comes in the
 triton wheel too: triton/backends/nvidia/bin).

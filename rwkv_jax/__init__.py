@@ -4,7 +4,7 @@
     logits, state = model.forward(tokens)          # tokens [B, T] → [B, T, V] float32
     logits, state = model.forward(more, state)     # continues from there
 
-The commands are `python -m rwkv_jax.train` and `python -m rwkv_jax.generate`.
+`rwkv-jax --help` lists the commands; `python -m rwkv_jax.train` and so on are the same.
 """
 
 import os

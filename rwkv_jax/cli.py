@@ -12,7 +12,10 @@ from rwkv_jax.errors import CommandParser, UserError, run_command
 COMMANDS = {
     "training": {
         "train": ("rwkv_jax.train", "pretrain a model, continue an official one, or resume a run"),
-        "plan": ("rwkv_jax.plan", "estimate the memory and speed of a run on any GPU"),
+        "plan": (
+            "rwkv_jax.plan",
+            "estimate the memory and speed of a run on a GPU that need not be here",
+        ),
         "plot": ("rwkv_jax.plot", "plot the loss curves of runs"),
         "doctor": ("rwkv_jax.doctor", "check drivers, packages and settings"),
     },

@@ -46,7 +46,8 @@ def find_target(gpu: str) -> GpuTarget:
     if not can_compile():
         raise UserError(
             "the compiler for GPUs is not installed: pip install -e '.[plan]', or "
-            "'rwkv-jax[plan]': jax's plugin for CUDA 13, nvidia-cuda-nvcc and absl-py"
+            "'rwkv-jax[plan]'; where jax's plugin for CUDA 13 is installed, pip install "
+            "nvidia-cuda-nvcc absl-py instead"
         )
     return GPU_TARGETS[gpu]
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser = CommandParser(
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Plan a run on a GPU that this machine does not have: whether it fits, the "
-        "largest batch that fits, and the step time. Compiles the step that python -m "
+        "largest batch that fits, and an upper bound on its speed. Compiles the step that python -m "
         "rwkv_jax.train would run, once if --micro_bsz is a number, else three to eight times to "
         "find the largest.",
         epilog="Accepts every option of python -m rwkv_jax.train; these affect the plan: --size, "

@@ -1,4 +1,4 @@
-"""A token file with its order of samples: the official cubic-hash sampler.
+"""A token file with its order of samples.
 
 The file is divided into slots of `ctx_len` tokens. Sample number n = 1, 2, … of a run is slot
 

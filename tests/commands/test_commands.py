@@ -201,7 +201,7 @@ def test_a_plugin_without_a_driver_is_not_heard(tmp_path):
     ],
 )
 def test_hostile_values(command, bench):
-    """A part of the table; `python -m tests.hostile` runs all of it."""
+    """A part of the table; `python -m tests.support.hostile` runs all of it."""
     assert hostile.BASELINES.get(command), f"tests/support/hostile.py: BASELINES lacks {command}"
     outcomes = [bench.run(one) for one in hostile.part(command)]
     assert outcomes.count("refused") > 1
