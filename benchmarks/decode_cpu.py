@@ -3,7 +3,7 @@
     python -m benchmarks.decode_cpu [--turns 5] [--threads 1] [--output PATH]
 
 fp32 and bf16, batch 1 and 16. Each contender is a process of its own with as many threads; they
-take turns of a few tokens, so that whatever else the machine does meets both, and the CPU seconds
+take turns of a few tokens, so that other load affects both equally, and the CPU seconds
 of a turn are counted beside its wall time. The package makes one sequence at a time: at batch 16 it
 makes 16 of them in turn. In bf16 ours rounds the weights and computes in float32, as `--precision
 bf16` does on a CPU.

@@ -4,7 +4,7 @@
 
 B 1, T 512, V 65536, fp32, no recomputation (grad_cp 0), everything from the batch to the updated
 weights: forward, backward, clipping, Adam. Three processes, each with one contender in a memory of
-its own, take turns, so that whatever else the machine does meets all of them:
+its own, take turns, so that other load affects all of them equally:
 
 - `ours`: the step that `python -m rwkv_jax.train` runs;
 - `torch`: tests/support/torch_rwkv7.py, autograd and torch.optim.AdamW, WKV token by token;

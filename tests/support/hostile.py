@@ -1,6 +1,6 @@
 """Hostile values for each option of each command: a result, or one line of error.
 
-    python -m tests.support.hostile                          (or --command rwkv_jax.plot --option --output)
+    python -m tests.support.hostile       (or --command rwkv_jax.plot --option --output)
 
 The table is made from the commands' own parsers, so that a new option is in it by itself. Each
 combination of a command, an option and a value is a run of the command's `main` in this process,
