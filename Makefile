@@ -31,7 +31,7 @@ train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(INSTALLED)
 	$(BIN)/python -m rwkv_jax.train $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-# worksteal: a file's tests stay in one process, which makes its fixtures and programs once.
+# worksteal: most tests of a file stay in one process, which makes its fixtures and programs once.
 test test-fast: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test-fast,$@),-m "not slow") $(ARGS)
 

@@ -78,7 +78,7 @@ def by_torch(path: Path, documents: list[scoring.Document]) -> tuple[np.ndarray,
     """[texts] log-likelihood of the last word, and whether it is the first choice throughout."""
     import torch
 
-    from tests import torch_rwkv7
+    from tests.support import torch_rwkv7
 
     torch.set_num_threads(1)
     params = torch.load(path, weights_only=True)

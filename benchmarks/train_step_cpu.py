@@ -77,7 +77,7 @@ def ours(params: dict, tokens: np.ndarray) -> Callable[[], float]:
 def torchs(params: dict, tokens: np.ndarray) -> Callable[[], float]:
     import torch
 
-    from tests import torch_rwkv7
+    from tests.support import torch_rwkv7
 
     official = weights.to_official(params)
     theirs = {

@@ -17,7 +17,8 @@ if __spec__ is None:  # run as a script: imports come from the checkout, not fro
     sys.path[0] = str(Path(__file__).parents[1])
 
 from rwkv_jax.diagnosis.facts import PACKAGES, PLUGINS, Facts, gather_facts, run_trial
-from rwkv_jax.diagnosis.rules import dotted, notes, problems, self_test
+from rwkv_jax.diagnosis.rules import dotted, notes, problems
+from rwkv_jax.diagnosis.self_test import check_losses
 from rwkv_jax.errors import CommandParser, UserError, run_command
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     wrong = list(problems(facts))
     for precision in facts.precisions:
         try:
-            print(f"{'self-test':>14}  {self_test(trial, precision)} ({took:.1f} s)")
+            print(f"{'self-test':>14}  {check_losses(trial, precision)} ({took:.1f} s)")
         except UserError as error:
             wrong.append(str(error))
     for note in notes(facts, shutil.disk_usage(".").free):

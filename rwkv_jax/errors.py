@@ -73,7 +73,7 @@ def called_as() -> str:
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "rwkv_jax.__main__":
-        return f"python -m {spec.name}"
+        return f"python -m {spec.name.removesuffix('.__main__')}"
     name = os.path.basename(sys.argv[0])
     return f"python {name}" if name.endswith(".py") else name
 

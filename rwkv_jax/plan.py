@@ -162,8 +162,8 @@ def main() -> None:
         usage="%(prog)s --gpu h100 [--size 1.5b] [--micro_bsz 4] [option of train …]",
         description="Plan a run on a GPU that this machine does not have: whether it fits, the "
         "largest batch that fits, and an upper bound on its speed. Compiles the step that "
-        "python -m rwkv_jax.train would run, once if --micro_bsz is a number, else three to eight times to "
-        "find the largest.",
+        "python -m rwkv_jax.train would run, once if --micro_bsz is a number, else three to eight "
+        "times to find the largest.",
         epilog="Accepts every option of python -m rwkv_jax.train; these affect the plan: --size, "
         "--n_layer, --n_embd, --ctx_len, --micro_bsz, --accumulate_grad_batches, --grad_cp, "
         "--head_chunk, --precision, --devices, --num_nodes and --strategy.",

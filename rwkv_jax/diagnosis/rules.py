@@ -3,20 +3,12 @@
 import os
 from collections.abc import Iterator
 
-import numpy as np
-
 from rwkv_jax.device.nvidia import has_driver
 from rwkv_jax.diagnosis.facts import CUDNN, PLUGINS, Facts, Trial, gather_facts
-from rwkv_jax.errors import UserError
 
 # The oldest driver for a CUDA version, and the oldest GPU that jax's build for it supports.
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 OLDEST_GPU = {"cuda12": (5, 2), "cuda13": (7, 5)}
-
-# The losses of the steps of `self_test.SELF_TEST`, computed in float64 by the independent
-# implementation in tests/support/torch_rwkv7.py (tests/diagnosis/test_doctor.py checks them).
-KNOWN_LOSSES = (6.342448, 6.051721, 5.352484, 4.812257, 4.352367, 4.044164)
-TOLERANCE = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 def why_no_gpu() -> str:
@@ -182,22 +174,3 @@ def _fitting_plugin(facts: Facts) -> str:
 
 def dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
-
-
-def self_test(trial: Trial, precision: str) -> str:
-    """Describes how the losses of the self-test compare with the known ones.
-
-    Raises:
-        UserError: they differ, or the training did not finish.
-    """
-    if precision not in trial.losses:
-        raise UserError(f"self-test in {precision}: training fails: {trial.last_message}")
-    losses = trial.losses[precision]
-    apart = float(np.max(np.abs(np.array(losses) - np.array(KNOWN_LOSSES))))
-    summary = f"{len(losses)} training steps, losses within {apart:.1g} of the known ones"
-    if not apart <= TOLERANCE[precision]:
-        raise UserError(
-            f"self-test in {precision}: {summary}, more than {TOLERANCE[precision]}: this machine "
-            "computes wrong results; please report it with all of the above"
-        )
-    return f"{precision}: {summary}"

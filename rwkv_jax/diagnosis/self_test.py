@@ -5,17 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_jax.diagnosis.facts import Trial
+from rwkv_jax.errors import UserError
 from rwkv_jax.text.binidx import BinIdxWriter
 
 if TYPE_CHECKING:
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.model.rwkv7 import Params
 
-# The options of the training; `rules.KNOWN_LOSSES` are the losses of its steps.
+# The options of the training.
 SELF_TEST: dict[str, Any] = {
     "n_layer": 1, "n_embd": 64, "vocab_size": 512, "ctx_len": 32, "micro_bsz": 4, "devices": 1,
     "my_exit_tokens": 768, "warmup_steps": 0, "lr_init": 1e-3, "lr_final": 1e-3,
 }  # fmt: skip
+# The losses of its steps, computed in float64 by the independent
+# implementation in tests/support/torch_rwkv7.py (tests/diagnosis/test_doctor.py checks them).
+KNOWN_LOSSES = (6.342448, 6.051721, 5.352484, 4.812257, 4.352367, 4.044164)
+TOLERANCE = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 def write_self_test_data(prefix: Path) -> None:
@@ -107,3 +113,22 @@ def losses_of_small_model(data: Path, precision: str) -> list[float]:
                 break
         losses.append(float(metrics.loss))
     return losses
+
+
+def check_losses(trial: Trial, precision: str) -> str:
+    """Describes how the losses of the self-test compare with the known ones.
+
+    Raises:
+        UserError: they differ, or the training did not finish.
+    """
+    if precision not in trial.losses:
+        raise UserError(f"self-test in {precision}: training fails: {trial.last_message}")
+    losses = trial.losses[precision]
+    apart = float(np.max(np.abs(np.array(losses) - np.array(KNOWN_LOSSES))))
+    summary = f"{len(losses)} training steps, losses within {apart:.1g} of the known ones"
+    if not apart <= TOLERANCE[precision]:
+        raise UserError(
+            f"self-test in {precision}: {summary}, more than {TOLERANCE[precision]}: this machine "
+            "computes wrong results; please report it with all of the above"
+        )
+    return f"{precision}: {summary}"

@@ -38,12 +38,12 @@ class Layout:
     def __init__(self, mesh: Mesh, strategy: sharding.Strategy, params: Params, dtype: jnp.dtype):
         self.mesh, self.strategy, self.dtype = mesh, strategy, dtype
         self._params, self._specs = params, sharding.specs(mesh, params)
-        self.reads_shards = strategy.parameters or mesh.size == 1
+        self._reads_shards = strategy.parameters or mesh.size == 1
         self._weight_specs = self._read_specs(self._specs)
 
     @property
-    def weights(self) -> Params:
-        """The working copy of the parameters, as shapes with shardings."""
+    def abstract_weights(self) -> Params:
+        """What the passes read, as shapes with shardings."""
         return jax.tree.map(
             lambda leaf, spec: jax.ShapeDtypeStruct(
                 leaf.shape, self.dtype, sharding=NamedSharding(self.mesh, spec)
@@ -52,12 +52,16 @@ class Layout:
             self._weight_specs,
         )
 
+    def weights(self, masters: Params) -> Params:
+        """What the passes read: the master weights' shards themselves, or a working copy."""
+        return masters if self._reads_shards else self.working_copy(masters)
+
     def working_copy(self, masters: Params) -> Params:
         """Makes the working copy of the float32 master weights, or of any subset of them."""
         specs = sharding.specs(self.mesh, masters)
 
         def local(masters: Params) -> Params:
-            if self.reads_shards:
+            if self._reads_shards:
                 return jax.tree.map(lambda shard: shard.astype(self.dtype), masters)
             return jax.tree.map(self._gather, masters, specs)
 
@@ -150,7 +154,7 @@ class Layout:
 
         @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
         def full(slot: Array, weight: Array, spec: P) -> Array:
-            return self._gather(weight, spec) if self.reads_shards else weight
+            return self._gather(weight, spec) if self._reads_shards else weight
 
         def forward(slot: Array, weight: Array, spec: P):
             return full(slot, weight, spec), None
@@ -180,4 +184,4 @@ class Layout:
 
     def _read_specs(self, specs: Params) -> Params:
         """The specs of the working copy of parameters with these specs."""
-        return specs if self.reads_shards else jax.tree.map(lambda _: P(), specs)
+        return specs if self._reads_shards else jax.tree.map(lambda _: P(), specs)

@@ -50,7 +50,7 @@ class OffloadedStep:
             new = jax.lax.with_sharding_constraint(new, sharding.shardings(mesh, new))
             return new, layout.working_copy(new.params)
 
-        self._mesh, self._weights = mesh, layout.weights
+        self._mesh, self._weights = mesh, layout.abstract_weights
         self._groups, self._loss_scale = group_parameters(self._weights), loss_scale
         self._differentiate, self._read = jax.jit(differentiate), jax.jit(layout.working_copy)
         self._update_group = jax.jit(update_group, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""The memory of a compiled step on a device."""
+"""The memory of a compiled step on a device, and its work: FLOPs and bytes moved."""
 
 import contextlib
 import dataclasses

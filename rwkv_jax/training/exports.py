@@ -44,7 +44,7 @@ class Exporter:
         """Whether the next file is the first of the run."""
         return not (self._run.start.resumed or self._written)
 
-    def due(self, step: int) -> list[str]:
+    def names_after(self, step: int) -> list[str]:
         """Returns the names of the files to write after a step."""
         config = self._run.config
         return exports_after(self._run.schedule, step, config.epoch_begin, config.epoch_save)
@@ -61,7 +61,7 @@ class Exporter:
         """
         start = self._run.start
         if start.resumed and start.step > self._run.schedule.first_step:
-            for name in self.due(start.step - 1):
+            for name in self.names_after(start.step - 1):
                 if not distributed.from_first((self._run.folder / name).exists()):
                     self.write([name], params)
 

@@ -25,7 +25,7 @@ def train(run: Run, stop: Stop) -> None:
     report = Report(run)  # before `stop` handles Ctrl-C: a tracker may ask for an API key
     batches = run.batches(report.stalled)
     with stop, report, Saver(run, report) as saver, contextlib.closing(batches):
-        saver.export_missing(state)
+        saver.exporter.write_missing(state.params)
         for step in run.steps:
             try:
                 batch = next(batches)
@@ -41,4 +41,4 @@ def train(run: Run, stop: Stop) -> None:
                 saver.save(step, state, stopping)
             if stopping and step != run.steps[-1]:
                 saver.stop_early(step)
-    saver.require_final(state)
+    saver.exporter.require_final(state.params)

@@ -44,6 +44,7 @@ class Report(contextlib.ExitStack):
         self._trackers = self._open_trackers(folder)
         self._watch = LossWatch()
         self._pending: tuple[int, Metrics] | None = None
+        self._rates = run.rates  # compiled before the first step, not beside it
         miniepoch = run.schedule.miniepoch(start.step)
         self._train_log = TrainLog(folder, miniepoch if start.resumed else None, config.epoch_begin)
         self._step_log = StepLog(folder, start.step if start.resumed else None)
@@ -95,7 +96,7 @@ class Report(contextlib.ExitStack):
     def _report(self, step: int, metrics: Metrics) -> None:
         schedule = self._run.schedule
         loss, norm, skipped = (value.item() for value in jax.device_get(metrics))
-        rate = float(self._run.rates[step - schedule.first_step])
+        rate = float(self._rates[step - schedule.first_step])
         if skipped:
             if not self.skipped:
                 self.before = copy.copy(self.running)

@@ -22,7 +22,7 @@ from rwkv_jax.training.step import Metrics, TrainState
 from rwkv_jax.training.utilization import model_flops, peak_flops
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """The objects of a run that the training loop uses.
 
@@ -89,5 +89,5 @@ class Run:
         )
 
     @functools.cached_property
-    def _optimizer(self) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    def _optimizer(self) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs]:
         return build_optimizer(self.config, self.model, self.schedule)

@@ -32,7 +32,7 @@ class Saver:
 
     def __init__(self, run: Run, report: Report):
         self._run, self._report = run, report
-        self._exporter = Exporter(run, report.log)
+        self.exporter = Exporter(run, report.log)
         config = run.config
         self._writer = CheckpointWriter(
             run.checkpoints, config.save_every_steps, config.save_every_minutes, report.log
@@ -46,7 +46,7 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether a file or a checkpoint is due after a step, by the number of steps."""
-        return bool(self._exporter.due(step)) or self._writer.due(step + 1)
+        return bool(self.exporter.names_after(step)) or self._writer.due_after(step)
 
     def overdue(self) -> bool:
         """Whether a checkpoint is due by time, on this process's clock."""
@@ -58,13 +58,13 @@ class Saver:
         While steps are skipped, only .pth files are written, except when the run ends or stops.
         """
         self._report.catch_up()
-        exports = self._exporter.due(step)
+        exports = self.exporter.names_after(step)
         keep = FINAL in exports or stopping or not self._report.skipped
-        checkpoint_first = bool(exports) and self._exporter.is_first
+        checkpoint_first = bool(exports) and self.exporter.is_first
         if keep and checkpoint_first:
             self._checkpoint(step + 1, state, self._report.running)
             self._writer.finish()
-        self._exporter.write(exports, state.params)
+        self.exporter.write(exports, state.params)
         if keep and not checkpoint_first:
             self._checkpoint(step + 1, state, self._report.running)
 
@@ -101,14 +101,6 @@ class Saver:
             print_line(f"stopped and saved at step {step + 1}: the same command resumes from there")
         sys.exit(1)
 
-    def export_missing(self, state: TrainState) -> None:
-        """Calls `Exporter.write_missing`."""
-        self._exporter.write_missing(state.params)
-
-    def require_final(self, state: TrainState) -> None:
-        """Calls `Exporter.require_final`."""
-        self._exporter.require_final(state.params)
-
     def _checkpoint(self, step: int, state: TrainState, loss: MiniepochLoss) -> None:
         self._report.flush()
         metadata = dataclasses.replace(self._run.start.metadata, loss=loss)
@@ -137,9 +129,9 @@ class CheckpointWriter:
         self._due_at = time.monotonic() + self._seconds
         self._started = True
 
-    def due(self, done: int) -> bool:
-        """Whether a checkpoint is due after this number of steps."""
-        return bool(self._every_steps) and done % self._every_steps == 0
+    def due_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, by `every_steps`."""
+        return bool(self._every_steps) and (step + 1) % self._every_steps == 0
 
     def overdue(self) -> bool:
         """Whether a checkpoint is due by time, on this process's clock."""

@@ -51,8 +51,8 @@ def setup_run(
         config = dataclasses.replace(config, micro_bsz=micro_bsz)
     batch = mesh.size * config.micro_bsz * config.accumulate_grad_batches
     schedule = make_schedule(config, batch, len(data.tokens))
-    fingerprint = identity(config, data, batch)
-    start = restore_or_initialize(config, mesh, schedule, checkpoints, fingerprint)
+    run_identity = identity(config, data, batch)
+    start = restore_or_initialize(config, mesh, schedule, checkpoints, run_identity)
     if start.metadata.model.vocab_size != vocab_size:  # the weights file decides
         data = _open_data(config, start.metadata.model.vocab_size)
     return Run(config, mesh, data, schedule, checkpoints, start)

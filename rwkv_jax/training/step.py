@@ -103,7 +103,7 @@ def make_step(
         return OffloadedStep(layout, differentiate, update, loss_scale)
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Metrics]:
-        weights = state.params if layout.reads_shards else layout.working_copy(state.params)
+        weights = layout.weights(state.params)
         gradients, metrics = differentiate(weights, batch, loss_scale(state.opt_state))
         return update(state, gradients, metrics), metrics
 

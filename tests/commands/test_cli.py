@@ -111,6 +111,7 @@ def test_options_of_the_script(run):
         ("-m rwkv_jax magic-prime", "rwkv-jax magic-prime"),
         ("-m data.compute_magic_prime", "python -m data.compute_magic_prime"),
         ("data/compute_magic_prime.py", "python compute_magic_prime.py"),
+        ("-m convert.inspect", "python -m convert.inspect"),
     ],
 )
 def test_help_shows_the_command_line_that_was_typed(command, called):

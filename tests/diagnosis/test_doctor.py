@@ -218,19 +218,19 @@ def test_nothing_is_wrong_only_where_nothing_was_said(says, monkeypatch, capsys)
 
 
 def trial(**changes) -> facts.Trial:
-    done = facts.Trial({}, {"fp32": rules.KNOWN_LOSSES, "bf16": rules.KNOWN_LOSSES}, "", "")
+    done = facts.Trial({}, {"fp32": self_test.KNOWN_LOSSES, "bf16": self_test.KNOWN_LOSSES}, "", "")
     return dataclasses.replace(done, **changes)
 
 
 def test_a_machine_that_computes_something_else():
-    assert "within 0 of" in rules.self_test(trial(), "fp32")
+    assert "within 0 of" in self_test.check_losses(trial(), "fp32")
     for apart in (0.01, float("nan")):
-        losses = np.array(rules.KNOWN_LOSSES)
+        losses = np.array(self_test.KNOWN_LOSSES)
         losses[3] += apart
         with pytest.raises(UserError, match="computes wrong results"):
-            rules.self_test(trial(losses={"fp32": losses}), "fp32")
-    losses = np.array(rules.KNOWN_LOSSES) + 0.01
-    assert "within 0.01 of" in rules.self_test(trial(losses={"bf16": losses}), "bf16")
+            self_test.check_losses(trial(losses={"fp32": losses}), "fp32")
+    losses = np.array(self_test.KNOWN_LOSSES) + 0.01
+    assert "within 0.01 of" in self_test.check_losses(trial(losses={"bf16": losses}), "bf16")
 
 
 def test_fp16_steps_that_overflow_are_done_again(tmp_path):
@@ -238,13 +238,13 @@ def test_fp16_steps_that_overflow_are_done_again(tmp_path):
     self_test.write_self_test_data(tmp_path / "squares")
     with jax.numpy_dtype_promotion("standard"):
         losses = self_test.losses_of_small_model(tmp_path / "squares", "fp16")
-    assert "6 training steps" in rules.self_test(trial(losses={"fp16": losses}), "fp16")
+    assert "6 training steps" in self_test.check_losses(trial(losses={"fp16": losses}), "fp16")
 
 
 def test_a_training_that_fails():
     failed = trial(losses={}, last_message="XlaRuntimeError: no kernel image")
     with pytest.raises(UserError, match="training fails: XlaRuntimeError: no kernel image"):
-        rules.self_test(failed, "fp32")
+        self_test.check_losses(failed, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
 def test_a_broken_part_fails_the_self_test(part, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", BREAKAGES[part] + facts.TRIAL)
     with pytest.raises(UserError, match="computes wrong results"):
-        rules.self_test(facts.run_trial(), "fp32")
+        self_test.check_losses(facts.run_trial(), "fp32")
 
 
 @pytest.mark.torch
@@ -325,4 +325,4 @@ def test_the_known_losses_are_torchs(tmp_path):
         loss, _ = torch_rwkv7.train_step(params, adam, batch[:, :-1], batch[:, 1:], options.lr_init)
         losses.append(loss)
     # LAPACK differs between processors in an orthogonal matrix's last bits, which bf16 rounds.
-    np.testing.assert_allclose(losses, rules.KNOWN_LOSSES, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(losses, self_test.KNOWN_LOSSES, rtol=0, atol=5e-5)

@@ -31,7 +31,7 @@ from rwkv_jax.device.runtime import DETERMINISTIC
 from rwkv_jax.model.loss import head_loss
 from rwkv_jax.planning import memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 if jax.default_backend() == "gpu":  # it would time kernels, and compile for itself
     pytest.skip("run these with JAX_PLATFORMS=cpu", allow_module_level=True)

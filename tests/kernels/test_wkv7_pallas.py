@@ -160,14 +160,15 @@ for package in (pallas_kernels, rwkv_jax):
             assert error.name == "lm_eval", error  # an extra
 from pallas_kernels.wkv7 import wkv7
 from rwkv_jax import doctor
+from rwkv_jax.diagnosis import facts, self_test
 x = [jnp.full((1, 20, 1, 16), 0.1, jnp.bfloat16)] * 6
 result = {"like xla": bool((wkv7(*x) == wkv7(*x, implementation="xla")).all())}
 try:
     wkv7(*x, implementation="pallas_triton")
 except NotImplementedError as error:
     result["error"] = str(error)
-trial = doctor.Trial(doctor.jax_facts(), {}, "", "")
-result["doctor"] = dict(doctor.report(doctor.gather_facts(trial)))["WKV, bfloat16"]
+trial = facts.Trial(self_test.jax_facts(), {}, "", "")
+result["doctor"] = dict(doctor.report(facts.gather_facts(trial)))["WKV, bfloat16"]
 print(json.dumps(result))
 """
 
@@ -178,7 +179,7 @@ def test_a_jax_without_the_triton_backend_uses_the_xla_form(tmp_path):
         [sys.executable, "-W", "error::DeprecationWarning", "-c", WITHOUT_TRITON],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr

@@ -159,7 +159,7 @@ def test_no_function_is_longer_than_a_screen():
     for package in LAYERS:
         for path in files(package):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef) and not path.match("wkv7/triton/*.py"):
+                if isinstance(node, ast.FunctionDef) and not path.match("wkv7/triton/kernels.py"):
                     if node.end_lineno - node.lineno >= 60:
                         long.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert not long
