@@ -37,15 +37,18 @@ collect_ignore = [
 def pytest_configure(config: pytest.Config) -> None:
     """Off a GPU, compiles quickly, also in the processes that tests start.
 
-    Without the optimisations of LLVM, which are not ours to test; and each program once, in this
-    run and in those that follow: `pytest --cache-clear` removes the programs.
+    Without most optimisations, unless JAX_DISABLE_MOST_OPTIMIZATIONS=0 asks for what users run, as
+    a stage of CI does; and each program once, in this run and in those that follow:
+    `pytest --cache-clear` removes the programs.
     """
     if has_driver():
         return
     # Else jax would look for the libraries of CUDA that the extra `plan` leaves out, and give its
     # compiler up with them.
     jax.config.update("jax_platforms", "cpu")
-    settings = {"jax_disable_most_optimizations": True}
+    settings = {}
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        settings["jax_disable_most_optimizations"] = True
     if hasattr(config, "cache"):
         # A folder a worker: jax does not write its files whole.
         folder = config.cache.mkdir("compiled") / os.environ.get("PYTEST_XDIST_WORKER", "main")

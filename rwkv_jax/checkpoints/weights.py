@@ -130,8 +130,8 @@ def tuned_state(tensors: Mapping[str, pth.Array], config: ModelConfig, source: s
 
     Returns:
       [L, H, N, N] float32, value row and key column as in `model.rwkv7.State.wkv`. RWKV-7 tuners
-      store this layout (RWKV-PEFT transposes it for fla's kernel; RWKV Runner passes it unchanged to the
-      rwkv package). RWKV-5 and 6 tuners store the transpose.
+      store this layout (RWKV-PEFT transposes it for fla's kernel; RWKV Runner passes it unchanged
+      to the rwkv package). RWKV-5 and 6 tuners store the transpose.
 
     Args:
       source: prefix of error messages.

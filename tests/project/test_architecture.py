@@ -1,10 +1,12 @@
 """What may import what, read off the source."""
 
 import ast
+import contextlib
 import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,44 @@ def test_the_list_of_commands_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("\n[]\n")
+
+
+def names_in(path: Path) -> set[str]:
+    """What can be imported from a module: all that it binds at its top."""
+    bound: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+    return bound
+
+
+def exists(module: str, name: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if (path / f"{name}.py").exists() or (path / name).is_dir():
+        return True
+    return file.exists() and name in names_in(file)
+
+
+def test_every_import_of_our_own_finds_its_name():
+    """Also within functions, and in programs that tests hold as text."""
+    missing, tried = [], 0
+    for path in (path for package in OURS for path in files(package)):
+        trees = [ast.parse(path.read_text(encoding="utf-8"))]
+        for node in ast.walk(trees[0]):
+            if isinstance(node, ast.Constant) and "import " in str(node.value):
+                with contextlib.suppress(SyntaxError):
+                    trees.append(ast.parse(textwrap.dedent(str(node.value))))
+        for node in (node for tree in trees for node in ast.walk(tree)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in OURS:
+                tried += len(node.names)
+                missing += [
+                    f"{path.relative_to(ROOT)}: from {node.module} import {alias.name}"
+                    for alias in node.names
+                    if not exists(str(node.module), alias.name)
+                ]
+    assert not missing and tried > 1000
