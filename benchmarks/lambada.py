@@ -26,12 +26,11 @@ from flax import nnx
 
 import rwkv_jax
 from benchmarks import command, machine
-from rwkv_jax import evaluate
 from rwkv_jax.checkpoints import weights
 from rwkv_jax.config import SIZES, ModelConfig
 from rwkv_jax.device.precision import use_precision
 from rwkv_jax.errors import run_command
-from rwkv_jax.inference import scoring, tasks
+from rwkv_jax.inference import evaluation, scoring, tasks
 from rwkv_jax.model.initialisation import init_params
 from rwkv_jax.model.rwkv7 import RWKV7, bind
 from rwkv_jax.text.corpus import find
@@ -110,7 +109,7 @@ def main() -> None:
             make_model(path, documents[::2])
         model = rwkv_jax.load(path)
         began = time.process_time()
-        ours = evaluate.evaluate(model, "lambada", args.data, args.count)
+        ours = evaluation.evaluate(model, "lambada", args.data, args.count)
         middle = time.process_time()
         nats, right = by_torch(path, documents)
         torch_seconds = time.process_time() - middle

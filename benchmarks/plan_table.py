@@ -18,8 +18,8 @@ from benchmarks import command, machine
 from rwkv_jax.config import parse_train_options
 from rwkv_jax.errors import UserError, run_command
 from rwkv_jax.files import written_whole
-from rwkv_jax.plan import find_target, plan
 from rwkv_jax.planning.memory import GIB
+from rwkv_jax.planning.plans import find_target, plan
 
 ROOT = Path(__file__).parent.parent
 READMES = ROOT / "README.md", ROOT / "README.zh-CN.md"

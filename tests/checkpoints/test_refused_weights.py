@@ -25,7 +25,7 @@ from rwkv_jax.convert import (
     verify,
 )
 from rwkv_jax.errors import UserError
-from rwkv_jax.inference import scoring
+from rwkv_jax.inference import evaluation, scoring
 from rwkv_jax.text import tokenizer
 from rwkv_jax.text.binidx import BinIdxWriter
 from rwkv_jax.text.dataset import open_dataset
@@ -179,8 +179,8 @@ def test_a_model_of_the_pile_is_trained_and_measured_on_tokens(pile, tmp_path, c
         writer.append(ids, [len(ids)])
     assert open_dataset(tmp_path / "tokens", 4, vocab_size=50304).tokens.tolist() == ids.tolist()
     answers = [scoring.SpanScore(nats=80.0, first=True)]
-    monkeypatch.setattr(evaluate, "score", lambda model, documents: [(0, answers)])
-    result = evaluate.evaluate(rwkv_jax.load(pile), "text", tmp_path / "tokens")
+    monkeypatch.setattr(evaluation, "score", lambda model, documents: [(0, answers)])
+    result = evaluation.evaluate(rwkv_jax.load(pile), "text", tmp_path / "tokens")
     assert result["tokens"] == 40 and result["perplexity"] == np.exp(2)
     assert "bits_per_byte" not in result and "bytes" not in result
     describe.main([str(pile)])

@@ -17,7 +17,7 @@ from rwkv_jax import evaluate
 from rwkv_jax.checkpoints import weights
 from rwkv_jax.config import ModelConfig
 from rwkv_jax.errors import UserError
-from rwkv_jax.inference import generation, scoring, tasks
+from rwkv_jax.inference import evaluation, generation, scoring, tasks
 from rwkv_jax.inference.decoder import Decoder
 from rwkv_jax.inference.sampling import GREEDY
 from rwkv_jax.model.initialisation import init_params
@@ -223,7 +223,7 @@ def a_nat_a_token(monkeypatch):
         for number, document in enumerate(documents):
             yield number, [scoring.SpanScore(float(len(document.ids)), True)]
 
-    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(evaluation, "score", score)
 
 
 def test_text_of_other_kinds(a_nat_a_token, tmp_path, monkeypatch):
@@ -232,14 +232,14 @@ def test_text_of_other_kinds(a_nat_a_token, tmp_path, monkeypatch):
     (tmp_path / "f").mkdir()
     write_jsonl(tmp_path / "f" / "a.jsonl", TEXTS[:2])
     (tmp_path / "f" / "b.JSONL").write_text('{"text": "A short one"}\n{}\n')
-    result = evaluate.evaluate(OF_WORLD, "text", "f", on_bad_line="skip")
+    result = evaluation.evaluate(OF_WORLD, "text", "f", on_bad_line="skip")
     assert (result["documents"], result["skipped"]) == (3, 1)
     assert (tmp_path / "f.skipped.tsv").read_text().startswith("f/b.JSONL:2\tis not ")
     (tmp_path / "read.me").write_text(TEXTS[3])
     ids = tokenizer.encode(TEXTS[3])
-    assert evaluate.evaluate(OF_WORLD, "text", "read.me")["tokens"] == len(ids)
+    assert evaluation.evaluate(OF_WORLD, "text", "read.me")["tokens"] == len(ids)
     write_jsonl(tmp_path / "c.jsonl", TEXTS)
-    limited = evaluate.evaluate(OF_WORLD, "text", tmp_path / "c.jsonl", 3, text_key="text")
+    limited = evaluation.evaluate(OF_WORLD, "text", tmp_path / "c.jsonl", 3, text_key="text")
     assert limited["documents"] == 3
 
 
@@ -257,7 +257,7 @@ def test_ids_that_are_no_text(a_nat_a_token, tmp_path, dtype, ids, complaint):
         writer.append(np.array([65530, 65531, 0], dtype), [3])
         writer.append(np.array(ids, dtype), [len(ids)])
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
-        evaluate.evaluate(OF_WORLD, "text", tmp_path / "d")
+        evaluation.evaluate(OF_WORLD, "text", tmp_path / "d")
     assert (complaint or "d: holds no text") in str(caught.value)
 
 

@@ -11,8 +11,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from rwkv_jax import evaluate
-from rwkv_jax.inference import generation, scoring
+from rwkv_jax.inference import evaluation, generation, scoring
 from rwkv_jax.inference.decoder import Decoder
 from rwkv_jax.inference.lm_eval import HarnessModel
 from rwkv_jax.inference.sampling import GREEDY
@@ -70,7 +69,7 @@ def test_the_harness_measures_what_evaluate_does(model, tmp_path, monkeypatch):
     results = lm_eval.simple_evaluate(
         model, tasks=["tiny"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
     )["results"]["tiny"]
-    ours = evaluate.evaluate(model._model, "lambada", data)
+    ours = evaluation.evaluate(model._model, "lambada", data)
     assert results["perplexity,none"] == pytest.approx(ours["perplexity"], rel=1e-6)
     assert results["acc,none"] == ours["accuracy"]
     assert 1 < ours["perplexity"] < 1e9

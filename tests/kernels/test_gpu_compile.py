@@ -25,11 +25,10 @@ from pallas_kernels.gpu_targets import (
 from pallas_kernels.wkv7 import api as wkv7_api
 from pallas_kernels.wkv7 import wkv7
 from pallas_kernels.wkv7.arg_specs import ArgSpec
-from rwkv_jax import plan
 from rwkv_jax.config import TrainConfig
 from rwkv_jax.device.runtime import DETERMINISTIC
 from rwkv_jax.model.loss import head_loss
-from rwkv_jax.planning import memory
+from rwkv_jax.planning import memory, plans
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,7 +186,7 @@ def test_the_step_with_the_kernels_is_planned_no_higher_than_with_the_xla_form(
 
     def needs() -> dict[str, memory.StepCost]:
         return {
-            gpu: plan.plan(options, GPU_TARGETS[gpu], search=False).costs[8]
+            gpu: plans.plan(options, GPU_TARGETS[gpu], search=False).costs[8]
             for gpu in ("h100", "a100")
         }
 
@@ -219,7 +218,7 @@ def test_every_card_is_planned_for_with_the_traffic_of_jax_0_10(card, monkeypatc
     options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=512, micro_bsz=4)
     target = GPU_TARGETS[card]
     with jax.numpy_dtype_promotion("standard"):
-        need = plan.plan(options, target, search=False).costs[4]
+        need = plans.plan(options, target, search=False).costs[4]
     assert capfd.readouterr().err.startswith(f"compiling for {target.device_kind}, ")
     expected = TRAFFIC[target.compute_capability]
     assert need.traffic / 1e6 == pytest.approx(expected, rel=0.02)
@@ -230,13 +229,13 @@ def test_a_plan_for_a_t4_is_kept_on_disk(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = TrainConfig(n_layer=2, n_embd=128, vocab_size=512, ctx_len=64, micro_bsz=2)
     with jax.numpy_dtype_promotion("standard"):
-        first = plan.plan(options, GPU_TARGETS["t4"], search=False)
+        first = plans.plan(options, GPU_TARGETS["t4"], search=False)
         assert capfd.readouterr().err.startswith("compiling for Tesla T4, micro_bsz 2 … ")
-        again = plan.plan(options, GPU_TARGETS["t4"], search=False)
+        again = plans.plan(options, GPU_TARGETS["t4"], search=False)
         assert capfd.readouterr().err == ""
         (kept,) = tmp_path.rglob("plans/*.json")
         kept.write_text(kept.read_text()[:20])  # as a full disk leaves it
-        anew = plan.plan(options, GPU_TARGETS["t4"], search=False).costs[2]
+        anew = plans.plan(options, GPU_TARGETS["t4"], search=False).costs[2]
     assert first == again and first.largest == 2 and anew.total == first.costs[2].total
     need = first.costs[2]
     assert need.total > need.parameters + need.optimizer > 2 * need.parameters

@@ -24,9 +24,9 @@ from rwkv_jax import plan
 from rwkv_jax.config import AUTO, TrainConfig, parse_train_options
 from rwkv_jax.errors import UserError
 from rwkv_jax.parallel import sharding
-from rwkv_jax.plan import Plan
-from rwkv_jax.planning import batch_size, memory
+from rwkv_jax.planning import batch_size, memory, plans
 from rwkv_jax.planning.memory import GIB, StepCost
+from rwkv_jax.planning.plans import Plan
 from rwkv_jax.training.build import resolve_config
 
 TINY = TrainConfig(n_layer=2, n_embd=64, vocab_size=512, ctx_len=32, micro_bsz=1, precision="fp32")
@@ -233,7 +233,7 @@ def test_auto_takes_the_largest_batch_that_the_device_holds(monkeypatch, capsys)
     def measure(config, *_):
         return dataclasses.replace(need, passes=100 + 10 * config.micro_bsz)
 
-    for user in (plan, batch_size):
+    for user in (plans, batch_size):
         monkeypatch.setattr(user, "measure", measure)
     assert batch_size.fitting_micro_bsz(config, model, mesh, limit=155) == 5
     assert (
@@ -258,13 +258,13 @@ def test_gpus_of_several_machines(monkeypatch):
         asked.append(dict(mesh.shape))
         return StepCost(GIB, 2 * GIB, 5 * GIB, 1, 1, 1.0)
 
-    monkeypatch.setattr(plan, "device_mesh", device_mesh)
-    for user in (plan, batch_size):
+    monkeypatch.setattr(plans, "device_mesh", device_mesh)
+    for user in (plans, batch_size):
         monkeypatch.setattr(user, "measure", measure)
     options = dataclasses.replace(TINY, devices=2, num_nodes=2, mesh="data=2,fsdp=2")
-    result = plan.plan(options, GPU_TARGETS["h100"], search=False)
+    result = plans.plan(options, GPU_TARGETS["h100"], search=False)
     assert asked == [(4, 2), {"data": 2, "fsdp": 2}]
-    text = plan.report(result, 1, "")
+    text = plans.report(result, 1, "")
     assert "4 x NVIDIA H100 80GB HBM3 in 2 machines" in text and "128 tokens per step" in text
 
 
@@ -283,7 +283,7 @@ def some_plan(total: float, largest: int = 4, **options) -> Plan:
 
 
 def test_the_report():
-    text = plan.report(some_plan(5), 2, "python -m rwkv_jax.train")
+    text = plans.report(some_plan(5), 2, "python -m rwkv_jax.train")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
     assert "12 layers of width 768, 191.1 M parameters" in lines["model"]
     assert lines["devices"].startswith("2 x NVIDIA H100 80GB HBM3, bf16, blocks recomputed")
@@ -305,11 +305,11 @@ def test_the_report():
 def test_the_report_of_one_batch():
     result = some_plan(5)
     alone = {2: result.costs[2]}
-    text = plan.report(result._replace(costs=alone, largest=2), 2, "")
+    text = plans.report(result._replace(costs=alone, largest=2), 2, "")
     assert "2.00 GiB with gradients and working copies" in text
     assert "gradients  " not in text and "leave out --micro_bsz to search" in text
     alone = {2: some_plan(90).costs[2]}
-    text = plan.report(result._replace(costs=alone, largest=0), 2, "")
+    text = plans.report(result._replace(costs=alone, largest=0), 2, "")
     assert "DOES NOT FIT" in text and "largest that fits, or try --grad_cp 1" in text
 
 
@@ -339,7 +339,7 @@ def test_the_parts_of_the_report_add_up_to_the_peak(passes, offload):
     }
     for batch in needs:
         result = some_plan(5, strategy=strategy)._replace(costs=needs, largest=batch)
-        lines = [line.split() for line in plan.report(result, batch, "").splitlines()]
+        lines = [line.split() for line in plans.report(result, batch, "").splitlines()]
         figures = {line[0]: float(line[1]) for line in lines if line[0] in (*PARTS, "peak")}
         assert all(figure >= 0 for figure in figures.values()), figures
         there = sum(figures.get(part, 0) for part in PARTS[2 if offload else 0 :])
@@ -351,7 +351,7 @@ def test_the_report_of_what_is_in_the_host_s_memory():
     result = some_plan(5, strategy="fsdp_offload")
     away = {"host": 3 * GIB, "update": 4 * GIB, "moved": 50 * 10**9}
     needs = {batch: dataclasses.replace(need, **away) for batch, need in result.costs.items()}
-    text = plan.report(result._replace(costs=needs), 2, "")
+    text = plans.report(result._replace(costs=needs), 2, "")
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
     assert lines["optimizer"].strip() == "2.00 GiB Adam's moments in host memory"
     assert lines["activations"].strip() == "1.00 GiB 0.50 GiB per sample"
@@ -372,17 +372,17 @@ def test_a_visit_of_the_state_has_to_fit_and_does_not_mislead_the_search(
         passes = int((7.2 + 0.3 * config.micro_bsz) * GIB)
         return StepCost(GIB, 2 * GIB, passes, 1, 1, 1.0, host=3 * GIB, update=update * GIB)
 
-    monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
-    for user in (plan, batch_size):
+    monkeypatch.setattr(plans, "device_mesh", lambda *_: sharding.make_mesh(1))
+    for user in (plans, batch_size):
         monkeypatch.setattr(user, "measure", measure)
-    monkeypatch.setattr(plan, "available", lambda _: int(22.8 * GIB))
+    monkeypatch.setattr(plans, "available", lambda _: int(22.8 * GIB))
     options = dataclasses.replace(TINY, strategy="fsdp_offload")
-    assert abs(plan.plan(options, GPU_TARGETS["rtx4090"]).largest - largest) <= 1
+    assert abs(plans.plan(options, GPU_TARGETS["rtx4090"]).largest - largest) <= 1
     assert len(measured) <= 3
 
 
 def test_the_report_of_what_does_not_fit():
-    text = plan.report(some_plan(90, largest=0), 2, "")
+    text = plans.report(some_plan(90, largest=0), 2, "")
     assert "DOES NOT FIT" in text and "not even micro_bsz 1 fits; try --grad_cp 1" in text
 
 
@@ -408,7 +408,7 @@ def command(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_command_ends_with_the_command_to_train(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "can_compile", lambda: True)
+    monkeypatch.setattr(plans, "can_compile", lambda: True)
     monkeypatch.setattr(plan, "plan", lambda *_, **__: some_plan(5))
     command(
         monkeypatch, "--gpu", "h100", "--size", "0.1b", "--micro_bsz", "auto", "--data_file", "my x"
@@ -423,7 +423,7 @@ def test_the_command_ends_with_the_command_to_train(monkeypatch, capsys):
 
 
 def test_bad_input_gets_one_line(monkeypatch):
-    monkeypatch.setattr(plan, "can_compile", lambda: False)
+    monkeypatch.setattr(plans, "can_compile", lambda: False)
     for arguments, line in {
         (): "--gpu is needed: give one of t4, a100",
         ("--gpu", "gtx9"): "--gpu gtx9: not known: give one of t4, a100",
@@ -458,10 +458,10 @@ def test_a_search_says_how_far_it_is(monkeypatch):
             GIB, 2 * GIB, (8 + config.micro_bsz + 9 * (config.micro_bsz > 60)) * GIB, 1, 1, 1.0
         )
 
-    monkeypatch.setattr(plan, "device_mesh", lambda *_: sharding.make_mesh(1))
-    for user in (plan, batch_size):
+    monkeypatch.setattr(plans, "device_mesh", lambda *_: sharding.make_mesh(1))
+    for user in (plans, batch_size):
         monkeypatch.setattr(user, "measure", measure)
-    assert plan.plan(TINY, GPU_TARGETS["h100"]).largest == 60
+    assert plans.plan(TINY, GPU_TARGETS["h100"]).largest == 60
     assert said[0] == (1, " (compilation 1 of at most 8)")
     assert said[1][1] == " (compilation 2 of at most 8; 1 fits)"
     batches = [batch for batch, _ in said]

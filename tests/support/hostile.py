@@ -282,9 +282,9 @@ class Bench:
             mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
             mock.patch("rwkv_jax.training.run.build_step", lambda *_: _no_step),
             # A plan compiles nothing either, and needs no CUDA plugin.
-            mock.patch("rwkv_jax.plan.measure", measure),
+            mock.patch("rwkv_jax.planning.plans.measure", measure),
             mock.patch("rwkv_jax.planning.batch_size.measure", measure),
-            mock.patch("rwkv_jax.plan.device_mesh", lambda *_: sharding.make_mesh(1)),
+            mock.patch("rwkv_jax.planning.plans.device_mesh", lambda *_: sharding.make_mesh(1)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             warnings.catch_warnings(),
