@@ -14,7 +14,7 @@ COMMANDS = {
         "train": ("rwkv_jax.train", "pretrain a model, continue an official one, or resume a run"),
         "plan": (
             "rwkv_jax.plan",
-            "estimate the memory and speed of a run on a GPU that need not be here",
+            "estimate the memory and speed of a run on an absent GPU",
         ),
         "plot": ("rwkv_jax.plot", "plot the loss curves of runs"),
         "doctor": ("rwkv_jax.doctor", "check drivers, packages and settings"),

@@ -1,4 +1,4 @@
-"""`python -m convert.inspect`, the former name of `convert.describe`.
+"""`python -m convert.inspect`: the same as `convert.describe`.
 
 A file of that name would hide Python's own module from whatever runs in the folder above; a folder
 without `__init__.py` does not.
