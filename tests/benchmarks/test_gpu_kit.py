@@ -160,6 +160,7 @@ def ends(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_stage_that_overruns_is_ended_with_all_that_it_started(tmp_path):
     stages = 'Stage("slow", python(FAMILY), 1.5), Stage("next", python("print(1)"), 20)'
     process = begin(tmp_path, stages, "--limit", "41")

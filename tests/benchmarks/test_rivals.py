@@ -167,6 +167,7 @@ def test_doubles_are_timed_beside_ours_where_they_compute_the_same(tmp_path):
     assert theirs["optimizer"] == "torch.optim.AdamW(fused=True)"
 
 
+@pytest.mark.slow
 def test_what_is_not_there_has_a_line(tmp_path, monkeypatch, capsys):
     """The processes but flash-linear-attention's are left out: they report a row of ours."""
 

@@ -464,6 +464,7 @@ def small_files():
 # Some of orbax's own threads may fail, too, and nobody asks those for their result.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.slow
 def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, random_state(1), metadata(1))

@@ -119,6 +119,7 @@ print(max(seen) - seen[0])
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """300 MB, which are 600 as a tree: what both ways take stays far below."""
     config = ModelConfig(n_layer=20, n_embd=768, vocab_size=8192)

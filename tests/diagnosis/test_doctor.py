@@ -187,6 +187,7 @@ def test_notes():
     assert "tpu" in tpu
 
 
+@pytest.mark.slow
 def test_on_this_machine(nvidia_smi, monkeypatch, capsys, tmp_path):
     """For real: facts, a rule that fires, the self-test, and the exit code."""
     nvidia_smi("NVIDIA GeForce RTX 4090, 550.54.14, 24564, 300, 8.9")
@@ -233,6 +234,7 @@ def test_a_machine_that_computes_something_else():
     assert "within 0.01 of" in self_test.check_losses(trial(losses={"bf16": losses}), "bf16")
 
 
+@pytest.mark.slow
 def test_fp16_steps_that_overflow_are_done_again(tmp_path):
     """On GPUs before Ampere, which are tried in it: the loss scale begins too high."""
     self_test.write_self_test_data(tmp_path / "squares")
@@ -298,6 +300,7 @@ optimizer.adam = lambda b1, b2, eps: adam(b1, 0.9 * b2, eps)
 
 
 @pytest.mark.parametrize("part", BREAKAGES)
+@pytest.mark.slow
 def test_a_broken_part_fails_the_self_test(part, monkeypatch):
     monkeypatch.setattr(facts, "TRIAL", BREAKAGES[part] + facts.TRIAL)
     with pytest.raises(UserError, match="computes wrong results"):

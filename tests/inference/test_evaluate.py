@@ -70,6 +70,7 @@ def run(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys, monkeypatch):
     """Bits per byte and perplexity of jsonl, text and binidx: float64 sums over plain logits."""
     nats, tokens = [], 0
@@ -113,6 +114,7 @@ def test_text_is_scored_as_forward_has_it(model, model_file, tmp_path, capsys, m
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_lambada_is_that_of_a_loop_in_torch(model, model_file, tmp_path, capsys):
     """To better than four digits. Half of the last words are made the model's own choice."""
     import torch
@@ -151,6 +153,7 @@ def test_lambada_is_that_of_a_loop_in_torch(model, model_file, tmp_path, capsys)
     assert result["perplexity"] == pytest.approx(math.exp(nats / len(texts)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_match_is_what_greedy_decoding_gives(model, model_file, tmp_path, capsys):
     """Chats whose replies the model itself has made count as right, others do not."""
     decoder = Decoder(*rwkv_jax.load_params(model_file))

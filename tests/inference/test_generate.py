@@ -91,6 +91,7 @@ def plain_greedy(model, prompt: list[int], length: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_greedy_is_the_plain_loop_and_ends_before_an_end_of_document(tiny, monkeypatch):
     prompt = np.random.default_rng(0).integers(1, 512, 22).tolist()
     model = rwkv_jax.load(ORACLE)
@@ -257,6 +258,7 @@ def test_the_rwkv_package_makes_the_same_choices(world, world_file):
 # -------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_probabilities_are_exact():
     rows = sample_cases()
     for row, case in zip(rows[:-1], CASES, strict=False):
@@ -287,6 +289,7 @@ def test_penalties_decay_and_do_not_count_digits():
         assert sample(jnp.asarray(logits), history, keys, sampling) == best
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution_and_the_seed(tiny):
     prompt, sampling = [5, 6, 7], Sampling(0.3, 0.6, 0, 0, 0)
     first = [ids[0] for ids in make_ids(tiny, [prompt] * 200, 1, sampling)]
@@ -341,6 +344,7 @@ def test_half_a_character_is_kept_for_the_next():
     assert reply.text == "\ufffd" and reply.text_ids() == ids
 
 
+@pytest.mark.slow
 def test_chat_keeps_what_was_said(world, world_file, monkeypatch, capsys, tmp_path):
     """Its second reply is that to the whole conversation in the published form, each of whose
     tokens it has read once.
@@ -532,6 +536,7 @@ def tuned(world_file, tmp_path_factory) -> dict:
     return {"state": state, **files}
 
 
+@pytest.mark.slow
 def test_texts_begin_in_a_tuned_state(tuned, tmp_path, monkeypatch, capsys):
     def run(*options) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
@@ -563,6 +568,7 @@ def test_texts_begin_in_a_tuned_state(tuned, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_the_rwkv_package_begins_in_the_same_state(tuned):
     """In which RWKV Runner puts it: `blocks.N.att.time_state` as it is, for RWKV-7."""
     script = """if True:
@@ -624,6 +630,7 @@ def test_logits_that_are_not_finite_end_it(tmp_path):
 GREEDILY = ["--temperature", "0", "--alpha_presence", "0", "--alpha_frequency", "0"]
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file(world, world_file, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\r\n".join(PROMPTS[1:]) + "\n\n", encoding="utf-8")
     lines = [json.dumps({"prompt": prompt}) for prompt in PROMPTS]

@@ -58,6 +58,7 @@ def model(tmp_path_factory) -> HarnessModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_harness_measures_what_evaluate_does(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

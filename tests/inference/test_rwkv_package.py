@@ -59,6 +59,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "rwkv-final.pth"
 
 
+@pytest.mark.slow
 def test_the_rwkv_package_continues_as_we_do(trained, tmp_path):
     prompt = [byte + 1 for byte in PROMPT]
     subprocess.run(

@@ -13,6 +13,7 @@ class TestReference(WKV7Suite):
     implementation = "reference"
 
 
+@pytest.mark.slow
 class TestXla(WKV7Suite):
     implementation = "xla"
 
@@ -41,6 +42,7 @@ def test_recurrence_agrees_with_a_torch_loop():
         assert relative_error(x.numpy(), ours) < 1e-12, name
 
 
+@pytest.mark.slow
 def test_inverse_stays_exact_where_the_product_form_does_not():
     """All keys aligned, in-context learning rate 1, no decay: a·b = −1 for every pair."""
     length = 64
@@ -87,6 +89,7 @@ def test_integer_inputs_are_refused():
         wkv7(**{name: x.astype(int) for name, x in _good().items()})
 
 
+@pytest.mark.slow
 def test_decay_logits_may_be_wider_than_the_rest():
     arguments = {name: x.astype(jnp.bfloat16) for name, x in _good().items()}
     y = wkv7(**(arguments | {"w": jnp.ones((2, 5, 3, 16))}))

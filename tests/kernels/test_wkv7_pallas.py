@@ -36,6 +36,7 @@ def interpret(monkeypatch):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_triton", (__name__, "interpreted"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpret")
 class TestPallasTriton(WKV7Suite):
     implementation = "pallas_triton"
@@ -173,6 +174,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_a_jax_without_the_triton_backend_uses_the_xla_form(tmp_path):
     """Everything imports; naming the kernels is one line of error, which doctor shows, too."""
     run = subprocess.run(

@@ -57,6 +57,7 @@ def test_every_oracle_file_is_tested(oracles):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("pieces", [[96], [1] * 96, [37, 59]], ids=["whole", "single", "two"])
+@pytest.mark.slow
 def test_logits_and_states_of_the_oracles(oracles, name, pieces):
     oracle = np.load(oracles / f"tiny_v512_{FILES[name]}.npz")
     model = rwkv_jax.load(oracles / f"tiny_v512_{name}.pth")
@@ -96,6 +97,7 @@ def test_one_layer():
     assert all(bool(jnp.isfinite(x).all()) for x in (logits, *state))
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient():
     params, tokens = tiny_params(TINY), tiny_tokens(1, 17)
 
@@ -140,6 +142,7 @@ def test_a_frequent_token_s_gradient_is_summed_in_float32():
     assert error(lambda w: jnp.take(w, tokens[None], axis=0))[5] > 0.03
 
 
+@pytest.mark.slow
 def test_a_block_s_elementwise_arithmetic_rounds_once():
     """As in the official fused kernels: rounded one by one, these errors are 1 % and more."""
     with jax.numpy_dtype_promotion("standard"):

@@ -77,6 +77,7 @@ def test_a_state_on_the_host_is_saved_and_exported(tmp_path):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
 
 
+@pytest.mark.slow
 def test_one_part_at_a_time_is_on_the_devices(monkeypatch):
     mesh = sharding.make_mesh(2)
     seen, fetch = [], offload.OffloadedStep._fetch

@@ -213,6 +213,7 @@ def measured() -> dict[int, StepCost]:
     return found
 
 
+@pytest.mark.slow
 def test_what_is_measured(measured):
     one, two = measured[1], measured[2]
     assert one.optimizer - 2 * one.parameters in range(1, 64)  # and the counts of steps

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import re
 import runpy
 import subprocess
@@ -186,6 +187,7 @@ def test_the_list_of_commands_is_quick():
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("\n[]\n")
 
 
+@functools.cache
 def names_in(path: Path) -> set[str]:
     """What can be imported from a module: all that it binds at its top."""
     bound: set[str] = set()
@@ -199,6 +201,7 @@ def names_in(path: Path) -> set[str]:
     return bound
 
 
+@functools.cache
 def exists(module: str, name: str) -> bool:
     path = ROOT / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -207,6 +210,7 @@ def exists(module: str, name: str) -> bool:
     return file.exists() and name in names_in(file)
 
 
+@pytest.mark.slow
 def test_every_import_of_our_own_finds_its_name():
     """Also within functions, and in programs that tests hold as text."""
     missing, tried = [], 0

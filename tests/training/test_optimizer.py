@@ -141,6 +141,7 @@ def adamw_by_hand(params, gradients, config: TrainConfig, rates: list[float]):
 
 @pytest.mark.parametrize("grad_clip", [1.0, 0.0])
 @pytest.mark.parametrize("adam_eps", [1e-18, 0.03])
+@pytest.mark.slow
 def test_updates_by_hand(grad_clip, adam_eps):
     """Clip, moments, bias correction, ε outside the root, decoupled decay, and 2x for w0."""
     config = TrainConfig(grad_clip=grad_clip, adam_eps=adam_eps, weight_decay=0.1)

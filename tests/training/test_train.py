@@ -176,6 +176,7 @@ def test_train_log(run):
     assert rates == pytest.approx(expected, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_train_log_of_less_than_a_miniepoch(data, tmp_path, standing_still):
     """Its mean so far; it gives way to the whole one's when the run is made longer."""
     for steps, lines in {MINIEPOCH - 1: ["00"], 2 * MINIEPOCH + 1: ["00", "11"]}.items():
@@ -190,6 +191,7 @@ def stopped(data, tmp_path_factory) -> tuple[Path, list[float]]:
     return folder, train(config(data, folder), stop_after=6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(data, run, stopped, tmp_path):
     folder, before = tmp_path / "[v1]" / "a\\b*", stopped[1]  # moved, to where patterns are
     shutil.copytree(stopped[0], folder)
@@ -381,6 +383,7 @@ def test_two_trainers_do_not_share_a_folder(data, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_failed_save_is_tried_again_and_the_run_goes_on(data, run, tmp_path, monkeypatch, capsys):
     """No space for the first three checkpoints."""
     tries, usage = itertools.count(), shutil.disk_usage(tmp_path)
@@ -405,6 +408,7 @@ def test_max_minutes(data, tmp_path, standing_still, capsys):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
 
 
+@pytest.mark.slow
 def test_save_every_minutes(data, tmp_path, standing_still):
     train(config(data, tmp_path, save_every_minutes=1e-9, keep_last=99, epoch_save=0))
     assert Checkpoints(tmp_path / "checkpoints").steps() == list(range(STEPS, 0, -1))
@@ -505,6 +509,7 @@ def failing_from(first: int, build_step):
     return built
 
 
+@pytest.mark.slow
 def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, standing_still):
     options = config(data, tmp_path, micro_bsz=AUTO, devices=2, accumulate_grad_batches=2)
     monkeypatch.setattr(batch_size, "fitting_micro_bsz", lambda *_: 3)
@@ -514,6 +519,7 @@ def test_micro_bsz_auto_is_chosen_once_in_a_run(data, tmp_path, monkeypatch, sta
     assert train(options) == []
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path, monkeypatch):
     seen: dict[str, list[np.ndarray]] = {"accumulated": [], "at once": []}
     metrics = Metrics(jnp.float32(1.0), jnp.float32(0.0), jnp.bool(False))
@@ -535,6 +541,7 @@ def test_accumulated_micro_batches_are_the_samples_of_one_larger(data, tmp_path,
         np.testing.assert_array_equal(accumulated[:, 0], at_once[0])
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_official_keys_steps_and_name(data, tmp_path, monkeypatch, standing_still):
     logged, names, options = [], [], []
 
@@ -594,6 +601,7 @@ def test_a_tracker_is_closed_when_a_later_one_cannot_be_opened(data, tmp_path, m
     assert closed == [True]
 
 
+@pytest.mark.slow
 def test_plot_draws_the_run(data, tmp_path, standing_still):
     train(config(data, tmp_path, plot=1))
     page = (tmp_path / "loss.html").read_text("utf-8")
@@ -742,6 +750,7 @@ def test_an_official_folder_is_continued(data, run, official_folder, capsys):
     assert first + after == alone
 
 
+@pytest.mark.slow
 def test_warm_up_where_the_official_trainer_decides(data, official_folder, standing_still):
     """--warmup_steps -1, its default: 10 steps when the last weights are continued, else none."""
     options = {"warmup_steps": -1, "my_exit_tokens": 14 * T, "lr_init": 1e-3, "lr_final": 1e-3}
@@ -865,6 +874,7 @@ def test_stage_one_twice(data, tmp_path, capsys):
     assert stamp == (tmp_path / "rwkv-init.pth").stat()
 
 
+@pytest.mark.slow
 def test_an_export_has_a_checkpoint_from_the_first_on(data, run, stopped, tmp_path, monkeypatch):
     """So a run that is killed between the two makes up for what is missing."""
     there = []
