@@ -79,7 +79,7 @@ def median_errors(width: int, batch: int, time: int, seeds: int) -> dict[str, fl
 
 
 def main() -> None:
-    options = command.record_parser(__file__, __doc__).parse_args()
+    options = command.record_parser(__doc__).parse_args()
     medians = median_errors(WIDTH, BATCH, TIME, SEEDS)
     for name, error in medians.items():
         print(f"{name:24} {error:.2%}")

@@ -30,7 +30,7 @@ EVERY = 50
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("--size", default="0.1b", help="of the model (0.1b)")
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens of a sequence (512)")
     parser.add_argument("--steps", type=int, default=4, help="timed before the checkpoint (4)")

@@ -156,7 +156,7 @@ def race(path: str, precision: str, batch: int, threads: int, turns: int) -> dic
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
+    parser = command.record_parser(__doc__, "write the record (JSON) here, row by row")
     parser.add_argument("--turns", type=int, default=5, help="timed ones of each (5)")
     parser.add_argument("--threads", type=int, default=1, help="of each contender (1)")
     options = parser.parse_args()

@@ -90,7 +90,7 @@ def with_flags(flags: str, *shape: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("--gradient", nargs=4, type=int, metavar="SIZE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.gradient:

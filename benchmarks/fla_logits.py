@@ -18,7 +18,7 @@ from rwkv_jax.errors import run_command
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("model", type=Path, help="an official .pth of a tiny model")
     options = parser.parse_args()
     source = str(options.model)

@@ -302,7 +302,7 @@ def page(results: Path) -> str:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__, "write the page here; else it is printed")
+    parser = command.record_parser(__doc__, "write the page here; else it is printed")
     results = ROOT / "benchmarks" / "results"
     parser.add_argument(
         "--results", type=Path, default=results, metavar="DIR", help="of the records (%(default)s)"

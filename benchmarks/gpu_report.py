@@ -518,7 +518,7 @@ def choose(names: list[str]) -> list[Stage]:
 
 
 def main() -> None:
-    parser = command.parser(__file__, __doc__)
+    parser = command.parser(__doc__)
     defaults = [stage.name for stage in STAGES if stage.name != "rivals"]
     parser.add_argument(
         "--output", type=Path, default=Path("out/gpu"), metavar="DIR", help="default out/gpu"

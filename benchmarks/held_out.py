@@ -68,7 +68,7 @@ def counting_bits(train: list[list[int]], held_out: list[list[int]]) -> dict[str
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, help=".pth files, or folders of runs")
     parser.add_argument("--count", type=int, default=100, help="chats (100)")
     arguments = parser.parse_args()

@@ -95,7 +95,7 @@ def by_torch(path: Path, documents: list[scoring.Document]) -> tuple[np.ndarray,
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("data", type=Path, help="texts, a line of JSON each")
     parser.add_argument("--count", type=int, default=256, help="of the texts (256)")
     parser.add_argument("--model", type=Path, metavar="PATH", help=".pth; else one is made")

@@ -27,7 +27,7 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="default 2000")
     options = parser.parse_args()
     sizes: list[float] = []

@@ -117,7 +117,7 @@ def main() -> None:
     from pallas_kernels.wkv7.api import choose
     from rwkv_jax.device.runtime import prepare_jax
 
-    path = command.record_parser(__file__, __doc__, "write it (JSON) here").parse_args().output
+    path = command.record_parser(__doc__, "write it (JSON) here").parse_args().output
     described = describe()
     print(json.dumps(described, indent=1))
     prepare_jax()

@@ -44,7 +44,7 @@ ROWS: list[tuple[str, int, str, str]] = [
 
 
 def main() -> None:
-    outputs = command.tables_parser(__file__, __doc__).parse_args().output
+    outputs = command.tables_parser(__doc__).parse_args().output
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_traceback_in_locations_limit", 0)  # as `rwkv_jax.plan` sets it
     rows, records = [], []

@@ -203,7 +203,7 @@ def read(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__, allow_abbrev=False)
+    parser = command.record_parser(__doc__, allow_abbrev=False)
     parser.add_argument(
         "--trace", type=Path, metavar="PATH", help="keep the profiler's file here (.xplane.pb.gz)"
     )

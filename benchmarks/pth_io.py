@@ -58,7 +58,7 @@ def race(ours: Callable[[], object], theirs: Callable[[], object], repeat: int) 
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("--repeat", type=int, default=9, help="timed runs of each side (9)")
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="of the .pth files (default a temporary one)"

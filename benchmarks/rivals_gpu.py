@@ -707,7 +707,7 @@ def outcome(row: Row) -> str:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
+    parser = command.record_parser(__doc__, "write the record (JSON) here, row by row")
     parser.add_argument("--official", type=Path, metavar="DIR", help="a checkout of RWKV-LM")
     parser.add_argument(
         "--shapes",

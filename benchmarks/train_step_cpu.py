@@ -148,7 +148,7 @@ def contender(name: str, pipe: Connection) -> None:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (5)")
     parser.add_argument("--torch-repeats", type=int, default=2, help="those of torch (2); 0: none")
     options = parser.parse_args()

@@ -269,7 +269,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command.record_parser(
-        __file__, __doc__, "write the record (JSON) here, row by row", allow_abbrev=False
+        __doc__, "write the record (JSON) here, row by row", allow_abbrev=False
     )
     parser.add_argument(
         "--runs", nargs="+", default=["8/1"], metavar="B/G", help="micro_bsz/grad_cp (default 8/1)"

@@ -133,7 +133,7 @@ def write(path: Path, results: dict[str, list]) -> None:
 
 
 def main() -> None:
-    outputs = command.tables_parser(__file__, __doc__).parse_args().output
+    outputs = command.tables_parser(__doc__).parse_args().output
     results = json.loads(RESULTS.read_text("utf-8"))
     results[stack()] = rows = []
     for row in ROWS:

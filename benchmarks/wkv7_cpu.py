@@ -71,7 +71,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    options = command.record_parser(__file__, __doc__).parse_args()
+    options = command.record_parser(__doc__).parse_args()
     import torch
 
     arrays = inputs()

@@ -453,7 +453,7 @@ def replayed_with(kernels: dict, code: dict, costs: Costs) -> dict[str, dict[str
 
 
 def main() -> None:
-    outputs = command.tables_parser(__file__, __doc__).parse_args().output
+    outputs = command.tables_parser(__doc__).parse_args().output
     replayed: dict[str, dict] = {}
     chosen = {}
     for design, changes in TUNED.items():

@@ -174,7 +174,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__, "write the record (JSON) here, row by row")
+    parser = command.record_parser(__doc__, "write the record (JSON) here, row by row")
     parser.add_argument(
         "--shapes",
         nargs="+",

@@ -214,7 +214,7 @@ def in_rounds(programs: int, cores: int, fit: int, cycles: list[int]) -> int:
 
 
 def main() -> None:
-    parser = command.record_parser(__file__, __doc__)
+    parser = command.record_parser(__doc__)
     parser.add_argument("ptx", type=Path, metavar="FILE.ptx", help="kernels, run at 512 programs")
     parser.add_argument(
         "card", choices=list(MEMORY_CYCLES), help=f"one of {', '.join(MEMORY_CYCLES)}"

@@ -19,6 +19,7 @@ BASE, COMMANDS, THIN = "config, errors, files", "commands", "data/, convert/"
 
 Graph = dict[str, set[str]]
 Point = tuple[float, float]
+STEPS = [step / 24 for step in range(1, 24)]  # along an arrow
 
 
 @functools.cache
@@ -59,7 +60,6 @@ def graph() -> Graph:
                 box = box_of(".".join(parts)) or ""
                 used = {box_of(name) for name in imports(path)} - {None, box}
                 found.setdefault(box, set()).update(str(name) for name in used)
-    found[BASE] = set()  # errors.py reads the version, which is in rwkv_jax/__init__.py
     return found
 
 
@@ -99,9 +99,6 @@ def curve(start: Point, end: Point) -> list[Point]:
         (a * x1 + b * x1 + c * x2 + d * x2, a * y1 + b * middle + c * middle + d * y2)
         for a, b, c, d in weights
     ]
-
-
-STEPS = [step / 24 for step in range(1, 24)]
 
 
 def crossings(edges: Graph, centre: dict[str, Point]) -> float:

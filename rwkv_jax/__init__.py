@@ -5,6 +5,9 @@
     logits, state = model.forward(more, state)     # continues from there
 
 `rwkv-jax --help` lists the commands; `python -m rwkv_jax.train` and so on are the same.
+
+Scripts import `tokenizer`, `pth` and `weights` (official tensor names) from here, wherever in the
+package these modules are.
 """
 
 import os
@@ -21,6 +24,22 @@ if TYPE_CHECKING:
 
     from rwkv_jax.config import ModelConfig
     from rwkv_jax.model.rwkv7 import RWKV7
+
+
+_PUBLIC = {
+    "tokenizer": "rwkv_jax.text.tokenizer",
+    "pth": "rwkv_jax.checkpoints.pth",
+    "weights": "rwkv_jax.checkpoints.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public module when it is first asked for."""
+    from importlib import import_module
+
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(_PUBLIC[name])
 
 
 def load(path: str | os.PathLike[str], dtype: Any = "float32") -> "RWKV7":

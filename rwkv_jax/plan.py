@@ -17,7 +17,11 @@ from pallas_kernels.gpu_targets import GPU_TARGETS
 from rwkv_jax.config import parse_train_options
 from rwkv_jax.device.runtime import override_settings
 from rwkv_jax.errors import CommandParser, run_command
+from rwkv_jax.planning.batch_size import largest_batch
+from rwkv_jax.planning.memory import available
 from rwkv_jax.planning.plans import find_target, plan, report
+
+__all__ = ["available", "find_target", "largest_batch", "plan", "report"]  # for scripts
 
 
 def main() -> None:

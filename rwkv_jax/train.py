@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> None:
     began = time.monotonic()
     require_orbax()
     mesh = choose_devices(config)
-    config = resolve(config, mesh)
+    config = resolve_options(config, mesh)
     folder = make_folder(config.proj_dir)
     with lock(folder) if distributed.is_first() else contextlib.nullcontext():
         if config.train_stage == 1:
@@ -87,7 +87,7 @@ def choose_devices(config: TrainConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def resolve(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainConfig:
+def resolve_options(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainConfig:
     """Resolves the defaults that depend on the devices and on the checkout.
 
     Raises:

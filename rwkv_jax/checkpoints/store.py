@@ -38,6 +38,7 @@ from rwkv_jax.errors import UserError
 from rwkv_jax.files import flush_folder, reporting_os_errors
 from rwkv_jax.model.rwkv7 import Params, abstract_params
 from rwkv_jax.parallel import distributed
+from rwkv_jax.tracking.train_log import MiniepochLoss
 
 # When a part of a save or a load fails, orbax raises its error, and we report it below. It also
 # logs it and abandons the other parts, whose errors then appear in absl's or asyncio's log, as
@@ -66,25 +67,6 @@ _MARGIN = 1 << 20  # bytes: slack where the sizes of arrays and of files are com
 
 class Unreadable(UserError):
     """The checkpoint cannot be read now, but it may be intact."""
-
-
-@dataclasses.dataclass
-class MiniepochLoss:
-    """The mean loss of the current miniepoch so far, for the progress line and train_log.txt."""
-
-    total: float = 0.0
-    steps: int = 0
-
-    def add(self, loss: float) -> None:
-        self.total += loss
-        self.steps += 1
-
-    def reset(self) -> None:
-        self.total, self.steps = 0.0, 0
-
-    @property
-    def mean(self) -> float:
-        return self.total / max(self.steps, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,7 +433,7 @@ def _remove_failed(partial: Path) -> None:
     """Removes the remains of a failed save, until no new file has appeared for half a second.
 
     When a part of a save fails, orbax abandons the others, which still write and create their
-    folders again. Files that appear even later are removed by the next save.
+    folders again. What a run's save leaves even later is removed by its next save.
     """
     looks = 0
     for _ in range(50):

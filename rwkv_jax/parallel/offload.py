@@ -81,12 +81,14 @@ class OffloadedStep:
         """The programs of a step, for the planner; state and batch as shapes with shardings."""
         scale = jax.eval_shape(self._loss_scale, state.opt_state)
         gradients, metrics = jax.eval_shape(self._differentiate, self._weights, batch, scale)
-        gradients = _with_shardings(gradients, sharding.shardings(self._mesh, gradients))
+        gradients = sharding.with_shardings(gradients, sharding.shardings(self._mesh, gradients))
         programs = [Program(self._differentiate, (self._weights, batch, scale))]
         waiting = bytes_of(gradients)
         for group in self._groups:
             on_device, own = select(state, group), select(gradients, group)
-            on_device = _with_shardings(on_device, sharding.shardings(self._mesh, on_device))
+            on_device = sharding.with_shardings(
+                on_device, sharding.shardings(self._mesh, on_device)
+            )
             waiting -= bytes_of(own)
             other = waiting + bytes_of(self._weights) - bytes_of(select(self._weights, group))
             arguments = on_device, own, metrics
@@ -156,14 +158,6 @@ def bytes_of(tree: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, new: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=new),
-        tree,
-        shardings,
     )
 
 

@@ -152,6 +152,15 @@ def shardings(mesh: Mesh, tree: Any, offload: bool = False) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec, memory_kind=kind), specs(mesh, tree))
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of a tree of arrays or shapes, with these shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def _host_memory(mesh: Mesh) -> str | None:
     """The kind of host memory for transfers to the devices; None: the devices' default memory.
 

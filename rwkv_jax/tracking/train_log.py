@@ -1,10 +1,30 @@
 """train_log.txt: one line per miniepoch, in the official format."""
 
+import dataclasses
 import datetime
 import math
 from pathlib import Path
 
 from rwkv_jax.tracking.log_file import LogFile
+
+
+@dataclasses.dataclass
+class MiniepochLoss:
+    """The mean loss of the current miniepoch so far, for the progress line and train_log.txt."""
+
+    total: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def reset(self) -> None:
+        self.total, self.steps = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.steps, 1)
 
 
 class TrainLog:

@@ -8,9 +8,10 @@ from typing import NoReturn
 
 import jax
 
-from rwkv_jax.checkpoints.store import Checkpoints, Metadata, MiniepochLoss
+from rwkv_jax.checkpoints.store import Checkpoints, Metadata
 from rwkv_jax.errors import UserError
 from rwkv_jax.tracking.progress import print_line
+from rwkv_jax.tracking.train_log import MiniepochLoss
 from rwkv_jax.training.exports import Exporter
 from rwkv_jax.training.optimizer import with_updates
 from rwkv_jax.training.report import Report

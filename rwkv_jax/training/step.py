@@ -46,11 +46,7 @@ def abstract_state(
     """
     params = abstract_params(config)
     state = TrainState(params, jax.eval_shape(optimizer.init, params))
-    return jax.tree.map(
-        lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
-        state,
-        sharding.shardings(mesh, state, offloaded),
-    )
+    return sharding.with_shardings(state, sharding.shardings(mesh, state, offloaded))
 
 
 def make_step(

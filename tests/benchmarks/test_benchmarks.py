@@ -29,7 +29,7 @@ def test_help_says_what_is_measured_and_how_to_keep_it(name, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
     printed = capsys.readouterr().out
     assert caught.value.code == 0 and not list(tmp_path.iterdir())
     assert f"usage: python -m benchmarks.{name} " in printed

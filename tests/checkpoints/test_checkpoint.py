@@ -26,11 +26,12 @@ import tensorstore as ts
 import rwkv_jax
 from rwkv_jax import train
 from rwkv_jax.checkpoints import arrays, store, weights
-from rwkv_jax.checkpoints.store import MANIFEST, Checkpoints, Metadata, MiniepochLoss, Unreadable
+from rwkv_jax.checkpoints.store import MANIFEST, Checkpoints, Metadata, Unreadable
 from rwkv_jax.config import ModelConfig, TrainConfig
 from rwkv_jax.convert import orbax_to_pth
 from rwkv_jax.errors import UserError
 from rwkv_jax.parallel import sharding
+from rwkv_jax.tracking.train_log import MiniepochLoss
 from rwkv_jax.training import step
 
 MODEL = ModelConfig(n_layer=1, n_embd=32, vocab_size=20, head_size=16, dim_v=8)
@@ -480,16 +481,35 @@ def test_a_save_that_fails_harms_no_other(tmp_path, small_files):
     assert names_but_of_late_writers(tmp_path) == ["3"]
 
 
+def save_to(folder: Path) -> None:
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(2, random_state(2), metadata(2))
+    checkpoints.close()
+
+
+SAVES = {
+    "a run": save_to,
+    "the trial before a run": lambda folder: Checkpoints(folder).check_writable(),
+    "a model": lambda folder: store.save_model(
+        folder / "model", MODEL, weights.to_official(random_state(0).params)
+    ),
+}
+
+
 @pytest.mark.parametrize("last", [1, 3, 4])
-def test_a_failed_save_is_removed_while_parts_of_it_still_write(tmp_path, monkeypatch, last):
+@pytest.mark.parametrize("what", SAVES)
+def test_a_failed_save_is_removed_while_parts_of_it_still_write(tmp_path, monkeypatch, what, last):
     """The parts that did not fail make their folders anew, up to five looks after the last time."""
-    looks = itertools.count(1)
+    looks, written = itertools.count(1), []
 
     def write_late(_):
         if next(looks) in (last, last + 5):
-            (tmp_path / "2.partial.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+            (written[0].with_name(f"{written[0].name}.orbax-checkpoint-tmp") / "params").mkdir(
+                parents=True
+            )
 
     def fail(folder, _):
+        written.append(folder)
         (folder / "params").mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -498,10 +518,8 @@ def test_a_failed_save_is_removed_while_parts_of_it_still_write(tmp_path, monkey
     )
     monkeypatch.setattr(store.time, "sleep", write_late)
     (tmp_path / "1").mkdir()
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, random_state(2), metadata(2))
-    with pytest.raises(UserError, match="2.partial: cannot be written: No space left"):
-        checkpoints.close()
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        SAVES[what](tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     assert next(looks) > last + 5
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import rwkv_jax
+
 ROOT = Path(__file__).parents[2]
 # Each package and those that it may import, beside the libraries.
 LAYERS = {
@@ -23,8 +25,8 @@ LAYERS = {
 OURS = {*LAYERS, "tests", "benchmarks"}
 # The rooms of rwkv_jax, in the order of their imports. The commands may import them all.
 ROOMS = [
-    "errors", "files", "official_options", "config", "device", "text", "model", "parallel",
-    "checkpoints", "convert", "inference", "tracking", "training", "planning", "diagnosis",
+    "errors", "files", "official_options", "config", "device", "text", "tracking", "model",
+    "parallel", "checkpoints", "convert", "inference", "training", "planning", "diagnosis",
 ]  # fmt: skip
 COMMANDS = {"train", "generate", "evaluate", "plan", "plot", "doctor", "cli", "__main__"}
 
@@ -189,15 +191,19 @@ def test_the_list_of_commands_is_quick():
 
 @functools.cache
 def names_in(path: Path) -> set[str]:
-    """What can be imported from a module: all that it binds at its top."""
+    """What can be imported from a module: what it binds at its top level."""
     bound: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    statements = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while statements:
+        node = statements.pop()
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound.add(node.id)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             bound |= {alias.asname or alias.name for alias in node.names}
+        else:
+            stored = (x for x in ast.walk(node) if isinstance(x, ast.Name))
+            bound |= {x.id for x in stored if isinstance(x.ctx, ast.Store)}
+            statements += [x for x in ast.iter_child_nodes(node) if isinstance(x, ast.stmt)]
     return bound
 
 
@@ -206,6 +212,8 @@ def exists(module: str, name: str) -> bool:
     path = ROOT / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if (path / f"{name}.py").exists() or (path / name).is_dir():
+        return True
+    if module == "rwkv_jax" and name in rwkv_jax._PUBLIC:
         return True
     return file.exists() and name in names_in(file)
 
@@ -229,3 +237,15 @@ def test_every_import_of_our_own_finds_its_name():
                     if not exists(str(node.module), alias.name)
                 ]
     assert not missing and tried > 1000
+
+
+def test_public_modules_are_imported_from_the_package():
+    code = WITHOUT_PLUGIN + (
+        "import sys\nfrom rwkv_jax import pth, tokenizer, weights\n"
+        "print(tokenizer.encode('a'), pth.read.__name__, weights.save_pth.__name__)\n"
+        "print('jax' in sys.modules, hasattr(sys.modules['rwkv_jax'], 'initial_model'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[98] read save_pth\nFalse False\n"

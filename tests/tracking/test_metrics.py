@@ -8,10 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from rwkv_jax.checkpoints.store import MiniepochLoss
 from rwkv_jax.tracking import progress
 from rwkv_jax.tracking.progress import LossWatch, ProgressLine
-from rwkv_jax.tracking.train_log import TrainLog
+from rwkv_jax.tracking.train_log import MiniepochLoss, TrainLog
 
 
 def test_train_log_has_the_official_format(tmp_path):

@@ -20,7 +20,7 @@ import pytest
 
 import rwkv_jax
 from rwkv_jax import train as trainer
-from rwkv_jax.checkpoints import pth, store, weights
+from rwkv_jax.checkpoints import pth, weights
 from rwkv_jax.checkpoints.store import Checkpoints
 from rwkv_jax.config import AUTO, ModelConfig, TrainConfig
 from rwkv_jax.errors import UserError, run_command
@@ -29,6 +29,7 @@ from rwkv_jax.planning import batch_size
 from rwkv_jax.text.binidx import BinIdxWriter
 from rwkv_jax.text.dataset import Dataset, open_dataset
 from rwkv_jax.tracking import progress
+from rwkv_jax.tracking.train_log import MiniepochLoss
 from rwkv_jax.training import build, report, schedule
 from rwkv_jax.training import run as run_module
 from rwkv_jax.training.exports import Exporter, exports_after
@@ -476,7 +477,7 @@ def test_many_of_them_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
     assert not (tmp_path / "rwkv-final.pth").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.steps() == [2, 1]
-    assert checkpoints.verify(2).loss == store.MiniepochLoss(2.0, 2)
+    assert checkpoints.verify(2).loss == MiniepochLoss(2.0, 2)
 
 
 @pytest.mark.slow
